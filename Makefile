@@ -1,0 +1,55 @@
+# `make` alone says what there is.
+PYTHON ?= python3
+PORT ?= 8000
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help run test lint check format clean
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+SOURCES := backend tests
+
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(STAMP) ## Make a hub under ./var if there is none, and serve on 127.0.0.1:8000 (PORT=...); Ctrl-C stops
+	@exec $(BIN)/python -m backend run --port $(PORT)
+
+test: $(STAMP) ## Run all tests, with coverage
+	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+lint: $(STAMP) ## Check style, types and the direction of imports
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test ## Both of these
+
+format: $(STAMP) ## Put the code into its canonical form
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean: ## Take away what can be made again; ./var and the interface stay
+	rm -rf .venv .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+		{ echo "Python 3.11 to 3.14 is needed; name one with make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory .python3-venv
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# Debian and Ubuntu have the standard library's venv in a package of its own.
+.PHONY: .python3-venv
+.python3-venv:
+	@if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get install --yes --quiet --no-install-recommends python3-venv || \
+			{ apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends python3-venv; }; \
+	else \
+		echo "$(PYTHON) can't make a virtual environment; install python3-venv (on Debian and Ubuntu:" \
+			"sudo apt-get install python3-venv)" >&2; exit 1; \
+	fi

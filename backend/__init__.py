@@ -1,0 +1,1 @@
+"""The WireGuard peer provisioning service."""

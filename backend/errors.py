@@ -1,0 +1,119 @@
+"""The domain's errors. No HTTP in it: api/errors.py says which status each one gets.
+
+    ProvisioningError
+    ├── InvalidCredentialsError     the request can never succeed as it stands
+    ├── DuplicatePeerError          the node or the key is already known
+    ├── PeerNotFoundError           nobody of that name
+    ├── IPPoolExhaustedError        no address is left
+    ├── AddressTakenError           an operator's hand-made peer took the address meanwhile
+    ├── HubUpdateError              wg0.conf or the interface could not be brought up to date
+    │   └── ConfigFileError         wg0.conf itself is unusable, and only an operator can mend it
+    └── RecordsUnavailableError     the records could not be read or written
+        └── OutcomeUnknownError     nobody can say yet whether the change happened
+
+    StartRefusedError               the process must not start; the message says what to do
+
+Every error survives ``pickle``: its arguments are positional and are the ones of its ``__init__``.
+"""
+
+from collections.abc import Mapping
+
+
+class ProvisioningError(Exception):
+    """The request could not be carried out."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else (type(self).__doc__ or "")
+
+
+class InvalidCredentialsError(ProvisioningError):
+    """A field of the request is well-formed but can't be accepted from anybody."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(field, reason)
+        self.field = field
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class DuplicatePeerError(ProvisioningError):
+    """The node is already provisioned, or another node holds its WireGuard key.
+
+    existing_config is what this caller may know of the peer in its way: everything, its name and
+    address, or nothing.
+    """
+
+    def __init__(self, peer_id: str, existing_config: Mapping[str, object]) -> None:
+        super().__init__(peer_id, existing_config)
+        self.peer_id = peer_id
+        self.existing_config = existing_config
+
+    def __str__(self) -> str:
+        if self.existing_config:
+            return f"Peer {self.peer_id} is already provisioned"
+        return f"The WireGuard public key of {self.peer_id} is already provisioned for another peer"
+
+
+class PeerNotFoundError(ProvisioningError):
+    """No peer of that name is provisioned."""
+
+    def __init__(self, node_id: str) -> None:
+        super().__init__(node_id)
+        self.node_id = node_id
+
+    def __str__(self) -> str:
+        return f"Peer {self.node_id} not found"
+
+
+class IPPoolExhaustedError(ProvisioningError):
+    """No free address is left."""
+
+    def __init__(self, pool_range: str, allocated_count: int) -> None:
+        super().__init__(pool_range, allocated_count)
+        self.pool_range = pool_range
+        self.allocated_count = allocated_count
+
+    def __str__(self) -> str:
+        return f"IP pool exhausted: {self.allocated_count} addresses allocated from range {self.pool_range}"
+
+
+class AddressTakenError(ProvisioningError):
+    """A peer that this service doesn't manage holds the address."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"Address {self.address} was taken by another peer in the meantime; try again"
+
+
+class HubUpdateError(ProvisioningError):
+    """wg0.conf or the interface could not be brought up to date; nothing was changed."""
+
+
+class ConfigFileError(HubUpdateError):
+    """wg0.conf can't be used as it is."""
+
+    def __init__(self, path: str, problem: str, remedy: str) -> None:
+        super().__init__(path, problem, remedy)
+        self.path = path
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}. {self.remedy}"
+
+
+class RecordsUnavailableError(ProvisioningError):
+    """The records could not be read or written; nothing was changed."""
+
+
+class OutcomeUnknownError(RecordsUnavailableError):
+    """Whether the change happened can't be said before the records answer again; ask again."""
+
+
+class StartRefusedError(Exception):
+    """The service must not start. The message is one sentence that says what to do."""

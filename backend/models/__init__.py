@@ -1,0 +1,1 @@
+"""What is parsed once at the edge and typed from then on."""

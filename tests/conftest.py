@@ -1,0 +1,107 @@
+"""Everything that touches a network happens in namespaces that pytest makes for itself and takes with it."""
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.harness.hosts import LocalHost
+from tests.harness.namespaces import Guard, enter_new_namespaces
+from tests.harness.postgres import fresh_database, postgres_cluster
+from tests.harness.requirements import do_without, require
+from tests.harness.service import ServiceProcess
+from tests.harness.wireguard import HubInterface
+
+_NOT_ISOLATED: Final = pytest.StashKey[str]()
+_GUARD: Final = pytest.StashKey[Guard]()
+_HUB_NUMBERS: Final = itertools.count()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Move pytest into namespaces of its own, where that is possible."""
+    if os.geteuid() != 0:
+        config.stash[_NOT_ISOLATED] = "needs root, for network namespaces"
+        return
+    try:
+        enter_new_namespaces()
+        config.stash[_GUARD] = Guard.of_this_process()
+    except OSError as exc:
+        config.stash[_NOT_ISOLATED] = f"needs network namespaces, which can't be made here: {exc}"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what the tests have left running, and say so."""
+    guard = config.stash.get(_GUARD, None)
+    if guard is not None and (left := guard.close()):
+        sys.stderr.write(f"left running by the tests, and killed now: {', '.join(left)}\n")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say whether the network tests can run."""
+    reason = config.stash.get(_NOT_ISOLATED, None)
+    return f"network: {reason or 'namespaces of its own'}"
+
+
+@pytest.fixture(scope="session")
+def needs_namespaces(pytestconfig: pytest.Config) -> None:
+    """Skip unless pytest is in namespaces of its own, so that nothing can touch the host."""
+    reason = pytestconfig.stash.get(_NOT_ISOLATED, None)
+    if reason is not None:
+        do_without(reason)
+    require("ip", "nsenter")
+
+
+@pytest.fixture(scope="session")
+def needs_wireguard(needs_namespaces: None) -> None:
+    """Skip unless real WireGuard interfaces can be made."""
+    require("wg", "wireguard-go")
+    if not Path("/dev/net/tun").exists():
+        do_without("needs /dev/net/tun, for wireguard-go")
+
+
+@pytest.fixture
+def hub_interface(needs_wireguard: None, tmp_path: Path) -> Iterator[HubInterface]:
+    """Give the test an interface of its own, with the hub's key and port but no peers, and its wg0.conf."""
+    number = next(_HUB_NUMBERS)
+    # A port for each: the next test's may be there before the kernel has let go of this one's.
+    with HubInterface(LocalHost(), f"wghub{number}", tmp_path, listen_port=40000 + number) as hub:
+        hub.start()
+        yield hub
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
+    """Give the test a function that starts the service; it takes ServiceProcess's other arguments."""
+    running: list[ServiceProcess] = []
+
+    def start(settings: dict[str, Any], **options: Any) -> ServiceProcess:
+        directory = tmp_path / f"service{len(running)}"
+        directory.mkdir()
+        service = ServiceProcess(directory, settings, **options)
+        running.append(service)
+        service.start()
+        return service
+
+    try:
+        yield start
+    finally:
+        for service in reversed(running):
+            service.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """Run a PostgreSQL cluster for the session; the URL is of its `postgres` database."""
+    with postgres_cluster() as url:
+        yield url
+
+
+@pytest.fixture
+def postgres_database(postgres_url: str) -> Iterator[str]:
+    """Give the test an empty PostgreSQL database of its own, by URL."""
+    with fresh_database(postgres_url) as url:
+        yield url

@@ -1,0 +1,1 @@
+"""What the tests stand on: hosts with real WireGuard, the service as a process, PostgreSQL."""

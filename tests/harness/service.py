@@ -1,0 +1,234 @@
+"""The service as a real process."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Self
+
+import httpx
+
+from tests.harness.hosts import LocalHost
+
+_ROOT: Final = Path(__file__).parents[2]
+_START_SECONDS: Final = 40.0
+_STOP_SECONDS: Final = 20.0
+_POLL_SECONDS: Final = 0.02
+_PORT_ATTEMPTS: Final = 3
+_TAIL_LINES: Final = 40
+
+
+class ServiceFailedError(Exception):
+    """The service ended, or didn't get ready or stop in time; the message has the end of its log."""
+
+
+def free_port() -> int:
+    """Find a TCP port on 127.0.0.1 that the kernel gives to no outgoing connection meanwhile."""
+    while True:
+        # Below the range that outgoing connections take theirs from, ip_local_port_range.
+        port = random.randrange(20000, 32000)  # noqa: S311 - not a secret
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+class ServiceProcess:
+    """`python -m backend serve`, its environment made from `settings` and little else.
+
+    `directory` is its working directory and takes its log. `ready` is the path whose 200 `start` waits for;
+    with None it doesn't wait. `module` takes the place of `backend`, `path_prefix` comes first in PATH.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is a thing that one test or another varies
+        self,
+        directory: Path,
+        settings: Mapping[str, object],
+        *,
+        host: LocalHost | None = None,
+        address: str = "127.0.0.1",
+        ready: str | None = "/readyz",
+        module: tuple[str, ...] = ("backend",),
+        path_prefix: Path | None = None,
+    ) -> None:
+        self._host = host or LocalHost()
+        self.directory = directory
+        self.settings = {name: str(value) for name, value in settings.items()}
+        self._address = address
+        self.port = free_port()
+        self.ready = ready
+        self._module = module
+        self._path_prefix = path_prefix
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_path = directory / "service.log"
+        # trust_env: a proxy of the machine has no business between a test and its service.
+        self.client = self._new_client()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """Where it listens, without a slash at the end."""
+        return f"http://{self._address}:{self.port}"
+
+    @property
+    def log(self) -> str:
+        """Everything that it has written, restarts included."""
+        return self._log_path.read_text(errors="replace") if self._log_path.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        """The running process."""
+        if self._process is None:
+            raise ServiceFailedError("the service isn't running")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it and wait until it is ready; raise ServiceFailedError."""
+        for attempt in range(1, _PORT_ATTEMPTS + 1):
+            written = len(self.log)
+            self._spawn()
+            try:
+                self._wait_ready()
+            except ServiceFailedError:
+                taken = "address already in use" in self.log[written:].lower()
+                if not taken or attempt == _PORT_ATTEMPTS:
+                    raise
+                self.port = free_port()
+                self.client.close()
+                self.client = self._new_client()
+            except BaseException:
+                self._end(signal.SIGKILL)
+                raise
+            else:
+                return
+
+    def kill(self) -> None:
+        """End it with SIGKILL, as a crash or the kernel would."""
+        self._end(signal.SIGKILL)
+
+    def terminate(self) -> int:
+        """End it with SIGTERM and return its status; raise ServiceFailedError if it doesn't end in time."""
+        return self._end(signal.SIGTERM)
+
+    def restart(self) -> None:
+        """Stop it if it runs, and start it again on the same port with the same settings."""
+        if self._process is not None:
+            self.terminate()
+        self.start()
+
+    def wait_exit(self, timeout: float = _STOP_SECONDS) -> int:
+        """Wait for an end that the test expects, and return its status; raise ServiceFailedError."""
+        process, self._process = self._process, None
+        if process is None:
+            raise ServiceFailedError("the service isn't running")
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise ServiceFailedError(self._with_log(f"still running after {timeout:g} s")) from None
+
+    def close(self) -> None:
+        """Stop it; raise ServiceFailedError if it had ended without being asked to."""
+        self.client.close()
+        if self._process is None:
+            return
+        status = self._process.poll()
+        self._end(signal.SIGTERM)
+        if status is not None:
+            raise ServiceFailedError(self._with_log(f"the service ended by itself with status {status}"))
+
+    def _new_client(self) -> httpx.Client:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        return httpx.Client(base_url=self.url, timeout=30.0, trust_env=False, limits=limits)
+
+    def _environment(self) -> dict[str, str]:
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            # COVERAGE_*: so that coverage sees what runs in there.
+            if name in {"PATH", "TMPDIR"} or name.startswith("COVERAGE_")
+        }
+        if self._path_prefix is not None:
+            inherited["PATH"] = f"{self._path_prefix}{os.pathsep}{inherited['PATH']}"
+        return inherited | {"LANG": "C.UTF-8", "PYTHONPATH": str(_ROOT)} | self.settings
+
+    def _spawn(self) -> None:
+        if self._process is not None:
+            raise ServiceFailedError("the service is already running")
+        with self._log_path.open("ab") as log:
+            self._process = self._host.popen(
+                [
+                    sys.executable,
+                    "-m",
+                    *self._module,
+                    "serve",
+                    "--host",
+                    self._address,
+                    "--port",
+                    str(self.port),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                # So that no .env of the checkout is read, and ./var is the test's own.
+                cwd=self.directory,
+            )
+
+    def _wait_ready(self) -> None:
+        process = self._process
+        if self.ready is None or process is None:
+            return
+        deadline = time.monotonic() + _START_SECONDS
+        answer = "no answer yet"
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                self._process = None
+                raise ServiceFailedError(
+                    self._with_log(f"the service ended with status {process.returncode}")
+                )
+            try:
+                response = self.client.get(self.ready, timeout=5.0)
+            except httpx.TransportError as exc:
+                answer = repr(exc)
+            else:
+                if response.status_code == httpx.codes.OK:
+                    return
+                answer = f"{response.status_code} {response.text}"
+            time.sleep(_POLL_SECONDS)
+        self._end(signal.SIGKILL)
+        problem = f"not ready after {_START_SECONDS:g} s, {self.ready}: {answer}"
+        raise ServiceFailedError(self._with_log(problem))
+
+    def _end(self, number: signal.Signals) -> int:
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        process.send_signal(number)
+        try:
+            return process.wait(_STOP_SECONDS)
+        except BaseException as exc:
+            process.kill()
+            process.wait()
+            if isinstance(exc, subprocess.TimeoutExpired):
+                problem = f"still running {_STOP_SECONDS:g} s after {number.name}"
+                raise ServiceFailedError(self._with_log(problem)) from None
+            raise
+
+    def _with_log(self, problem: str) -> str:
+        tail = "\n".join(self.log.splitlines()[-_TAIL_LINES:])
+        return f"{problem}\n--- {self._log_path}\n{tail}"
