@@ -1,0 +1,1 @@
+"""The domain: the pool, the file, the sequence. It knows no framework."""
