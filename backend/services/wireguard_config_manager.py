@@ -1,0 +1,334 @@
+"""The hub's wg-quick(8) file: read when somebody changed it, replaced as a whole when our peers change.
+
+What the text means is in `wireguard_config_text`; this is about the file: one process writes it at a time
+(the lock file beside it sees to that), an operator may edit it whenever they like.
+"""
+
+import os
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Network
+from pathlib import Path
+from threading import Lock
+from typing import Final
+
+from backend.errors import ConfigFileError, HubUpdateError
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services.wireguard_config_text import (
+    ForeignPeer,
+    InvalidConfigError,
+    ManagedPeer,
+    ParsedConfig,
+    parse,
+    render,
+)
+
+__all__ = ["ForeignPeer", "ManagedPeer", "WireGuardConfigManager"]
+
+_ATTEMPTS: Final = 5
+# A file system's clock ticks up to every 10 ms: a change within a tick of the last look may leave the time of
+# modification as it was, so a version counts as known by its time only when that lies well behind.
+_SETTLED_NS: Final = 50_000_000
+# What tempfile puts between the prefix and the suffix.
+_RANDOM_PART: Final = "[a-z0-9_]{8}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What tells one version of the file from another without reading it."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "_Identity":
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """The file as it was last read or written. Never changed, so it's read without the lock."""
+
+    text: bytes = field(repr=False)
+    identity: _Identity
+    settled: bool
+    config: ParsedConfig
+    hub_public_key: WireGuardKey
+
+
+class WireGuardConfigManager:
+    """Keeps our peers in the file, and everything else in it as the operator wrote it, byte for byte."""
+
+    def __init__(
+        self, config_path: str | os.PathLike[str], reload: Callable[[bytes], None] | None = None
+    ) -> None:
+        """Read nothing yet. `reload` is what `reload_config` calls with the text for `wg syncconf`."""
+        # A symbolic link stays one: the file that it leads to is what is replaced.
+        self.path: Final = Path(config_path).resolve()
+        self.interface: Final = Path(config_path).stem
+        self._reload = reload
+        self._lock = Lock()  # guards the file against our own threads, and _version; held across file I/O
+        self._version: _Version | None = None
+
+    @property
+    def foreign_peers(self) -> tuple[ForeignPeer, ...]:
+        """The operator's peers, as last found."""
+        return self._known().config.foreign_peers
+
+    @property
+    def managed_peers(self) -> tuple[ManagedPeer, ...]:
+        """Our peers, as last found or written; a damaged block is none."""
+        return self._known().config.managed_peers
+
+    @property
+    def foreign_stripped(self) -> bytes:
+        """What `wg` is told of everything in the file that isn't ours, as last found."""
+        return self._known().config.foreign_stripped
+
+    @property
+    def hub_public_key(self) -> WireGuardKey:
+        """The public half of the file's PrivateKey."""
+        return self._known().hub_public_key
+
+    def refresh(self) -> bool:
+        """Read the file if somebody changed it; return whether what is foreign in it is new.
+
+        Raises ConfigFileError on every call for as long as the file can't be used.
+        """
+        with self._lock:
+            before = self._version
+            after = self._refresh()
+        return before is None or after.config.foreign != before.config.foreign
+
+    def write(self, peers: Collection[ManagedPeer]) -> bool:
+        """Make the file hold these peers of ours; return whether it had to be replaced.
+
+        Raises ConfigFileError if an operator has to mend the file first, HubUpdateError if it can't be
+        replaced. In both cases it is what it was.
+        """
+        with self._lock:
+            return self._write(tuple(peers))
+
+    def render_stripped(self, peers: Collection[ManagedPeer]) -> bytes:
+        """Return the text for `wg syncconf`: the foreign part as last found, and these peers of ours."""
+        return render(self._known().config.foreign_stripped, peers)
+
+    def remove_stale_temporaries(self) -> None:
+        """Remove what a killed process has left of its writing. Only while no other process writes."""
+        name = re.compile(re.escape(f".{self.path.name}.") + _RANDOM_PART + re.escape(".tmp"))
+        try:
+            for entry in list(self.path.parent.iterdir()):
+                if name.fullmatch(entry.name) and stat.S_ISREG(entry.lstat().st_mode):
+                    entry.unlink(missing_ok=True)
+        except OSError as exc:
+            raise HubUpdateError(f"{self.path.parent} can't be tidied up: {_reason(exc)}") from exc
+
+    def add_peer(
+        self,
+        public_key: str,
+        allowed_ips: Sequence[str],
+        persistent_keepalive: int | None = None,
+        label: str = "manual",
+    ) -> None:
+        """Write a peer of ours into the file, instead of one with the same key.
+
+        `allowed_ips` is exactly one IPv4 address, as A.B.C.D/32. ValueError, and the file is not touched, if
+        that or anything else about the peer can't be.
+        """
+        if isinstance(allowed_ips, str) or len(allowed_ips) != 1:
+            raise ValueError("a peer has exactly one of AllowedIPs, an IPv4 address as A.B.C.D/32")
+        network = IPv4Network(allowed_ips[0])
+        if network.num_addresses != 1:
+            raise ValueError(f"{network} is a network: a peer has one IPv4 address, as A.B.C.D/32")
+        key = WireGuardKey.parse(public_key)
+        peer = ManagedPeer(label, key, network.network_address, persistent_keepalive)
+        with self._lock:
+            version = self._refresh()
+            if key == version.hub_public_key:
+                raise ValueError("that is the hub's own key: `wg` would leave the peer out without a word")
+            others = [other for other in version.config.managed_peers if other.public_key != key]
+            # `wg` would take the address away from the other peer without a word.
+            if any(other.address == peer.address for other in others):
+                raise ValueError(f"{peer.address} belongs to another peer")
+            self._write((*others, peer))
+
+    def remove_peer(self, public_key: str) -> bool:
+        """Take a peer of ours out of the file; return whether it was there."""
+        with self._lock:
+            peers = self._refresh().config.managed_peers
+            left = tuple(peer for peer in peers if peer.public_key != public_key)
+            if len(left) == len(peers):
+                return False
+            self._write(left)
+            return True
+
+    def get_config(self) -> str:
+        """Return the file's text as it is now, the private key included; odd bytes as lone surrogates."""
+        with self._lock:
+            text, _, _ = self._read()
+        return text.decode(errors="surrogateescape")
+
+    def reload_config(self) -> None:
+        """Bring the interface up to the file; HubUpdateError if that can't be done."""
+        if self._reload is None:
+            raise HubUpdateError(
+                f"nothing was given that could bring the interface {self.interface} up to date"
+            )
+        with self._lock:
+            config = self._refresh().config
+            self._reload(render(config.foreign_stripped, config.managed_peers))
+
+    def validate_config(self) -> None:
+        """Read the file afresh; raise ConfigFileError if it can't be used."""
+        with self._lock:
+            self._version = self._load()
+
+    def _known(self) -> _Version:
+        version = self._version
+        if version is None:
+            with self._lock:
+                version = self._refresh()
+        return version
+
+    def _refresh(self) -> _Version:
+        """Return the present version. One that can't be used is never kept, so each call finds it anew."""
+        known = self._version
+        if known is None or not known.settled or self._status_identity() != known.identity:
+            self._version = known = self._load()
+        return known
+
+    def _load(self) -> _Version:
+        text, identity, settled = self._read()
+        known = self._version
+        if known is not None and known.text == text:
+            return replace(known, identity=identity, settled=settled)
+        try:
+            config = parse(text)
+        except InvalidConfigError as exc:
+            raise ConfigFileError(str(self.path), exc.problem, exc.remedy) from None
+        private_key = config.private_key
+        if known is not None and known.config.private_key.reveal() == private_key.reveal():
+            hub_public_key = known.hub_public_key
+        else:
+            hub_public_key = private_key.public_key()
+        return _Version(text, identity, settled, config, hub_public_key)
+
+    def _read(self) -> tuple[bytes, _Identity, bool]:
+        """Return the file's bytes, which version that is, and whether its time tells it from the next."""
+        try:
+            with open(self.path, "rb", opener=_open_at_once) as file:
+                for _ in range(_ATTEMPTS):
+                    now = time.time_ns()
+                    before = os.fstat(file.fileno())
+                    if not stat.S_ISREG(before.st_mode):
+                        raise self._not_a_file()
+                    file.seek(0)
+                    text = file.read()
+                    identity = _Identity.of(os.fstat(file.fileno()))
+                    # Otherwise somebody is writing into it at this moment.
+                    if identity == _Identity.of(before) and len(text) == identity.size:
+                        return text, identity, now - identity.modified_ns > _SETTLED_NS
+        except FileNotFoundError:
+            raise ConfigFileError(
+                str(self.path),
+                "the file doesn't exist",
+                "Make one with `python -m backend hub init`, or set WIREGUARD_CONFIG_PATH to the hub's file",
+            ) from None
+        except IsADirectoryError:
+            raise self._not_a_file() from None
+        except OSError as exc:
+            raise ConfigFileError(
+                str(self.path),
+                f"the file can't be read: {_reason(exc)}",
+                "Let the service's user read and replace it",
+            ) from exc
+        raise ConfigFileError(
+            str(self.path), "somebody keeps writing into the file", "Wait until that is done"
+        )
+
+    def _not_a_file(self) -> ConfigFileError:
+        return ConfigFileError(
+            str(self.path), "it is not a regular file", "Set WIREGUARD_CONFIG_PATH to the hub's wg-quick file"
+        )
+
+    def _status_identity(self) -> _Identity | None:
+        try:
+            return _Identity.of(self.path.stat())
+        except OSError:
+            return None
+
+    def _write(self, peers: tuple[ManagedPeer, ...]) -> bool:
+        for _ in range(_ATTEMPTS):
+            known = self._refresh()
+            text = render(known.config.foreign, peers)
+            if text == known.text:
+                return False
+            try:
+                identity = self._replace(text, known.identity)
+                if identity is None:
+                    continue
+                # Noted before the directory is made durable: the file is the new one from here on.
+                config = replace(known.config, managed_peers=peers)
+                self._version = _Version(
+                    text, identity, settled=False, config=config, hub_public_key=known.hub_public_key
+                )
+                self._sync_directory()
+            except OSError as exc:
+                raise HubUpdateError(f"{self.path} could not be replaced: {_reason(exc)}") from exc
+            return True
+        raise HubUpdateError(f"{self.path} could not be replaced: somebody keeps changing it")
+
+    def _replace(self, text: bytes, expected: _Identity) -> _Identity | None:
+        """Replace the file as a whole; return the new version's identity, or None if it isn't `expected`."""
+        fd, temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".tmp", dir=self.path.parent)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                old = self.path.stat()
+                # Ownership first: changing it may take mode bits away.
+                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(fd, old.st_uid, old.st_gid)
+                os.fchmod(fd, stat.S_IMODE(old.st_mode))
+                file.write(text)
+                file.flush()
+                os.fsync(fd)
+                identity = _Identity.of(os.fstat(fd))
+            now = self.path.stat()
+            if _Identity.of(now) != expected or _access(now) != _access(old):
+                return None
+            Path(temporary).replace(self.path)
+        except FileNotFoundError:
+            # Somebody is replacing the file in two steps, or took it away: the next look tells.
+            return None
+        else:
+            return identity
+        finally:
+            # Whatever happened, Ctrl-C included; after the replacement there is nothing of that name.
+            with suppress(OSError):
+                Path(temporary).unlink(missing_ok=True)
+
+    def _sync_directory(self) -> None:
+        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a named pipe would otherwise wait for somebody to write into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _access(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_uid, status.st_gid, status.st_mode
+
+
+def _reason(exc: OSError) -> str:
+    return exc.strerror or type(exc).__name__

@@ -1,0 +1,459 @@
+"""The text of a wg-quick(8) file: what is the operator's, what is ours, and what `wg` would make of it.
+
+Works on bytes, because an operator's comments may be in any encoding. A line ends at a newline and nowhere
+else: `wg` splits there alone, Python's own `splitlines` at a vertical tab or U+2028 as well.
+
+Our peers stand in blocks of exactly this form, the newline in front of the comment included::
+
+    (newline)
+    # wireguard-provisioning: managed peer LABEL
+    [Peer]
+    PublicKey = KEY
+    AllowedIPs = A.B.C.D/32
+    PersistentKeepalive = N         (only if given)
+
+Everything else is foreign and belongs to the operator. Blocks are rendered behind all foreign text: where two
+peers claim one address `wg` gives it to the later one, which has to be ours.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Final
+
+from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, WireGuardPrivateKey
+
+_WHITESPACE: Final = b" \t\r\v\f"
+_INTERFACE: Final = b"[interface]"
+_PEER: Final = b"[peer]"
+_MARKER_START: Final = b"# wireguard-provisioning: managed peer "
+# The carriage return is there for a file that an editor has converted; it's rendered without.
+_MARKER: Final = re.compile(re.escape(_MARKER_START) + rb"([A-Za-z0-9_-]{1,128})\r?")
+_LABEL: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_KEY: Final = re.compile(KEY_PATTERN)
+_KEY_BYTES: Final = re.compile(KEY_PATTERN.encode())
+_NO_KEY: Final = b"A" * 43 + b"="
+# wg-quick(8), CONFIGURATION: these are its own, and `wg` would refuse them.
+_QUICK_KEYS: Final = frozenset(
+    {b"address", b"mtu", b"dns", b"table", b"preup", b"predown", b"postup", b"postdown", b"saveconfig"}
+)
+_UINT16_MAX: Final = 2**16 - 1
+_UINT32_MAX: Final = 2**32 - 1
+_DECIMAL: Final = re.compile(rb"0*([0-9]{1,10})")
+_HEXADECIMAL: Final = re.compile(rb"0x0*[0-9A-Fa-f]{1,8}")
+_ALLOWED_IP: Final = re.compile(rb"([0-9A-Fa-f:.]+)(?:/0*([0-9]{1,3}))?")
+_ENDPOINT: Final = re.compile(rb"(?:\[([^\[\]]+)\]|([^\[\]]+)):([0-9]+)")
+_SCOPE: Final = re.compile(rb"[A-Za-z0-9_.-]+")
+_HOST_NAME: Final = re.compile(
+    rb"[A-Za-z0-9_]+(?:-+[A-Za-z0-9_]+)*(?:\.[A-Za-z0-9_]+(?:-+[A-Za-z0-9_]+)*)*\.?"
+)
+_HOST_NAME_MAX: Final = 253
+_LINK_LOCAL: Final = IPv6Network("fe80::/10")
+
+_CORRECT_IT: Final = "Correct the line, see wg(8) and wg-quick(8)"
+_KEY_REMEDY: Final = "Use what `wg genkey`, `wg pubkey` or `wg genpsk` prints, unchanged"
+
+
+class InvalidConfigError(ValueError):
+    """`wg` or wg-quick would refuse the text, or we must. Never repeats a value: it may be a key."""
+
+    def __init__(self, problem: str, remedy: str = _CORRECT_IT) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedPeer:
+    """One of our peers. `persistent_keepalive` is in seconds, 0 to 65535."""
+
+    label: str
+    public_key: WireGuardKey
+    address: IPv4Address
+    persistent_keepalive: int | None = None
+    # Rendered once: a file of ten thousand peers is written for each that comes or goes.
+    block: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # A newline that reaches the file is a hook that wg-quick runs as root, so nothing is taken on trust.
+        if _LABEL.fullmatch(self.label) is None:
+            raise ValueError("a managed peer's label is 1 to 128 letters, digits, underscores and hyphens")
+        if _KEY.fullmatch(self.public_key) is None:
+            raise ValueError("a managed peer's key is not the canonical base64 of 32 bytes")
+        lines = [
+            "",
+            f"# wireguard-provisioning: managed peer {self.label}",
+            "[Peer]",
+            f"PublicKey = {self.public_key}",
+            f"AllowedIPs = {self.address}/32",
+        ]
+        if self.persistent_keepalive is not None:
+            if not 0 <= self.persistent_keepalive <= _UINT16_MAX:
+                raise ValueError(f"PersistentKeepalive is 0 to {_UINT16_MAX} seconds")
+            lines.append(f"PersistentKeepalive = {self.persistent_keepalive:d}")
+        object.__setattr__(self, "block", "\n".join([*lines, ""]).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignPeer:
+    """A peer that an operator wrote by hand."""
+
+    public_key: str
+    allowed_ips: tuple[IPv4Network | IPv6Network, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedConfig:
+    """A file, taken apart."""
+
+    foreign: bytes = field(repr=False)
+    # The foreign lines as `wg` reads them: without wg-quick's keys, comments and white space.
+    foreign_stripped: bytes = field(repr=False)
+    private_key: WireGuardPrivateKey
+    foreign_peers: tuple[ForeignPeer, ...]
+    # Without blocks that somebody has damaged.
+    managed_peers: tuple[ManagedPeer, ...]
+
+
+def parse(text: bytes) -> ParsedConfig:
+    """Take a file apart and check what is foreign in it; raise InvalidConfigError.
+
+    Foreign text that stands between or behind our blocks follows, in order, on what stands before them.
+    What stands in a block is ours to replace, so damage there is no error.
+    """
+    nul = text.find(b"\0")
+    if nul >= 0:
+        line = text.count(b"\n", 0, nul) + 1
+        raise InvalidConfigError(f"line {line}: there is a NUL byte in it", "Take the byte out")
+    splitter = _Splitter()
+    splitter.split(text)
+    reader = _ForeignReader()
+    for number, raw, compact in splitter.foreign_lines:
+        try:
+            reader.read(number, raw, compact)
+        except InvalidConfigError as exc:
+            raise InvalidConfigError(f"line {number}: {exc.problem}", exc.remedy) from None
+    private_key, foreign_peers = reader.finish()
+    managed = (_managed_peer(label, lines) for label, lines in splitter.blocks)
+    return ParsedConfig(
+        foreign=_join(splitter.gaps),
+        foreign_stripped=b"".join(reader.stripped),
+        private_key=private_key,
+        foreign_peers=foreign_peers,
+        managed_peers=tuple(peer for peer in managed if peer is not None),
+    )
+
+
+def render(foreign: bytes, peers: Iterable[ManagedPeer]) -> bytes:
+    """Put our blocks behind foreign text, be it raw or stripped."""
+    return b"".join([foreign, *(peer.block for peer in peers)])
+
+
+def strip(text: bytes) -> bytes:
+    """Return the text for `wg syncconf`, as `wg-quick strip` would; raise InvalidConfigError."""
+    parsed = parse(text)
+    return render(parsed.foreign_stripped, parsed.managed_peers)
+
+
+def _compact(line: bytes) -> bytes:
+    """Return a line as `wg` sees it: without its comment and without any white space."""
+    return line.partition(b"#")[0].translate(None, _WHITESPACE)
+
+
+def _is_marker(line: bytes) -> bool:
+    return line.startswith(_MARKER_START) and _MARKER.fullmatch(line) is not None
+
+
+class _Splitter:
+    """Tells our blocks from foreign text.
+
+    A block starts at a marker line with a [Peer] line right below it, and takes every key that follows up
+    to the next section: a key that an operator added there would otherwise change its section when the
+    block moves. Comments and blank lines in it are foreign.
+    """
+
+    def __init__(self) -> None:
+        # The foreign text before, between and behind the blocks.
+        self.gaps: list[bytes] = []
+        # A block's label, and its key lines as `wg` sees them.
+        self.blocks: list[tuple[str, list[bytes]]] = []
+        # Number, raw and compact form of each foreign line that `wg` sees anything in.
+        self.foreign_lines: list[tuple[int, bytes, bytes]] = []
+
+    def split(self, text: bytes) -> None:
+        lines = text.split(b"\n")
+        gap: list[bytes] = []
+        block: list[bytes] | None = None
+        below_marker = False
+        for index, line in enumerate(lines):
+            if below_marker:
+                below_marker = False
+                continue
+            if _is_marker(line) and index + 1 < len(lines) and _compact(lines[index + 1]).lower() == _PEER:
+                self.gaps.append(_before_block(b"".join(gap), line))
+                gap, block, below_marker = [], [], True
+                self.blocks.append((line[len(_MARKER_START) :].decode().rstrip("\r"), block))
+                continue
+            compact = _compact(line)
+            if compact.startswith(b"["):
+                block = None
+            if compact and block is not None:
+                block.append(compact)
+                continue
+            if compact:
+                self.foreign_lines.append((index + 1, line, compact))
+                if gap and compact.lower() == _PEER and _is_marker(gap[-1].removesuffix(b"\n")):
+                    # They weren't neighbours: a key of ours stood between, or this would be a block.
+                    gap.append(b"\n")
+            gap.append(line + b"\n" if index + 1 < len(lines) else line)
+        self.gaps.append(b"".join(gap))
+
+
+def _before_block(gap: bytes, marker: bytes) -> bytes:
+    """Take off the newline that belongs to the block behind."""
+    return gap.removesuffix(b"\r\n" if marker.endswith(b"\r") and gap.endswith(b"\r\n") else b"\n")
+
+
+def _join(gaps: Iterable[bytes]) -> bytes:
+    """Put foreign text together again, without making one line or one of our blocks out of two parts."""
+    text = bytearray()
+    for gap in filter(None, gaps):
+        if text and not text.endswith(b"\n"):
+            text += b"\n"
+        if _is_marker(bytes(text[text.rfind(b"\n", 0, -1) + 1 : -1])) and (
+            _compact(gap.partition(b"\n")[0]).lower() == _PEER
+        ):
+            text += b"\n"
+        text += gap
+    return bytes(text)
+
+
+def _number(value: bytes, limit: int, name: str) -> int:
+    match = _DECIMAL.fullmatch(value)
+    number = -1 if match is None else int(match[1])
+    if not 0 <= number <= limit:
+        raise InvalidConfigError(f"{name} is not a number from 0 to {limit}")
+    return number
+
+
+def _key(value: bytes, name: str) -> str:
+    if _KEY_BYTES.fullmatch(value) is None:
+        raise InvalidConfigError(f"{name} is not the canonical base64 of 32 bytes", _KEY_REMEDY)
+    return value.decode("ascii")
+
+
+def _allowed_ip(value: bytes) -> IPv4Network | IPv6Network:
+    """Read one of AllowedIPs as inet_pton(3) would; host bits are dropped, as `wg` does.
+
+    The + and - in front of it that newer versions of `wg` take are refused: they depend on what the
+    interface had before, which a file can't know, and older versions refuse the whole file.
+    """
+    match = _ALLOWED_IP.fullmatch(value)
+    if match is None:
+        raise InvalidConfigError("AllowedIPs is not a list of addresses in CIDR notation")
+    text = match[1].decode("ascii")
+    try:
+        if ":" in text:
+            return IPv6Network((IPv6Address(text), int(match[2] or 128)), strict=False)
+        return IPv4Network((IPv4Address(text), int(match[2] or 32)), strict=False)
+    except ValueError:
+        raise InvalidConfigError("AllowedIPs is not a list of addresses in CIDR notation") from None
+
+
+def _is_host(value: bytes) -> bool:
+    """Whether this may be a host: an address, or a name, of which only DNS knows whether it is one."""
+    if b":" in value:
+        address, percent, scope = value.partition(b"%")
+        try:
+            parsed = IPv6Address(address.decode("ascii"))
+        except ValueError:
+            return False
+        return not percent or (parsed in _LINK_LOCAL and _SCOPE.fullmatch(scope) is not None)
+    if not value.strip(b"0123456789."):
+        try:
+            IPv4Address(value.decode("ascii"))
+        except ValueError:
+            return False
+        return True
+    return len(value) <= _HOST_NAME_MAX and _HOST_NAME.fullmatch(value) is not None
+
+
+def _check_endpoint(value: bytes) -> None:
+    match = _ENDPOINT.fullmatch(value)
+    if match is None or not _is_host(match[1] or match[2]):
+        raise InvalidConfigError("Endpoint is not host:port, or [IPv6 address]:port")
+    if _number(match[3], _UINT16_MAX, "Endpoint's port") == 0:
+        raise InvalidConfigError("Endpoint's port is 0")
+
+
+def _keepalive(value: bytes) -> int:
+    return 0 if value.lower() == b"off" else _number(value, _UINT16_MAX, "PersistentKeepalive")
+
+
+def _check_listen_port(value: bytes) -> None:
+    # getaddrinfo(3) reads it for `wg`, so service names would do as well; they depend on the machine.
+    _number(value, _UINT16_MAX, "ListenPort")
+
+
+def _check_preshared_key(value: bytes) -> None:
+    _key(value, "PresharedKey")
+
+
+def _check_fwmark(value: bytes) -> None:
+    if value.lower() != b"off" and _HEXADECIMAL.fullmatch(value) is None:
+        _number(value, _UINT32_MAX, "FwMark")
+
+
+class _Section:
+    """What the keys of one section add up to."""
+
+    def __init__(self) -> None:
+        self.keys: Mapping[bytes, tuple[str, Callable[[bytes], None]]] = {}
+
+    def take(self, compact: bytes) -> None:
+        """Take a key line as `wg` sees it; raise InvalidConfigError."""
+        key, equals, value = compact.partition(b"=")
+        if not equals or key.lower() not in self.keys:
+            raise InvalidConfigError("a key that `wg` doesn't know in this section")
+        name, take = self.keys[key.lower()]
+        if not value:
+            raise InvalidConfigError(f"{name} has no value", "Give it one, or take the line out")
+        take(value)
+
+
+class _InterfaceSection(_Section):
+    """All [Interface] sections together: `wg` takes the last of several values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.private_key: WireGuardPrivateKey | None = None
+        self.keys = {
+            b"privatekey": ("PrivateKey", self._take_private_key),
+            b"listenport": ("ListenPort", _check_listen_port),
+            b"fwmark": ("FwMark", _check_fwmark),
+        }
+
+    def _take_private_key(self, value: bytes) -> None:
+        key = _key(value, "PrivateKey")
+        if value == _NO_KEY:
+            # It would take the key away from the interface.
+            raise InvalidConfigError("PrivateKey is all zero, which is no key", _KEY_REMEDY)
+        self.private_key = WireGuardPrivateKey.parse(key)
+
+
+class _PeerSection(_Section):
+    """One [Peer] section: networks add up, of other keys the last value counts."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.public_key: str | None = None
+        self.allowed_ips: list[IPv4Network | IPv6Network] = []
+        self.persistent_keepalive: int | None = None
+        self.keys = {
+            b"publickey": ("PublicKey", self._take_public_key),
+            b"presharedkey": ("PresharedKey", _check_preshared_key),
+            b"allowedips": ("AllowedIPs", self._take_allowed_ips),
+            b"endpoint": ("Endpoint", _check_endpoint),
+            b"persistentkeepalive": ("PersistentKeepalive", self._take_keepalive),
+        }
+
+    def _take_public_key(self, value: bytes) -> None:
+        self.public_key = _key(value, "PublicKey")
+
+    def _take_allowed_ips(self, value: bytes) -> None:
+        self.allowed_ips.extend(map(_allowed_ip, value.split(b",")))
+
+    def _take_keepalive(self, value: bytes) -> None:
+        self.persistent_keepalive = _keepalive(value)
+
+
+class _ForeignReader:
+    """Reads foreign lines as wg-quick and then `wg` would, and accepts what both accept.
+
+    The two don't agree on everything: `wg` takes `[ Interface ]` for a section, wg-quick doesn't, and
+    then hands on its own keys, which `wg` refuses. So both views of the section are kept.
+    """
+
+    def __init__(self) -> None:
+        self.stripped: list[bytes] = []
+        self._interface = _InterfaceSection()
+        self._peers: list[_PeerSection] = []
+        self._section: _Section | None = None
+        self._quick_interface = False
+
+    def read(self, number: int, raw: bytes, compact: bytes) -> None:
+        """Take the next line; raise InvalidConfigError."""
+        key, _, value = raw.partition(b"#")[0].partition(b"=")
+        key = key.strip(_WHITESPACE).lower()
+        if compact.startswith(b"["):
+            self._quick_interface = key == _INTERFACE
+            self._section = self._open(number, compact.lower())
+        elif self._quick_interface and key in _QUICK_KEYS:
+            if key == b"saveconfig":
+                _check_save_config(value.strip(_WHITESPACE).lower())
+            return
+        elif self._section is None:
+            raise InvalidConfigError("a key outside of any section")
+        else:
+            self._section.take(compact)
+        self.stripped.append(compact + b"\n")
+
+    def finish(self) -> tuple[WireGuardPrivateKey, tuple[ForeignPeer, ...]]:
+        """Return what the sections add up to; raise InvalidConfigError."""
+        peers = []
+        for peer in self._peers:
+            if peer.public_key is None:
+                raise InvalidConfigError(
+                    f"line {peer.number}: the [Peer] section has no PublicKey",
+                    "Give it one, or take the section out",
+                )
+            peers.append(ForeignPeer(peer.public_key, tuple(peer.allowed_ips)))
+        if self._interface.private_key is None:
+            # `wg syncconf` would answer 0, take the hub's key away and choose another port.
+            raise InvalidConfigError(
+                "no [Interface] section has a PrivateKey",
+                "Put the hub's there: PrivateKey = (what `wg genkey` prints)",
+            )
+        return self._interface.private_key, tuple(peers)
+
+    def _open(self, number: int, header: bytes) -> _Section:
+        if header == _INTERFACE:
+            return self._interface
+        if header == _PEER:
+            self._peers.append(_PeerSection(number))
+            return self._peers[-1]
+        raise InvalidConfigError("a section other than [Interface] and [Peer]")
+
+
+def _check_save_config(value: bytes) -> None:
+    if value == b"true":
+        raise InvalidConfigError(
+            "SaveConfig = true lets `wg-quick down` overwrite the file",
+            "Set it to false, or take the line out",
+        )
+    if value != b"false":
+        raise InvalidConfigError(
+            "SaveConfig is neither true nor false", "Set it to false, or take the line out"
+        )
+
+
+def _managed_peer(label: str, lines: Iterable[bytes]) -> ManagedPeer | None:
+    """Read one of our blocks; None if it isn't one that we could have written."""
+    section = _PeerSection(0)
+    try:
+        for line in lines:
+            section.take(line)
+        public_key = WireGuardKey.parse(section.public_key or "")
+    except ValueError:
+        return None
+    if len(section.allowed_ips) != 1:
+        return None
+    (network,) = section.allowed_ips
+    if not isinstance(network, IPv4Network) or network.num_addresses != 1:
+        return None
+    return ManagedPeer(label, public_key, network.network_address, section.persistent_keepalive)
