@@ -1,0 +1,166 @@
+"""The system's own programs: found, run and, for `make run`, installed."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from backend.errors import HubUpdateError
+
+_TIMEOUT_SECONDS: Final = 15.0
+_LONGEST_REASON: Final = 500
+_INSTALL_TIMEOUT_SECONDS: Final = 900.0
+# Where `ip` and `wg` are, even if the caller's PATH has no sbin.
+_SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Debian's and Ubuntu's.
+_PACKAGES: Final = {"ip": "iproute2", "wg": "wireguard-tools", "wireguard-go": "wireguard-go"}
+_NOT_PERMITTED: Final = re.compile(r"not permitted|Permission denied")
+# What `wg` quotes when it doesn't understand a line may be the private key.
+_QUOTED: Final = re.compile(r"`[^']*'|[A-Za-z0-9+/]{42,}=?")
+_TUN: Final = Path("/dev/net/tun")
+_CAP_NET_ADMIN: Final = 12  # capabilities(7), linux/capability.h
+
+
+class ToolRefusedError(HubUpdateError):
+    """A program ended with an error. The message has what it said, without what it quoted."""
+
+    @property
+    def not_permitted(self) -> bool:
+        """Whether the reason is a missing privilege."""
+        return _NOT_PERMITTED.search(str(self)) is not None
+
+
+def find(name: str) -> str:
+    """Return a program's absolute path; raise HubUpdateError that names the package if there is none."""
+    found = _which(name)
+    if found is None:
+        raise HubUpdateError(f"`{name}` isn't installed; install the package {_PACKAGES.get(name, name)}")
+    return found
+
+
+def run(command: Sequence[str], stdin: bytes = b"") -> str:
+    """Run a program found by `find`; return what it printed, or raise ToolRefusedError."""
+    shown = " ".join([Path(command[0]).name, *command[1:]])
+    try:
+        done = subprocess.run(  # absolute paths, no shell, arguments that Settings has checked
+            command,
+            input=stdin,
+            capture_output=True,
+            check=False,
+            timeout=_TIMEOUT_SECONDS,
+            cwd="/",
+            # wireguard-go becomes a daemon, but stays in its caller's process group: Ctrl-C would end it.
+            start_new_session=True,
+            # From scratch: with a LOG_LEVEL wireguard-go's daemon holds on to our end of stderr, and with
+            # WG_PROCESS_FOREGROUND it doesn't become one.
+            env={"PATH": _SYSTEM_PATH, "LC_ALL": "C", "WG_ENDPOINT_RESOLUTION_RETRIES": "0"},
+        )
+    except subprocess.TimeoutExpired:
+        raise HubUpdateError(f"`{shown}` didn't end within {_TIMEOUT_SECONDS:.0f} seconds") from None
+    except OSError as exc:
+        raise HubUpdateError(f"`{shown}` could not be started ({exc.strerror})") from exc
+    if done.returncode == 0:
+        return done.stdout.decode("utf-8", "replace")
+    said = " ".join((done.stderr.strip() or done.stdout.strip()).decode("utf-8", "replace").split())
+    reason = _QUOTED.sub("...", said)[:_LONGEST_REASON] or f"exit status {done.returncode}"
+    remedy = "; run this as root" if _NOT_PERMITTED.search(reason) else ""
+    raise ToolRefusedError(f"`{shown}` failed: {reason}{remedy}")
+
+
+def query(command: Sequence[str]) -> list[dict[str, Any]]:
+    """Run `ip -json ...`, which prints nothing at all for an empty list."""
+    text = run(command)
+    found: list[dict[str, Any]] = json.loads(text) if text.strip() else []
+    return found
+
+
+def obstacles() -> list[str]:
+    """Say what keeps this process from making a WireGuard interface, and how to get it; empty if nothing."""
+    found = []
+    if not _may_administer_the_network():
+        found.append("it takes root (CAP_NET_ADMIN): run it with sudo")
+    found += [f"`{name}` isn't installed: install the package {_PACKAGES[name]}" for name in _missing_tools()]
+    if not _kernel_has_wireguard() and not _tun_opens():
+        found.append(
+            f"the kernel has no WireGuard and {_TUN} can't be opened: `modprobe wireguard` or `modprobe tun`"
+        )
+    return found
+
+
+def install_missing() -> list[str]:
+    """Install what is missing, if this is root on Debian or Ubuntu; return the packages it tried."""
+    packages = [_PACKAGES[name] for name in _missing_tools()]
+    apt = _which("apt-get")
+    if not packages or apt is None or os.geteuid() != 0 or not _is_debian():
+        return []
+    # wireguard-tools recommends a kernel.
+    install = [apt, "install", "--yes", "--quiet", "--no-install-recommends", *packages]
+    # The package lists may be missing or so old that they name what is gone.
+    _apt(install) or (_apt([apt, "update", "--quiet"]) and _apt(install))
+    return packages
+
+
+def _apt(command: Sequence[str]) -> bool:
+    environment = {**os.environ, "PATH": _SYSTEM_PATH, "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(  # an absolute path, no shell, package names from this file
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=_INSTALL_TIMEOUT_SECONDS,
+            env=environment,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def _which(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}")
+
+
+def _missing_tools() -> list[str]:
+    needed = ["wg", "ip"] if _kernel_has_wireguard() else ["wg", "ip", "wireguard-go"]
+    return [name for name in needed if _which(name) is None]
+
+
+def _may_administer_the_network() -> bool:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
+    return False
+
+
+def _kernel_has_wireguard() -> bool:
+    if Path("/sys/module/wireguard").exists():
+        return True
+    modprobe = _which("modprobe")
+    if modprobe is None:
+        return False
+    try:
+        run([modprobe, "--dry-run", "--quiet", "wireguard"])
+    except HubUpdateError:
+        return False
+    return True
+
+
+def _tun_opens() -> bool:
+    try:
+        os.close(os.open(_TUN, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _is_debian() -> bool:
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        return False
+    return not {"debian", "ubuntu"}.isdisjoint([release.get("ID", ""), *release.get("ID_LIKE", "").split()])

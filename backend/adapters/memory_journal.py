@@ -1,0 +1,77 @@
+"""Records that live as long as the process, for ENABLE_DBOS=false."""
+
+from collections.abc import Callable, Sequence
+
+from backend.services.hub_committer import run_sequence
+from backend.services.ports import Action, Batch, Peer, RecordedState
+
+
+class MemoryJournal:
+    """Keeps the records in a dict, behind the same port and through the same sequence as the durable one.
+
+    It begins with the peers that an earlier process left in the file: they work, so they're still there.
+    """
+
+    def __init__(self, peers: Sequence[Peer] = ()) -> None:
+        self._records = {peer.node_id: peer for peer in peers}
+        self._generation = 0
+        self._applied_generation = 0
+        self._batch: Batch | None = None
+        self._undo: dict[str, Peer] = {}
+        self._apply: Callable[[Batch | None], str | None] = lambda _: None
+
+    def load(self) -> RecordedState:
+        """Return everything."""
+        return RecordedState(tuple(self._records.values()), self._generation, self._applied_generation)
+
+    def launch(self, apply: Callable[[Batch | None], str | None]) -> None:
+        """Remember how a batch gets to the hub."""
+        self._apply = apply
+
+    def run(self, batch: Batch) -> None:
+        """Take a batch through its sequence."""
+        self._batch = batch
+        run_sequence(self, batch.batch_id)
+        self._batch = None
+
+    def mark_applied(self, generation: int) -> None:
+        """Note that the hub has reached `generation`."""
+        self._applied_generation = generation
+
+    def tidy(self) -> None:
+        """Nothing is left over here."""
+
+    def check(self) -> None:
+        """Memory always answers."""
+
+    def close(self) -> None:
+        """Nothing is to be closed."""
+
+    def intend(self, batch_id: str) -> None:
+        """Write the batch's records."""
+        batch = self._current(batch_id)
+        self._undo = dict(self._records)
+        self._generation = batch.generation
+        for change in batch.accepted():
+            if change.action is Action.ADD:
+                self._records[change.peer.node_id] = change.peer
+            else:
+                del self._records[change.peer.node_id]
+
+    def apply(self, batch_id: str) -> str | None:
+        """Bring the batch to the hub."""
+        return self._apply(self._current(batch_id))
+
+    def confirm(self, batch_id: str) -> None:
+        """Note that the hub has it."""
+        self._applied_generation = self._current(batch_id).generation
+
+    def revoke(self, batch_id: str) -> None:
+        """Go back to what was there before the batch."""
+        self._current(batch_id)
+        self._records = self._undo
+
+    def _current(self, batch_id: str) -> Batch:
+        if self._batch is None or self._batch.batch_id != batch_id:
+            raise RuntimeError("a batch of another process can't be in memory")
+        return self._batch

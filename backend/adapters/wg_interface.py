@@ -1,0 +1,71 @@
+"""The live interface, by `wg` (wg(8)); and the stand-in for where only the file is kept."""
+
+import socket
+from collections.abc import Collection, Mapping
+from ipaddress import IPv4Address
+from typing import Final
+
+from backend.adapters import host_tools
+from backend.models.wireguard.keys import WireGuardKey
+
+
+class WgInterface:
+    """One WireGuard interface in this process's network namespace."""
+
+    live: Final = True
+
+    def __init__(self, name: str) -> None:
+        """Find `wg`; raise HubUpdateError where it isn't installed."""
+        self._name = name
+        self._wg = host_tools.find("wg")
+
+    def change(self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]) -> None:
+        """Run one `wg set`: it costs what the change costs, and disturbs nobody else."""
+        arguments: list[str] = []
+        for key in removed:
+            arguments += ["peer", key, "remove"]
+        for key, address in added.items():
+            arguments += ["peer", key, "allowed-ips", f"{address}/32"]
+        host_tools.run([self._wg, "set", self._name, *arguments])
+
+    def sync(self, stripped: bytes) -> None:
+        """Run `wg syncconf`: peers that haven't changed keep their sessions.
+
+        They may lose packets all the same: it sets the port, and wireguard-go opens its socket anew then.
+        """
+        host_tools.run([self._wg, "syncconf", self._name, "/dev/stdin"], stripped)
+
+    def peers(self) -> dict[str, frozenset[str]]:
+        """Run `wg show NAME allowed-ips`: a line a peer, the key, a tab, CIDRs or `(none)`."""
+        peers = {}
+        for line in host_tools.run([self._wg, "show", self._name, "allowed-ips"]).splitlines():
+            key, _, allowed = line.partition("\t")
+            peers[key] = frozenset(() if allowed == "(none)" else allowed.split(" "))
+        return peers
+
+    def incarnation(self) -> int | None:
+        """Return the interface's index (netdevice(7)): a new interface has a new one."""
+        try:
+            return socket.if_nametoindex(self._name)
+        except OSError:
+            return None
+
+
+class FileOnly:
+    """No interface at all, for WIREGUARD_RELOAD=off."""
+
+    live: Final = False
+
+    def change(self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]) -> None:
+        """Leave it to whoever reads the file."""
+
+    def sync(self, stripped: bytes) -> None:
+        """Leave it to whoever reads the file."""
+
+    def peers(self) -> dict[str, frozenset[str]]:
+        """Return nothing: there is no interface to look at."""
+        return {}
+
+    def incarnation(self) -> int | None:
+        """Return nothing: there is no interface to look at."""
+        return None

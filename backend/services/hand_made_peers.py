@@ -1,0 +1,45 @@
+"""What the peers hold that an operator wrote into wg0.conf by hand."""
+
+from collections.abc import Sequence
+from ipaddress import IPv4Network
+
+from backend.errors import AddressTakenError, DuplicatePeerError, ProvisioningError
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.ports import Peer
+from backend.services.wireguard_config_manager import ForeignPeer
+
+
+class HandMadePeers:
+    """Keeps their addresses out of the pool, and says when a new peer would collide with one of them."""
+
+    def __init__(self, pool: IPPoolManager) -> None:
+        self._pool = pool
+        self._keys: frozenset[str] = frozenset()
+        self._hub_key: WireGuardKey | None = None
+
+    def note(self, peers: Sequence[ForeignPeer], hub_key: WireGuardKey) -> None:
+        """Take over what the file says now."""
+        networks = (network for peer in peers for network in peer.allowed_ips)
+        self._pool.set_external(network for network in networks if isinstance(network, IPv4Network))
+        self._keys = frozenset(peer.public_key for peer in peers)
+        self._hub_key = hub_key
+
+    @property
+    def hub_key(self) -> WireGuardKey:
+        """The public half of the file's PrivateKey."""
+        if self._hub_key is None:
+            raise RuntimeError("the hub's config has not been read yet")
+        return self._hub_key
+
+    def hold(self, key: WireGuardKey) -> bool:
+        """Say whether one of them has this key."""
+        return key in self._keys
+
+    def conflict(self, peer: Peer) -> ProvisioningError | None:
+        """Return why this peer can't be added beside them, or None."""
+        if self.hold(peer.wireguard_public_key):
+            return DuplicatePeerError(peer.node_id, {})
+        if self._pool.is_external(peer.address):
+            return AddressTakenError(str(peer.address))
+        return None

@@ -1,0 +1,212 @@
+"""Brings wg0.conf and the interface up to the records, and puts both back when that fails."""
+
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from threading import Lock
+from typing import Final
+
+from backend.errors import HubUpdateError
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services.hand_made_peers import HandMadePeers
+from backend.services.ports import Action, Change, Hub, Peer
+from backend.services.wireguard_config_manager import ForeignPeer, ManagedPeer, WireGuardConfigManager
+
+log = logging.getLogger(__name__)
+
+# How long a health check waits for a batch that is being applied before it answers from memory.
+_CHECK_PATIENCE_SECONDS: Final = 2.0
+
+
+def managed(peer: Peer) -> ManagedPeer:
+    """Return a peer as the file knows it: without keepalive, for it's the node behind NAT that must send."""
+    return ManagedPeer(peer.node_id, peer.wireguard_public_key, peer.address)
+
+
+_NONE: Final[Mapping[WireGuardKey, IPv4Address]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """An interface, and what of the file apart from our peers it was told."""
+
+    incarnation: int | None
+    foreign: bytes = field(repr=False)
+
+
+class HubMirror:
+    """Keeps file and interface equal to the peers that it was told of.
+
+    What it was told of is what the records hold: it may lag behind them, it never leads.
+    """
+
+    def __init__(self, config: WireGuardConfigManager, hub: Hub, hand_made: HandMadePeers) -> None:
+        self._config = config
+        self._hub = hub
+        self._hand_made = hand_made
+        self._noted_foreign: Sequence[ForeignPeer] | None = None
+        self._noted_hub_key: WireGuardKey | None = None
+        # Guards _peers and orders everything that is done to file and interface. Held across their I/O.
+        self._lock = Lock()
+        self._peers: dict[str, ManagedPeer] = {}
+        # The interface that is known to equal _peers and the rest of the file, or None while there is none.
+        self._confirmed: _Seen | None = None
+        self._problem: str | None = "the hub has not been reconciled yet"
+
+    @property
+    def live(self) -> bool:
+        """False where only the file is kept."""
+        return self._hub.live
+
+    def replace(self, peers: Iterable[Peer]) -> str | None:
+        """Take these peers as the truth and reconcile; return why that failed, or None."""
+        with self._lock:
+            self._peers = {peer.node_id: managed(peer) for peer in peers}
+        return self.reconcile()
+
+    def reconcile(self) -> str | None:
+        """Make file and interface equal to the peers, whatever they hold now; return the problem, or None."""
+        with self._lock:
+            try:
+                self._confirmed = None
+                self._update()
+            except HubUpdateError as exc:
+                self._note_problem(str(exc))
+                return str(exc)
+            self._note_problem(None)
+            return None
+
+    def apply(self, changes: Iterable[Change]) -> str | None:
+        """Bring changes to file and interface, all of them or none; return why it failed, or None.
+
+        It may be called again with changes that are there already, and with none at all.
+        """
+        with self._lock:
+            before = self._peers
+            after = dict(before)
+            added: dict[WireGuardKey, IPv4Address] = {}
+            removed: list[WireGuardKey] = []
+            for change in changes:
+                peer = change.peer
+                if change.action is Action.ADD:
+                    after[peer.node_id] = managed(peer)
+                    added[peer.wireguard_public_key] = peer.address
+                else:
+                    after.pop(peer.node_id, None)
+                    removed.append(peer.wireguard_public_key)
+            try:
+                # Asked before the file is touched, or it would be written twice for nothing.
+                self._require_interface()
+                self._peers = after
+                self._update(added, removed)
+            except HubUpdateError as exc:
+                self._put_back(before)
+                return str(exc)
+            self._note_problem(None)
+            return None
+
+    def refresh(self) -> None:
+        """Notice what an operator did to the file since; raise ConfigFileError if it can't be used."""
+        with self._lock:
+            self._config.refresh()
+            self._note_foreign()
+
+    def heal(self) -> bool:
+        """Reconcile if there is a problem or the interface was made anew; return whether it was done well."""
+        if self._problem is None and (not self._hub.live or self._is_the_confirmed()):
+            return False
+        return self.reconcile() is None
+
+    def _is_the_confirmed(self) -> bool:
+        return self._confirmed is not None and self._confirmed.incarnation == self._hub.incarnation()
+
+    def check(self) -> None:
+        """Raise HubUpdateError unless a change could be applied now."""
+        if not self._lock.acquire(timeout=_CHECK_PATIENCE_SECONDS):
+            if self._problem is not None:
+                raise HubUpdateError(self._problem)
+            return
+        try:
+            self._config.refresh()
+            self._require_interface()
+            if self._problem is not None:
+                raise HubUpdateError(self._problem)
+        finally:
+            self._lock.release()
+
+    def _update(
+        self, added: Mapping[WireGuardKey, IPv4Address] = _NONE, removed: Collection[WireGuardKey] = ()
+    ) -> None:
+        """Write the file and bring the interface up to it, by what is new since the last time if that's told.
+
+        That is only the cheaper way: the interface is compared with all the peers afterwards, and
+        where they differ it is told everything.
+        """
+        peers = self._peers.values()
+        self._config.write(peers)
+        self._note_foreign()
+        self._require_interface()
+        if not self._hub.live:
+            return
+        present = _Seen(self._hub.incarnation(), self._config.foreign_stripped)
+        if self._confirmed == present:
+            try:
+                if added or removed:
+                    self._hub.change(added, removed)
+                    self._verify()
+            except HubUpdateError as exc:
+                log.warning("change_failed", extra={"reason": str(exc), "next": "syncconf"})
+            else:
+                return
+        self._confirmed = None
+        self._hub.sync(self._config.render_stripped(peers))
+        self._verify()
+        self._confirmed = present
+
+    def _verify(self) -> None:
+        """Look at the interface itself: `wg` answers 0 to several things that it doesn't do."""
+        actual = self._hub.peers()
+        for peer in self._peers.values():
+            if actual.get(peer.public_key) != frozenset({f"{peer.address}/32"}):
+                raise HubUpdateError(f"the interface did not take peer {peer.label} with {peer.address}")
+        known: set[str] = {peer.public_key for peer in self._peers.values()}
+        known.update(peer.public_key for peer in self._config.foreign_peers)
+        surplus = actual.keys() - known
+        if surplus:
+            raise HubUpdateError(f"the interface kept {len(surplus)} peer(s) that are not in the file")
+
+    def _put_back(self, before: dict[str, ManagedPeer]) -> None:
+        self._peers = before
+        try:
+            self._confirmed = None
+            self._update()
+        except HubUpdateError as exc:
+            # Not lost: heal() goes on trying, and nothing is acknowledged before it has succeeded.
+            self._note_problem(str(exc))
+        else:
+            self._note_problem(None)
+
+    def _require_interface(self) -> None:
+        if self._hub.live and self._hub.incarnation() is None:
+            name = self._config.interface
+            raise HubUpdateError(
+                f"interface {name} does not exist; bring it up with "
+                f"`python -m backend hub up` or `wg-quick up {name}`"
+            )
+
+    def _note_foreign(self) -> None:
+        foreign, hub_key = self._config.foreign_peers, self._config.hub_public_key
+        if foreign is not self._noted_foreign or hub_key != self._noted_hub_key:
+            self._noted_foreign, self._noted_hub_key = foreign, hub_key
+            self._hand_made.note(foreign, hub_key)
+
+    def _note_problem(self, problem: str | None) -> None:
+        if problem != self._problem:
+            if problem is None:
+                log.info(
+                    "hub_in_step", extra={"interface": self._config.interface, "peers": len(self._peers)}
+                )
+            else:
+                log.error("hub_out_of_step", extra={"interface": self._config.interface, "reason": problem})
+        self._problem = problem

@@ -1,0 +1,134 @@
+"""What the domain needs from outside, as Protocols, and the small values that cross them."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from ipaddress import IPv4Address
+from typing import Protocol
+
+from backend.errors import ProvisioningError
+from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.provisioning import ProvisioningRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What memory keeps of a provisioned peer: enough for every answer, file and interface."""
+
+    node_id: str
+    public_key: str
+    wireguard_public_key: WireGuardKey
+    address: IPv4Address
+    provisioned_at: datetime
+
+
+class Action(StrEnum):
+    """What a change does to a peer."""
+
+    ADD = "add"
+    REMOVE = "remove"
+
+
+@dataclass(slots=True)
+class Change:
+    """One peer that comes or goes.
+
+    `record` is there for an ADD, and filled in by the intent of a REMOVE. `settle` is told the outcome,
+    None for success, from the committer's thread; only the first word counts.
+    """
+
+    action: Action
+    peer: Peer
+    settle: Callable[[ProvisioningError | None], None]
+    record: ProvisioningRecord | None = None
+    # Set when this change alone was refused; the rest of its batch goes on without it.
+    refusal: ProvisioningError | None = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """Changes that are committed together, under one generation of the hub."""
+
+    batch_id: str
+    generation: int
+    changes: list[Change]
+    # Why the hub could not be updated, once `apply` has failed for good.
+    failure: str | None = field(default=None)
+
+    def accepted(self) -> list[Change]:
+        """Return the changes that nothing has refused so far."""
+        return [change for change in self.changes if change.refusal is None]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedState:
+    """What the records say: the peers in the order they came, and how far the hub has followed."""
+
+    peers: Sequence[Peer]
+    generation: int
+    applied_generation: int
+
+
+class BatchSteps(Protocol):
+    """The four things that happen to a batch. Each may be durable; `apply` may run more than once."""
+
+    def intend(self, batch_id: str) -> None:
+        """Write the batch's records under its generation, in one transaction."""
+
+    def apply(self, batch_id: str) -> str | None:
+        """Bring file and interface up to the records; return why it could not be done, or None."""
+
+    def confirm(self, batch_id: str) -> None:
+        """Note that the hub has reached the batch's generation."""
+
+    def revoke(self, batch_id: str) -> None:
+        """Take the intent back, in one transaction."""
+
+
+class Journal(Protocol):
+    """The records, and the way a batch gets into them. Called by one thread at a time."""
+
+    def load(self) -> RecordedState:
+        """Read everything; raise RecordsUnavailableError."""
+
+    def launch(self, apply: Callable[[Batch | None], str | None]) -> None:
+        """Take up work. `apply` is called for each batch, and with None for one of an earlier process."""
+
+    def run(self, batch: Batch) -> None:
+        """Take a batch through its sequence. On any exception the outcome is to be looked up by `load`."""
+
+    def mark_applied(self, generation: int) -> None:
+        """Note that the hub has reached `generation`, outside of any batch."""
+
+    def tidy(self) -> None:
+        """Forget what is no longer needed, if it is time to; called when nothing else is to do."""
+
+    def check(self) -> None:
+        """Raise RecordsUnavailableError unless the records answer."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class Hub(Protocol):
+    """The live interface."""
+
+    @property
+    def live(self) -> bool:
+        """False where only the file is kept, so that nothing is said about an interface."""
+
+    def change(self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]) -> None:
+        """Bring peers in, each with its one address, and take others out; touch nothing else.
+
+        Raises HubUpdateError. It may be asked for what is so already.
+        """
+
+    def sync(self, stripped: bytes) -> None:
+        """Make the interface equal to a config that `wg setconf` would take; raise HubUpdateError."""
+
+    def peers(self) -> dict[str, frozenset[str]]:
+        """Return what the interface has: public key -> AllowedIPs in CIDR notation; raise HubUpdateError."""
+
+    def incarnation(self) -> int | None:
+        """Return a number that is another one whenever the interface was made anew; None if there is none."""

@@ -1,0 +1,115 @@
+"""Doubles with behaviour, for unit tests; each satisfies the Protocol that the real thing does."""
+
+from collections.abc import Callable, Collection, Mapping
+from ipaddress import IPv4Address
+
+from backend.adapters.memory_journal import MemoryJournal
+from backend.errors import HubUpdateError, RecordsUnavailableError
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services.ports import Batch, Hub, Journal, RecordedState
+
+
+class FakeHub:
+    """An interface in memory. It can vanish, come back empty, and refuse to be told anything."""
+
+    live = True
+
+    def __init__(self) -> None:
+        self.table: dict[str, frozenset[str]] = {}
+        self.broken: str | None = None
+        # Takes the next configuration, and reports failure all the same, as a `wg` that is killed may.
+        self.takes_it_but_fails = False
+        self.syncs = 0
+        self.changes = 0
+        self._index = 1
+        self._up = True
+
+    def vanish(self) -> None:
+        """Delete the interface."""
+        self._up, self.table = False, {}
+
+    def come_back(self) -> None:
+        """Make the interface anew, without peers."""
+        self._up, self.table, self._index = True, {}, self._index + 1
+
+    def change(self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]) -> None:
+        self.changes += 1
+        if self.broken is not None or not self._up:
+            raise HubUpdateError(self.broken or "no such device")
+        self.table = {key: allowed for key, allowed in self.table.items() if key not in set(removed)}
+        self.table |= {key: frozenset({f"{address}/32"}) for key, address in added.items()}
+        if self.takes_it_but_fails:
+            raise HubUpdateError("killed")
+
+    def sync(self, stripped: bytes) -> None:
+        self.syncs += 1
+        if self.broken is not None or not self._up:
+            raise HubUpdateError(self.broken or "no such device")
+        table: dict[str, frozenset[str]] = {}
+        key = ""
+        for line in stripped.decode("latin-1").split("\n"):
+            name, _, value = (part.strip() for part in line.partition("="))
+            if name.lower() == "publickey":
+                key = value
+                table[key] = frozenset()
+            elif name.lower() == "allowedips":
+                table[key] |= frozenset(value.replace(" ", "").split(","))
+        self.table = table
+        if self.takes_it_but_fails:
+            raise HubUpdateError("killed")
+
+    def peers(self) -> dict[str, frozenset[str]]:
+        if not self._up:
+            raise HubUpdateError("no such device")
+        return dict(self.table)
+
+    def incarnation(self) -> int | None:
+        return self._index if self._up else None
+
+
+class FlakyJournal(MemoryJournal):
+    """Records that stop answering at a chosen moment, and answer again when `failing_at` is cleared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # "check" and "load", "intend" (nothing written), "intended" (written, not told), or "confirm".
+        self.failing_at: set[str] = set()
+
+    def _fail(self, moment: str) -> None:
+        if moment in self.failing_at:
+            raise RecordsUnavailableError(f"no answer at {moment}")
+
+    def check(self) -> None:
+        self._fail("check")
+
+    def load(self) -> RecordedState:
+        self._fail("load")
+        return super().load()
+
+    def intend(self, batch_id: str) -> None:
+        self._fail("intend")
+        super().intend(batch_id)
+        self._fail("intended")
+
+    def confirm(self, batch_id: str) -> None:
+        self._fail("confirm")
+        super().confirm(batch_id)
+
+    def revoke(self, batch_id: str) -> None:
+        self._fail("revoke")
+        super().revoke(batch_id)
+
+
+class GatedJournal(MemoryJournal):
+    """Records that wait at a gate before each batch, so that a test can look at what is under way."""
+
+    def __init__(self, gate: Callable[[Batch], object]) -> None:
+        super().__init__()
+        self._gate = gate
+
+    def run(self, batch: Batch) -> None:
+        self._gate(batch)
+        super().run(batch)
+
+
+_: tuple[type[Hub], type[Journal], type[Journal]] = (FakeHub, FlakyJournal, GatedJournal)
