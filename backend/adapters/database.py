@@ -1,0 +1,137 @@
+"""The database's engine, its exclusive use, and its schema brought up to date."""
+
+import os
+import sqlite3
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.exc import SQLAlchemyError
+
+from backend.adapters.lock_file import LockFile
+from backend.errors import StartRefusedError
+
+_MIGRATIONS: Final = Path(__file__).parent / "migrations"
+# Any number that nothing else takes: "wgprov" in ASCII.
+_ADVISORY_LOCK: Final = 0x776770726F76
+_BUSY_TIMEOUT_MS: Final = 30_000
+# DBOS keeps about five connections busy for a moment while a datasource transaction holds another.
+_POOL_SIZE: Final = 10
+
+
+class Database:
+    """One database, used by one process at a time, with the schema of this version."""
+
+    def __init__(self, url: str) -> None:
+        self.url = sa.make_url(url)
+        self._stack = ExitStack()
+        if self.url.get_backend_name() == "sqlite":
+            self.engine = self._open_sqlite()
+        else:
+            self.engine = self._open_postgresql()
+
+    def close(self) -> None:
+        """Close every connection and let another process have the database."""
+        self._stack.close()
+        self.engine.dispose()
+
+    def migrate(self) -> None:
+        """Bring the schema up to date; do nothing, quickly, where it is."""
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS))
+        try:
+            with self.engine.begin() as connection:
+                current = MigrationContext.configure(connection).get_current_heads()
+                if set(current) == set(ScriptDirectory.from_config(config).get_heads()):
+                    return
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+        except SQLAlchemyError as exc:
+            raise StartRefusedError(f"the schema of {self._name()} can't be updated: {_said(exc)}") from exc
+
+    def _name(self) -> str:
+        return self.url.render_as_string(hide_password=True)
+
+    def _open_sqlite(self) -> sa.Engine:
+        if not self.url.database or self.url.database == ":memory:":
+            raise StartRefusedError(
+                "DATABASE_URL names no file; write sqlite:////absolute/path, or set ENABLE_DBOS=false"
+            )
+        path = Path(self.url.database).absolute()
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # From birth: SQLite gives its -wal and -shm the mode of the database.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            path.chmod(0o600)
+        except OSError as exc:
+            raise StartRefusedError(
+                f"the database {path} can't be made or written ({exc.strerror}); "
+                "give this process a STATE_DIRECTORY or a DATABASE_URL that it may write to"
+            ) from exc
+        lock = LockFile(path.with_name(path.name + ".lock"), f"The database {path}").acquire()
+        self._stack.callback(lock.release)
+        # Connections are handed from thread to thread by the pool, never used by two at once.
+        engine = sa.create_engine(
+            self.url, pool_size=_POOL_SIZE, max_overflow=_POOL_SIZE, connect_args={"check_same_thread": False}
+        )
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+        return engine
+
+    def _open_postgresql(self) -> sa.Engine:
+        engine = sa.create_engine(
+            self.url,
+            pool_size=_POOL_SIZE,
+            max_overflow=_POOL_SIZE,
+            # A connection that the server has closed meanwhile is found out before it is used.
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": 5, "application_name": "wireguard-provisioning"},
+        )
+        try:
+            # Held by a connection of its own, which ends with the process.
+            connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            mine = connection.scalar(sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK)))
+        except SQLAlchemyError as exc:
+            engine.dispose()
+            raise StartRefusedError(
+                f"{self._name()} does not answer; check DATABASE_URL: {_said(exc)}"
+            ) from exc
+        if not mine:
+            connection.close()
+            engine.dispose()
+            raise StartRefusedError(
+                f"The database {self._name()} is already used by another hub's service; give each hub its own"
+            )
+        self._stack.callback(connection.close)
+        return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    for pragma in (
+        "journal_mode=WAL",
+        # An acknowledged peer survives a power cut: NORMAL would lose the last commits.
+        "synchronous=FULL",
+        f"busy_timeout={_BUSY_TIMEOUT_MS}",
+        "foreign_keys=ON",
+    ):
+        connection.execute(f"PRAGMA {pragma}").close()
+    if sqlite3.sqlite_version_info < (3, 42) and sys.version_info >= (3, 12):
+        # From Python 3.12 on, DBOS's schema asks for unixepoch('subsec'), which older SQLite answers with
+        # NULL (Debian 12 has 3.40). The connection's own function stands in for the built-in one.
+        connection.create_function("unixepoch", 1, _unixepoch)
+
+
+def _unixepoch(_modifier: str) -> float:
+    return round(time.time(), 3)
+
+
+def _said(exc: SQLAlchemyError) -> str:
+    """Return the driver's own first line: SQLAlchemy's text would quote the statement and its values."""
+    text = str(getattr(exc, "orig", None) or exc).strip()
+    return text.splitlines()[0] if text else type(exc).__name__

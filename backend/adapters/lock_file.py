@@ -1,0 +1,44 @@
+"""A lock that a second process meets, and that no dead one leaves behind (flock(2))."""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Self
+
+from backend.errors import StartRefusedError
+
+
+class LockFile:
+    """Held from :meth:`acquire` to :meth:`release`, or to the end of the process however that comes."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        self._path = path
+        self._what = what
+        self._descriptor: int | None = None
+
+    def acquire(self) -> Self:
+        """Take the lock; raise StartRefusedError when another process has it."""
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise StartRefusedError(
+                f"{self._path} can't be made ({exc.strerror}); let this process write to its directory"
+            ) from exc
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(descriptor)
+            raise StartRefusedError(
+                f"{self._what} is already managed by another process (PID {holder}); stop that one first"
+            ) from None
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._descriptor = descriptor
+        return self
+
+    def release(self) -> None:
+        """Let go. The file stays: to remove it would let a third process lock another file of that name."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

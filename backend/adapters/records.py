@@ -1,0 +1,188 @@
+"""The records' tables, and all the SQL that touches them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from ipaddress import IPv4Address
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from backend.errors import (
+    AddressTakenError,
+    DuplicatePeerError,
+    PeerNotFoundError,
+    ProvisioningError,
+    RecordsUnavailableError,
+)
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services.ports import Action, Change, Peer, RecordedState
+
+NAMING: Final = {
+    "pk": "pk_%(table_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+}
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """An aware datetime in UTC, also where the database (SQLite) forgets the zone."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 - the base class's
+        """Store UTC."""
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 - see above
+        """Return UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+metadata: Final = sa.MetaData(naming_convention=NAMING)
+
+peers: Final = sa.Table(
+    "peers",
+    metadata,
+    # The order in which peers came, which is their order in the file.
+    sa.Column("sequence", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("node_id", sa.String(128), nullable=False, unique=True),
+    sa.Column("wireguard_public_key", sa.String(44), nullable=False, unique=True),
+    sa.Column("assigned_ip", sa.String(15), nullable=False, unique=True),
+    sa.Column("public_key", sa.String(256), nullable=False),
+    sa.Column("provisioned_at", UtcDateTime(), nullable=False),
+    sa.Column("version", sa.String(256), nullable=False),
+    sa.Column("capabilities", sa.JSON(), nullable=False),
+    sa.Column("metadata", sa.JSON(none_as_null=True), nullable=True),
+    # The hub's generation that brought the peer.
+    sa.Column("generation", sa.BigInteger(), nullable=False),
+)
+
+# One row: what has been decided, and how far the hub has followed.
+hub_state: Final = sa.Table(
+    "hub_state",
+    metadata,
+    sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1", name="single"), primary_key=True),
+    sa.Column("generation", sa.BigInteger(), nullable=False),
+    sa.Column("applied_generation", sa.BigInteger(), nullable=False),
+)
+
+Row = Mapping[str, Any]
+
+
+def load_state(connection: sa.Connection) -> RecordedState:
+    """Read every peer, in the order they came, and the hub's generations."""
+    state = connection.execute(sa.select(hub_state.c.generation, hub_state.c.applied_generation)).one()
+    columns = (
+        peers.c.node_id,
+        peers.c.public_key,
+        peers.c.wireguard_public_key,
+        peers.c.assigned_ip,
+        peers.c.provisioned_at,
+    )
+    found = tuple(
+        Peer(node_id, public_key, WireGuardKey.trusted(key), IPv4Address(address), provisioned_at)
+        for node_id, public_key, key, address, provisioned_at in connection.execute(
+            sa.select(*columns).order_by(peers.c.sequence)
+        )
+    )
+    return RecordedState(found, state.generation, state.applied_generation)
+
+
+def write_intent(session: Session, generation: int, changes: Sequence[Change]) -> list[Row]:
+    """Write one batch under its generation; return the rows that it took out.
+
+    A change that a constraint refuses gets its `refusal` and fails alone.
+    """
+    advanced = session.execute(
+        sa.update(hub_state)
+        .where(hub_state.c.generation == generation - 1)
+        .values(generation=generation)
+        .returning(hub_state.c.generation)
+    )
+    if advanced.first() is None:
+        raise RecordsUnavailableError("another process has written to the records; restart this one")
+    removed = _remove(session, [change for change in changes if change.action is Action.REMOVE])
+    _add(session, generation, [change for change in changes if change.action is Action.ADD])
+    return removed
+
+
+def revoke_intent(
+    session: Session, generation: int, changes: Iterable[Change], removed: Sequence[Row]
+) -> None:
+    """Take a batch's intent back, unless the hub has reached its generation since: then it stands."""
+    applied = session.scalar(sa.select(hub_state.c.applied_generation))
+    if applied is None or applied >= generation:
+        return
+    names = [change.peer.node_id for change in changes if change.action is Action.ADD]
+    session.execute(sa.delete(peers).where(peers.c.node_id.in_(names), peers.c.generation == generation))
+    if removed:
+        session.execute(sa.insert(peers), [dict(row) for row in removed])
+
+
+def mark_applied(connection: sa.Connection | Session, generation: int) -> None:
+    """Note that the hub has reached a generation; it never goes back."""
+    connection.execute(
+        sa.update(hub_state)
+        .where(hub_state.c.applied_generation < generation)
+        .values(applied_generation=generation)
+    )
+
+
+def _remove(session: Session, changes: Sequence[Change]) -> list[Row]:
+    if not changes:
+        return []
+    names = [change.peer.node_id for change in changes]
+    rows = (
+        session.execute(sa.delete(peers).where(peers.c.node_id.in_(names)).returning(peers)).mappings().all()
+    )
+    found = {row["node_id"] for row in rows}
+    for change in changes:
+        if change.peer.node_id not in found:
+            change.refusal = PeerNotFoundError(change.peer.node_id)
+    return [dict(row) for row in rows]
+
+
+def _add(session: Session, generation: int, changes: Sequence[Change]) -> None:
+    rows = [_row(change, generation) for change in changes]
+    if not rows:
+        return
+    try:
+        with session.begin_nested():
+            session.execute(sa.insert(peers), rows)
+    except IntegrityError:
+        # Somebody in it collides; one by one it shows who.
+        for change, row in zip(changes, rows, strict=True):
+            try:
+                with session.begin_nested():
+                    session.execute(sa.insert(peers), [row])
+            except IntegrityError as exc:
+                change.refusal = _refusal(change.peer, exc)
+
+
+def _row(change: Change, generation: int) -> Row:
+    record = change.record
+    if record is None:
+        raise ValueError("a peer without a record can't be added")
+    return {
+        "node_id": record.node_id,
+        "wireguard_public_key": record.wireguard_public_key,
+        "assigned_ip": str(record.assigned_ip),
+        "public_key": record.public_key,
+        "provisioned_at": record.provisioned_at,
+        "version": record.version,
+        "capabilities": record.capabilities.model_dump(mode="json"),
+        "metadata": record.metadata,
+        "generation": generation,
+    }
+
+
+def _refusal(peer: Peer, exc: IntegrityError) -> ProvisioningError:
+    """Name what a constraint said: both name the column, SQLite as it is, PostgreSQL in a name."""
+    if "assigned_ip" in str(exc.orig):
+        return AddressTakenError(str(peer.address))
+    return DuplicatePeerError(peer.node_id, {})

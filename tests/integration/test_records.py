@@ -1,0 +1,276 @@
+"""The records' SQL and its journal, on both databases."""
+
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy.orm import Session
+
+from backend.adapters import dbos_journal, records
+from backend.adapters.database import Database
+from backend.adapters.dbos_journal import DbosJournal
+from backend.errors import (
+    AddressTakenError,
+    DuplicatePeerError,
+    PeerNotFoundError,
+    RecordsUnavailableError,
+    StartRefusedError,
+)
+from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.provisioning import NodeCapabilities, ProvisioningRecord
+from backend.services.ports import Action, Batch, Change, Peer
+from tests.harness.requests import new_key
+
+NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
+KEYS = [new_key() for _ in range(6)]
+
+
+def adding(node_id: str, address: str, key: str | None = None) -> Change:
+    peer = Peer(node_id, "libp2p", WireGuardKey.parse(key or new_key()), IPv4Address(address), NOON)
+    record = ProvisioningRecord(
+        node_id=node_id,
+        public_key=peer.public_key,
+        wireguard_public_key=peer.wireguard_public_key,
+        assigned_ip=peer.address,
+        provisioned_at=NOON,
+        capabilities=NodeCapabilities(models=["llama-2-7b"]),
+        version="1.0.0",
+        metadata={"nul": "\x00", "deep": [{"a": None}]},
+    )
+    return Change(Action.ADD, peer, lambda _: None, record)
+
+
+def removing(node_id: str) -> Change:
+    nobody = Peer(node_id, "", WireGuardKey.trusted(KEYS[0]), IPv4Address("10.0.0.2"), NOON)
+    return Change(Action.REMOVE, nobody, lambda _: None)
+
+
+def names_of(peer: Peer) -> set[object]:
+    """Return what only one peer can have."""
+    return {peer.node_id, peer.address, peer.wireguard_public_key}
+
+
+def state(database: Database) -> tuple[list[Peer], int, int]:
+    with database.engine.connect() as connection:
+        loaded = records.load_state(connection)
+    return list(loaded.peers), loaded.generation, loaded.applied_generation
+
+
+def rows(database: Database) -> list[sa.Row[tuple[object, ...]]]:
+    with database.engine.connect() as connection:
+        return list(connection.execute(sa.select(records.peers).order_by(records.peers.c.sequence)))
+
+
+def intend(database: Database, generation: int, *changes: Change) -> list[records.Row]:
+    with Session(database.engine) as session, session.begin():
+        return records.write_intent(session, generation, changes)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/state/records.sqlite"
+    address: str = request.getfixturevalue("postgres_database")
+    return address
+
+
+@pytest.fixture
+def database(url: str) -> Iterator[Database]:
+    database = Database(url)
+    database.migrate()
+    yield database
+    database.close()
+
+
+def test_what_was_written_is_read_in_the_order_it_came(database: Database) -> None:
+    changes = [adding(f"node-{number}", f"10.0.0.{20 - number}") for number in range(5)]
+    intend(database, 1, *changes)
+    assert state(database) == ([change.peer for change in changes], 1, 0)
+    assert rows(database)[0].metadata == {"nul": "\x00", "deep": [{"a": None}]}
+    assert rows(database)[0].provisioned_at == NOON
+
+
+def test_the_schema_is_what_the_migrations_made(database: Database) -> None:
+    inspected = sa.inspect(database.engine)
+    for table in records.metadata.tables.values():
+        columns = {column["name"]: column["nullable"] for column in inspected.get_columns(table.name)}
+        assert columns == {column.name: column.nullable for column in table.columns}
+    unique = {tuple(u["column_names"]) for u in inspected.get_unique_constraints("peers")}
+    assert unique == {("node_id",), ("wireguard_public_key",), ("assigned_ip",)}
+    database.migrate()
+
+
+def test_a_change_that_a_constraint_refuses_fails_alone(database: Database) -> None:
+    first = adding("node-1", "10.0.0.2")
+    intend(database, 1, first)
+    same_address = adding("node-2", "10.0.0.2")
+    same_name = adding("node-1", "10.0.0.3")
+    same_key = adding("node-3", "10.0.0.4", first.peer.wireguard_public_key)
+    unknown, fine = removing("nobody"), adding("node-4", "10.0.0.5")
+    intend(database, 2, same_address, same_name, same_key, unknown, fine)
+    assert isinstance(same_address.refusal, AddressTakenError)
+    assert isinstance(same_name.refusal, DuplicatePeerError)
+    assert isinstance(same_key.refusal, DuplicatePeerError)
+    assert isinstance(unknown.refusal, PeerNotFoundError)
+    assert fine.refusal is None
+    assert state(database)[0] == [first.peer, fine.peer]
+
+
+def test_a_revoked_intent_leaves_the_rows_as_they_were(database: Database) -> None:
+    intend(database, 1, *(adding(f"node-{number}", f"10.0.0.{number + 2}") for number in range(3)))
+    before = rows(database)
+    changes = [removing("node-1"), adding("node-9", "10.0.0.9")]
+    removed = intend(database, 2, *changes)
+    with Session(database.engine) as session, session.begin():
+        records.revoke_intent(session, 2, changes, removed)
+    assert rows(database) == before
+
+
+def test_an_intent_that_the_hub_has_reached_is_never_taken_back(database: Database) -> None:
+    changes = [adding("node-1", "10.0.0.2")]
+    intend(database, 1, *changes)
+    with database.engine.begin() as connection:
+        records.mark_applied(connection, 1)
+    with Session(database.engine) as session, session.begin():
+        records.revoke_intent(session, 1, changes, [])
+    assert [peer.node_id for peer in state(database)[0]] == ["node-1"]
+
+
+def test_a_writer_that_has_been_overtaken_writes_nothing(database: Database) -> None:
+    intend(database, 1, adding("node-1", "10.0.0.2"))
+    with pytest.raises(RecordsUnavailableError, match="another process"):
+        intend(database, 1, adding("node-2", "10.0.0.3"))
+    assert len(rows(database)) == 1
+
+
+def test_a_generation_never_goes_back(database: Database) -> None:
+    for generation in (3, 2):
+        with database.engine.begin() as connection:
+            records.mark_applied(connection, generation)
+    assert state(database)[2] == 3
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batches=st.lists(
+        st.lists(
+            st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), max_size=6
+        ),
+        max_size=6,
+    ),
+    revoked=st.sets(st.integers(1, 6)),
+)
+def test_whatever_is_written_the_records_are_what_a_dict_would_be(
+    tmp_path: Path, batches: list[list[tuple[bool, int, int, int]]], revoked: set[int]
+) -> None:
+    path = tmp_path / f"{uuid.uuid4().hex}.sqlite"
+    database = Database(f"sqlite:///{path}")
+    database.migrate()
+    model: dict[str, Peer] = {}
+    for generation, batch in enumerate(batches, start=1):
+        before = dict(model)
+        changes, named = list[Change](), set[int]()
+        for add, name, address, key in batch:
+            if name not in named:  # the service never has two changes of one node under way
+                named.add(name)
+                node_id = f"node-{name}"
+                changes.append(
+                    adding(node_id, f"10.0.0.{address + 2}", KEYS[key]) if add else removing(node_id)
+                )
+        removed = intend(database, generation, *changes)
+        for change in changes:
+            if change.action is Action.REMOVE:
+                assert (change.refusal is None) == (model.pop(change.peer.node_id, None) is not None)
+        for change in changes:
+            if change.action is Action.ADD:
+                peer = change.peer
+                held = {
+                    value for p in model.values() for value in (p.node_id, p.address, p.wireguard_public_key)
+                }
+                fits = not held & {peer.node_id, peer.address, peer.wireguard_public_key}
+                assert (change.refusal is None) == fits
+                if fits:
+                    model[peer.node_id] = peer
+        if generation in revoked:
+            with Session(database.engine) as session, session.begin():
+                accepted = [change for change in changes if change.refusal is None]
+                records.revoke_intent(session, generation, accepted, removed)
+            model = before
+        found = {peer.node_id: peer for peer in state(database)[0]}
+        assert found == model
+    database.close()
+
+
+def test_a_batch_is_one_workflow_that_ends_and_is_forgotten(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(url)
+    database.migrate()
+    journal = DbosJournal(database, "wg0")
+    applied: list[int] = []
+
+    def apply(batch: Batch | None) -> str | None:
+        assert batch is not None
+        applied.append(batch.generation)
+        if batch.generation == 2:
+            batch.failure = "no"
+        return batch.failure
+
+    try:
+        journal.launch(apply)
+        for generation in (1, 2, 3):
+            change = adding(f"node-{generation}", f"10.0.0.{generation + 1}")
+            journal.run(Batch(uuid.uuid4().hex, generation, [change]))
+        assert applied == [1, 2, 3]
+        peers, generation, reached = state(database)
+        assert [peer.node_id for peer in peers] == ["node-1", "node-3"]
+        assert (generation, reached) == (3, 3)
+
+        def workflows() -> list[str]:
+            schema = None if database.engine.dialect.name == "sqlite" else "dbos"
+            table = sa.table("workflow_status", sa.column("status"), schema=schema)
+            with database.engine.connect() as connection:
+                return list(connection.scalars(sa.select(table.c.status)))
+
+        assert workflows() == ["SUCCESS"] * 3
+        journal.tidy()
+        assert len(workflows()) == 3
+        monkeypatch.setattr(dbos_journal, "_TIDY_INTERVAL_SECONDS", 0.0)
+        journal.tidy()
+        assert len(workflows()) == 3
+        monkeypatch.setattr(dbos_journal, "_KEEP_FINISHED", timedelta(seconds=-60))
+        journal.tidy()
+        assert workflows() == []
+    finally:
+        journal.close()
+
+
+def test_a_database_that_went_away_is_named_and_nothing_else(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/records.sqlite")
+    journal = DbosJournal(database, "wg0")
+    try:
+        with pytest.raises(RecordsUnavailableError, match="can't be read"):
+            journal.load()
+        with pytest.raises(RecordsUnavailableError, match="can't be written"):
+            journal.mark_applied(1)
+    finally:
+        journal.close()
+
+
+def test_a_database_that_can_not_be_used_refuses_the_start_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StartRefusedError, match="STATE_DIRECTORY"):
+        Database(f"sqlite:///{tmp_path}/file/records.sqlite")
+    with pytest.raises(StartRefusedError, match="names no file"):
+        Database("sqlite://")
+    (tmp_path / "text.sqlite").write_text("this is no database, and long enough to be taken for one" * 100)
+    database = Database(f"sqlite:///{tmp_path}/text.sqlite")
+    with pytest.raises(StartRefusedError, match="not a database"):
+        database.migrate()
+    database.close()
