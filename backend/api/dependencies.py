@@ -1,0 +1,55 @@
+"""How an endpoint gets at the service, and how it waits for it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from typing import Annotated, Final, TypeVar
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+
+from backend.errors import OutcomeUnknownError
+from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
+
+T = TypeVar("T")
+
+# Longer than a batch that meets a `wg` which hangs, shorter than the patience of most HTTP clients.
+ANSWER_TIMEOUT_SECONDS: Final = 45.0
+
+
+def provisioning_service(request: Request) -> WireGuardProvisioningService:
+    """Return the app's service."""
+    service = getattr(request.app.state, "provisioning_service", None)
+    if not isinstance(service, WireGuardProvisioningService):
+        raise HTTPException(503, "The provisioning service isn't running: start this app with its lifespan")
+    return service
+
+
+Service = Annotated[WireGuardProvisioningService, Depends(provisioning_service)]
+
+
+async def outcome(future: Future[T]) -> T:
+    """Await a change without holding a thread; raise OutcomeUnknownError when it takes too long.
+
+    The change itself goes on: whoever asks again learns how it ended.
+    """
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(future), ANSWER_TIMEOUT_SECONDS)
+    except TimeoutError:
+        raise OutcomeUnknownError(
+            f"no outcome within {ANSWER_TIMEOUT_SECONDS:.0f} s; it goes on, ask again to learn how it ended"
+        ) from None
+
+
+@asynccontextmanager
+async def service_of_the_app(app: FastAPI) -> AsyncIterator[None]:
+    """Give an app that includes the router a service from the environment, unless it has one of its own."""
+    if hasattr(app.state, "provisioning_service"):
+        yield
+        return
+    # The one arrow that points outwards: an app that merely includes the router has no other composition.
+    from backend.main import provide_service  # noqa: PLC0415 - importing it at the top would be a circle
+    from backend.settings import load_settings  # noqa: PLC0415 - belongs to it
+
+    async with provide_service(app, load_settings()):
+        yield

@@ -1,0 +1,148 @@
+"""The composition: the only place where the parts are put together."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from backend.adapters.database import Database
+from backend.adapters.dbos_journal import DbosJournal
+from backend.adapters.lock_file import LockFile
+from backend.adapters.memory_journal import MemoryJournal
+from backend.adapters.wg_interface import FileOnly, WgInterface
+from backend.api.health import router as health_router
+from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
+from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
+from backend.services.hand_made_peers import HandMadePeers
+from backend.services.hub_committer import HubCommitter
+from backend.services.hub_mirror import HubMirror
+from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.ports import Hub, Journal, Peer
+from backend.services.wireguard_config_manager import WireGuardConfigManager
+from backend.services.wireguard_provisioning_service import (
+    UNRECORDED_PUBLIC_KEY,
+    WireGuardProvisioningService,
+)
+from backend.settings import ReloadMode, Settings
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService]:
+    """Start the service that the settings describe, and stop it at the end; raise StartRefusedError."""
+    with ExitStack() as stack:
+        path = settings.wireguard_config_path
+        config = WireGuardConfigManager(path)
+        lock = LockFile(config.path.with_name(f".{config.path.name}.lock"), f"The hub's config {path}")
+        stack.callback(lock.acquire().release)
+        config.remove_stale_temporaries()
+        _read(config, settings)
+        hub = _hub(settings)
+        pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
+        hand_made = HandMadePeers(pool)
+        journal = _journal(settings, config)
+        stack.callback(journal.close)
+        service = WireGuardProvisioningService(
+            pool=pool,
+            hand_made=hand_made,
+            committer=HubCommitter(journal, HubMirror(config, hub, hand_made), hand_made),
+            hub_endpoint=settings.wireguard_hub_endpoint,
+            dns_server=settings.wireguard_hub_ip,
+        )
+        service.start()
+        stack.callback(service.close)
+        log.info(
+            "service_started", extra={"interface": config.interface, "reload": str(settings.wireguard_reload)}
+        )
+        if not hub.live:
+            log.warning("reload_off", extra={"consequence": "wg0.conf is kept, no interface is told"})
+        yield service
+    log.info("service_stopped")
+
+
+@asynccontextmanager
+async def provide_service(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
+    """Run the service for as long as the app lives. Starting and stopping block, so they get a thread."""
+    running = running_service(settings)
+    app.state.provisioning_service = await asyncio.to_thread(running.__enter__)
+    try:
+        yield
+    finally:
+        del app.state.provisioning_service
+        await asyncio.to_thread(running.__exit__, None, None, None)
+
+
+def create_app(settings: Settings, service: WireGuardProvisioningService | None = None) -> FastAPI:
+    """Return our own app: the router, the health checks, and the service for as long as it runs.
+
+    A service that is given is used and left running.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if service is not None:
+            app.state.provisioning_service = service
+            yield
+            return
+        async with provide_service(app, settings):
+            yield
+
+    app = FastAPI(
+        title="WireGuard peer provisioning",
+        description="Gives swarm nodes what they need to join a WireGuard hub.",
+        version="0.1.0",
+        lifespan=lifespan,
+    )
+    app.include_router(provisioning_router, prefix="/api/v1")
+    app.include_router(health_router)
+    return app
+
+
+def _read(config: WireGuardConfigManager, settings: Settings) -> None:
+    """Read the hub's config, and refuse to start on one that can't be used."""
+    try:
+        config.refresh()
+    except ConfigFileError as exc:
+        raise StartRefusedError(str(exc)) from exc
+    stated = settings.wireguard_hub_public_key
+    if stated is not None and stated != config.hub_public_key:
+        raise StartRefusedError(
+            f"WIREGUARD_HUB_PUBLIC_KEY is {stated}, but the PrivateKey in {config.path} belongs to "
+            f"{config.hub_public_key}; leave the setting empty, or set it to that"
+        )
+
+
+def _hub(settings: Settings) -> Hub:
+    if settings.wireguard_reload is ReloadMode.OFF:
+        return FileOnly()
+    try:
+        return WgInterface(settings.interface)
+    except HubUpdateError as exc:
+        raise StartRefusedError(f"{exc}, or set WIREGUARD_RELOAD=off for the file alone") from exc
+
+
+def _journal(settings: Settings, config: WireGuardConfigManager) -> Journal:
+    if not settings.enable_dbos:
+        log.warning("records_in_memory", extra={"consequence": "a restart forgets all but the file"})
+        return MemoryJournal(_peers_in_file(config))
+    database = Database(settings.database_url)
+    try:
+        database.migrate()
+    except BaseException:
+        database.close()
+        raise
+    return DbosJournal(database, settings.interface)
+
+
+def _peers_in_file(config: WireGuardConfigManager) -> list[Peer]:
+    """Return the peers that an earlier process left in the file, where nothing else is left of them."""
+    written = datetime.fromtimestamp(Path(config.path).stat().st_mtime, UTC).replace(microsecond=0)
+    return [
+        Peer(peer.label, UNRECORDED_PUBLIC_KEY, peer.public_key, peer.address, written)
+        for peer in config.managed_peers
+    ]
