@@ -1,0 +1,217 @@
+"""The command line: `python -m backend --help`."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+
+import typer
+
+from backend.errors import HubUpdateError, StartRefusedError
+
+# Everything heavier is imported by the command that needs it, so that `--help` answers at once.
+if TYPE_CHECKING:
+    import socket
+    from ipaddress import IPv4Interface
+
+    from backend.settings import Settings
+
+_SHUTDOWN_SECONDS: Final = 5
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    # Typer's own tracebacks can show local variables, and there are keys among them.
+    pretty_exceptions_enable=False,
+    help="Gives swarm nodes what they need to join a WireGuard hub.",
+)
+hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The hub's config and interface.")
+app.add_typer(hub, name="hub")
+
+Host = Annotated[str, typer.Option(help="The address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="The TCP port to listen on; 0 takes a free one.")]
+
+
+@app.callback()
+def main() -> None:
+    """Whatever is made from here on is for its owner's eyes only."""
+    os.umask(0o077)
+
+
+@app.command()
+def serve(host: Host = "127.0.0.1", port: Port = 8000) -> None:
+    """Run the service."""
+    with _one_sentence():
+        from backend.settings import load_settings  # noqa: PLC0415 - see above
+
+        settings = load_settings()
+        with _listener(host, port) as listener:
+            _serve(settings, listener)
+
+
+@app.command()
+def run(port: Port = 8000) -> None:
+    """Make a hub under the state directory if there is none, bring it up and run the service (`make run`)."""
+    with _one_sentence():
+        from backend.quickstart import prepare, try_it  # noqa: PLC0415 - see above
+        from backend.settings import load_settings  # noqa: PLC0415 - see above
+
+        settings = load_settings()
+        # First of all: where nothing can be served, nothing is made.
+        with _listener("127.0.0.1", port) as listener:
+            settings = prepare(settings, typer.echo)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            typer.echo(f"\nTo try it, in another terminal:\n{try_it(url)}\n")
+            _serve(settings, listener)
+
+
+@hub.command()
+def init() -> None:
+    """Write a config with a new key where WIREGUARD_CONFIG_PATH has none."""
+    with _one_sentence():
+        from backend.adapters import hub_device  # noqa: PLC0415 - see above
+
+        settings = _settings()
+        path = settings.wireguard_config_path
+        if hub_device.init(path, _hub_address(settings), settings.listen_port):
+            typer.echo(
+                f"made {path} with a new key; `python -m backend hub up` brings {settings.interface} up"
+            )
+        else:
+            typer.echo(f"{path} is there already and was left as it is")
+
+
+@hub.command()
+def up() -> None:
+    """Make the hub's interface from its config, or see that it is up."""
+    with _one_sentence():
+        from backend.adapters import hub_device  # noqa: PLC0415 - see above
+
+        settings = _settings()
+        raised = hub_device.up(settings.wireguard_config_path, _hub_address(settings))
+        typer.echo(f"interface {settings.interface} {'is up' if raised.created else 'was up already'}")
+        for warning in raised.warnings:
+            typer.echo(f"note: {warning}", err=True)
+
+
+@hub.command()
+def down() -> None:
+    """Take the hub's interface away, if it has the config's key."""
+    with _one_sentence():
+        from backend.adapters import hub_device  # noqa: PLC0415 - see above
+
+        settings = _settings()
+        taken = hub_device.down(settings.wireguard_config_path)
+        typer.echo(f"interface {settings.interface} {'is gone' if taken else 'was not there'}")
+
+
+@hub.command()
+def show() -> None:
+    """Say what the hub is and has, without any secret."""
+    with _one_sentence():
+        from backend.adapters import hub_device  # noqa: PLC0415 - see above
+
+        settings = _settings()
+        state = hub_device.show(settings.wireguard_config_path)
+        on_interface = (
+            "" if state.peers_on_interface is None else f", {state.peers_on_interface} on the interface"
+        )
+        for name, value in (
+            ("config", state.config_path),
+            ("interface", f"{state.interface} ({state.state})"),
+            ("public key", state.public_key),
+            ("endpoint", settings.wireguard_hub_endpoint),
+            ("listening port", "-" if state.listen_port is None else state.listen_port),
+            ("peers", f"{state.peers_in_file} in the file{on_interface}"),
+        ):
+            typer.echo(f"{name + ':':16}{value}")
+
+
+def _settings() -> "Settings":
+    from backend.settings import load_settings  # noqa: PLC0415 - see above
+
+    return load_settings()
+
+
+def _hub_address(settings: "Settings") -> "IPv4Interface":
+    from ipaddress import IPv4Interface  # noqa: PLC0415 - see above
+
+    return IPv4Interface((settings.wireguard_hub_ip, settings.wireguard_ip_pool.prefixlen))
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """End the process with what an error says and how to mend it, and without a traceback."""
+    try:
+        yield
+    except (StartRefusedError, HubUpdateError) as exc:
+        typer.echo(f"error: {exc}", err=True)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def _listener(host: str, port: int) -> Iterator["socket.socket"]:
+    """Take the address before anything else is done; raise StartRefusedError where that can't be."""
+    import socket  # noqa: PLC0415 - see above
+
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise StartRefusedError(
+            f"{host} is no address of this host ({exc.strerror}); choose another --host"
+        ) from exc
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            # Two processes may bind the same address as long as neither listens. Who comes before the
+            # service is ready waits for it.
+            listener.listen()
+        except OSError as exc:
+            raise StartRefusedError(
+                f"{host} port {port} can't be listened on ({exc.strerror}); stop what holds it, or choose "
+                "another one with --port (with make: PORT=8001)"
+            ) from exc
+        yield listener
+
+
+def _serve(settings: "Settings", listener: "socket.socket") -> None:
+    import uvicorn  # noqa: PLC0415 - see above
+
+    from backend.adapters.logs import configure_logging  # noqa: PLC0415 - see above
+    from backend.main import create_app, running_service  # noqa: PLC0415 - see above
+
+    configure_logging(settings.log_level)
+    # uvicorn handles both while it runs, and raises them again when it has shut down: that was asked for, and
+    # is no failure.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    # Outside of uvicorn's lifespan, which would log a refused start as a traceback.
+    with running_service(settings) as service:
+        config = uvicorn.Config(
+            create_app(settings, service),
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level=settings.log_level,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _leave(_number: int, _frame: object) -> NoReturn:
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m backend")

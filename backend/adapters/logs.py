@@ -1,0 +1,38 @@
+"""One line an event on stderr: time, level, logger, the event's name, and its fields as key=value."""
+
+import logging
+import time
+from typing import Final
+
+# What every record has by itself; anything else came in by `extra`.
+_OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
+
+
+class EventFormatter(logging.Formatter):
+    """Writes RFC 3339 times in UTC, and quotes a field's value where it has white space or quotes."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - as below
+        """Return the time in UTC."""
+        return time.strftime(datefmt or "", time.gmtime(record.created))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class's name
+        """Put the fields behind the event."""
+        fields = [f"{key}={_quoted(value)}" for key, value in vars(record).items() if key not in _OWN]
+        return " ".join([super().formatMessage(record), *fields])
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return repr(text) if not text or not text.isprintable() or any(c in text for c in " \"'=") else text
+
+
+def configure_logging(level: str) -> None:
+    """Send everything of this process, DBOS's and uvicorn's logs too, to stderr in that format."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(EventFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Each migration of each start; the service says by itself what matters.
+    logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -1,0 +1,58 @@
+"""Many clients at once, over real sockets."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.harness.requests import new_key, provision_body
+from tests.harness.service import ServiceProcess
+from tests.harness.three_places import assert_in_step, settings_for
+from tests.harness.wireguard import HubInterface
+
+PROVISION = "/api/v1/wireguard/provision"
+StartService = Callable[..., ServiceProcess]
+
+
+async def post_all(url: str, bodies: Iterator[dict[str, Any]], clients: int) -> list[httpx.Response]:
+    """Send the bodies over as many keep-alive connections, each as soon as its last answer is in."""
+    answers: list[httpx.Response] = []
+
+    async def client() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60.0, trust_env=False) as session:
+            for body in bodies:
+                answers.append(await session.post(PROVISION, json=body))  # noqa: PERF401 - as they come
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return answers
+
+
+def test_two_thousand_nodes_at_once_get_two_thousand_addresses(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path, WIREGUARD_IP_POOL="10.0.0.0/20"))
+    bodies = iter([provision_body(f"node-{number}") for number in range(2000)])
+    answers = asyncio.run(post_all(service.url, bodies, clients=64))
+    assert Counter(answer.status_code for answer in answers) == {200: 2000}
+    addresses = {answer.json()["config"]["assigned_ip"] for answer in answers}
+    assert len(addresses) == 2000
+    assert set(assert_in_step(service, hub_interface).values()) == addresses
+
+
+def test_of_clients_that_race_for_one_name_or_one_key_exactly_one_wins(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    numbers = count()
+    for race in range(10):
+        name, key = f"one-name-{race}", new_key()
+        same_name = [provision_body(name) for _ in range(8)]
+        same_key = [provision_body(f"one-key-{next(numbers)}", key) for _ in range(8)]
+        for bodies in (same_name, same_key):
+            answers = asyncio.run(post_all(service.url, iter(bodies), clients=8))
+            assert Counter(answer.status_code for answer in answers) == {200: 1, 409: 7}
+    assert len(assert_in_step(service, hub_interface)) == 20

@@ -1,0 +1,106 @@
+"""A `wg` that fails, really: everybody is told, nothing is left, and it goes on when `wg` works again."""
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.harness.patience import eventually
+from tests.harness.requests import provision_body
+from tests.harness.service import ServiceProcess
+from tests.harness.three_places import assert_in_step, listed, settings_for
+from tests.harness.wireguard import HubInterface
+
+PROVISION = "/api/v1/wireguard/provision"
+PEERS = "/api/v1/wireguard/peers"
+STATS = "/api/v1/wireguard/pool/stats"
+StartService = Callable[..., ServiceProcess]
+
+
+class Wrapper:
+    """A `wg` in front of the real one on the PATH, which does as it is told."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir()
+        self._mood = directory / "mood"
+        real = shutil.which("wg")
+        script = directory / "wg"
+        # The mood `fails` refuses; `lies` does the work and then says that it failed.
+        script.write_text(
+            "#!/bin/sh\n"
+            f"mood=$(cat {self._mood} 2>/dev/null)\n"
+            'case "$1-$mood" in\n'
+            "  syncconf-fails|set-fails) echo 'the device is on fire' >&2; exit 1;;\n"
+            f"  syncconf-lies|set-lies) {real} \"$@\"; echo 'lost the answer' >&2; exit 1;;\n"
+            "esac\n"
+            f'exec {real} "$@"\n'
+        )
+        script.chmod(0o755)
+
+    def be(self, mood: str) -> None:
+        self._mood.write_text(mood)
+
+
+@pytest.fixture
+def wg(tmp_path: Path) -> Wrapper:
+    return Wrapper(tmp_path / "bin")
+
+
+@pytest.fixture
+def service(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, wg: Wrapper
+) -> ServiceProcess:
+    return start_service(settings_for(hub_interface, tmp_path), path_prefix=wg.directory)
+
+
+@pytest.mark.parametrize("mood", ["fails", "lies"])
+def test_a_batch_that_the_interface_refuses_leaves_nothing_anywhere(
+    service: ServiceProcess, hub_interface: HubInterface, wg: Wrapper, mood: str
+) -> None:
+    for number in range(3):
+        service.client.post(PROVISION, json=provision_body(f"node-{number}")).raise_for_status()
+    before = (listed(service), hub_interface.config_path.read_bytes(), hub_interface.peers())
+    stats = service.client.get(STATS).json()
+    wg.be(mood)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(
+            pool.map(
+                lambda number: service.client.post(PROVISION, json=provision_body(f"late-{number}")),
+                range(16),
+            )
+        )
+        answers.append(service.client.delete(f"{PEERS}/node-1"))
+    assert {answer.status_code for answer in answers} == {503}
+    for answer in answers:
+        assert "wg syncconf" in answer.json()["detail"]
+        assert int(answer.headers["Retry-After"]) > 0
+    assert service.client.get("/readyz").status_code == 503
+    assert (listed(service), hub_interface.config_path.read_bytes()) == before[:2]
+    assert service.client.get(STATS).json() == stats
+    wg.be("works")
+    eventually(lambda: service.client.get("/readyz").status_code == 200)
+    assert (listed(service), hub_interface.config_path.read_bytes(), hub_interface.peers()) == before
+    answer = service.client.post(PROVISION, json=provision_body("late-0"))
+    assert answer.json()["config"]["assigned_ip"] == "10.0.0.5"
+    assert len(assert_in_step(service, hub_interface)) == 4
+
+
+def test_a_hub_that_fails_at_the_start_is_brought_up_to_the_records_later(
+    service: ServiceProcess, hub_interface: HubInterface, wg: Wrapper
+) -> None:
+    service.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
+    service.terminate()
+    hub_interface.down()
+    hub_interface.start()
+    wg.be("fails")
+    service.ready = "/healthz"
+    service.start()
+    red = service.client.get("/readyz")
+    assert red.status_code == 503
+    assert "the device is on fire" in red.json()["detail"]
+    wg.be("works")
+    eventually(lambda: service.client.get("/readyz").status_code == 200)
+    assert set(assert_in_step(service, hub_interface)) == {"node-1"}

@@ -1,0 +1,162 @@
+"""`python -m backend` as somebody types it: what it prints, and what it ends with."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.harness.service import ServiceProcess, free_port
+
+ROOT = Path(__file__).parent.parent
+KEY = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
+
+
+def backend(
+    *arguments: str, directory: Path, settings: Mapping[str, object] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in `directory` with no settings but these."""
+    inherited = {
+        name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")
+    }
+    given = {name: str(value) for name, value in (settings or {}).items()}
+    return subprocess.run(
+        [sys.executable, "-m", "backend", *arguments],
+        cwd=directory,
+        env={**inherited, "PYTHONPATH": str(ROOT), **given},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def hub_settings(directory: Path) -> dict[str, object]:
+    """Return the settings of a hub that is a file only."""
+    return {
+        "WIREGUARD_CONFIG_PATH": directory / "wg0.conf",
+        "WIREGUARD_RELOAD": "off",
+        "STATE_DIRECTORY": directory / "state",
+        "ENABLE_DBOS": "false",
+    }
+
+
+def test_help_names_the_commands(tmp_path: Path) -> None:
+    done = backend("--help", directory=tmp_path)
+    assert done.returncode == 0
+    assert [name for name in ("serve", "run", "hub") if name not in done.stdout] == []
+    done = backend("hub", "--help", directory=tmp_path)
+    assert [name for name in ("init", "up", "down", "show") if name not in done.stdout] == []
+
+
+def test_help_waits_for_no_framework() -> None:
+    program = "import sys, backend.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"fastapi", "uvicorn", "sqlalchemy", "dbos", "pydantic", "cryptography"} & set(
+        done.stdout.split()
+    )
+
+
+@pytest.mark.parametrize("command", [["serve"], ["run"], ["hub", "init"], ["hub", "show"]])
+def test_a_wrong_setting_ends_every_command_with_one_sentence(tmp_path: Path, command: list[str]) -> None:
+    done = backend(*command, directory=tmp_path, settings={"WIREGUARD_IP_POOL": "10.0.0.5/24"})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "error: WIREGUARD_IP_POOL has host bits set; write 10.0.0.0/24.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_makes_a_private_file_and_prints_no_key(tmp_path: Path) -> None:
+    settings = hub_settings(tmp_path / "etc") | {
+        "WIREGUARD_HUB_ENDPOINT": "hub.example.com:51999",
+        "WIREGUARD_IP_POOL": "10.77.0.0/16",
+        "WIREGUARD_HUB_IP": "10.77.3.4",
+    }
+    first = backend("hub", "init", directory=tmp_path, settings=settings)
+    assert (first.returncode, first.stderr) == (0, "")
+    path = tmp_path / "etc" / "wg0.conf"
+    section, private_key, address, port = path.read_text().splitlines()
+    assert section == "[Interface]"
+    assert private_key.startswith("PrivateKey = ")
+    assert address == "Address = 10.77.3.4/16"
+    assert port == "ListenPort = 51999"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    shown = backend("hub", "show", directory=tmp_path, settings=settings)
+    assert private_key.removeprefix("PrivateKey = ") not in first.stdout + shown.stdout + shown.stderr
+    assert "endpoint:       hub.example.com:51999\n" in shown.stdout
+    assert "peers:          0 in the file\n" in shown.stdout
+
+
+def test_init_leaves_a_config_that_is_there_alone(tmp_path: Path) -> None:
+    settings = hub_settings(tmp_path)
+    path = tmp_path / "wg0.conf"
+    path.write_bytes(b"# mine\n")
+    done = backend("hub", "init", directory=tmp_path, settings=settings)
+    assert (done.returncode, done.stdout) == (0, f"{path} is there already and was left as it is\n")
+    assert path.read_bytes() == b"# mine\n"
+
+
+@pytest.mark.parametrize("command", ["up", "down", "show"])
+def test_a_hub_without_a_config_is_told_how_to_get_one(tmp_path: Path, command: str) -> None:
+    done = backend("hub", command, directory=tmp_path, settings=hub_settings(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path / 'wg0.conf'}: ")
+    assert "hub init" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "run"])
+def test_a_port_that_is_taken_is_said_in_a_sentence_before_anything_is_made(
+    tmp_path: Path, command: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        settings = {"STATE_DIRECTORY": tmp_path / "state", "WIREGUARD_RELOAD": "off"}
+        done = backend(command, "--port", str(port), directory=tmp_path, settings=settings)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: 127.0.0.1 port {port} can't be listened on (Address already in use); stop what holds it, or "
+        "choose another one with --port (with make: PORT=8001)\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_is_none_is_said_in_a_sentence(tmp_path: Path) -> None:
+    settings = hub_settings(tmp_path)
+    done = backend("serve", "--host", "256.0.0.1.invalid", directory=tmp_path, settings=settings)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: 256.0.0.1.invalid is no address of this host (")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_start_that_is_refused_ends_with_the_reason_and_no_traceback(tmp_path: Path) -> None:
+    port = free_port()
+    done = backend("serve", "--port", str(port), directory=tmp_path, settings=hub_settings(tmp_path))
+    assert done.returncode == 1
+    assert f"error: {tmp_path / 'wg0.conf'}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_asked_to_stop_is_no_failure(tmp_path: Path, number: signal.Signals) -> None:
+    settings = hub_settings(tmp_path)
+    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    with ServiceProcess(tmp_path, settings) as service:
+        os.kill(service.pid, number)
+        assert service.wait_exit() == 0
+        assert "Traceback" not in service.log
+
+
+def test_a_response_does_not_name_the_server(tmp_path: Path) -> None:
+    settings = hub_settings(tmp_path)
+    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    with ServiceProcess(tmp_path, settings) as service:
+        assert "server" not in service.client.get("/healthz").headers
+        service.terminate()
