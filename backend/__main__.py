@@ -1,5 +1,6 @@
 """The command line: `python -m backend --help`."""
 
+import logging
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
-from backend.errors import HubUpdateError, StartRefusedError
+from backend.errors import ProvisioningError, StartRefusedError
 
 # Everything heavier is imported by the command that needs it, so that `--help` answers at once.
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _one_sentence() -> Iterator[None]:
     """End the process with what an error says and how to mend it, and without a traceback."""
     try:
         yield
-    except (StartRefusedError, HubUpdateError) as exc:
+    except (StartRefusedError, ProvisioningError) as exc:
         typer.echo(f"error: {exc}", err=True)
         raise typer.Exit(1) from None
 
@@ -206,6 +207,8 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
             server_header=False,
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
+        host, port = listener.getsockname()[:2]
+        logging.getLogger(__name__).info("serving", extra={"host": host, "port": port})
         uvicorn.Server(config).run(sockets=[listener])
 
 

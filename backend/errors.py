@@ -9,6 +9,7 @@
     ├── HubUpdateError              wg0.conf or the interface could not be brought up to date
     │   └── ConfigFileError         wg0.conf itself is unusable, and only an operator can mend it
     └── RecordsUnavailableError     the records could not be read or written
+        ├── OvertakenError          another process writes them; this one must not any more
         └── OutcomeUnknownError     nobody can say yet whether the change happened
 
     StartRefusedError               the process must not start; the message says what to do
@@ -109,6 +110,10 @@ class ConfigFileError(HubUpdateError):
 
 class RecordsUnavailableError(ProvisioningError):
     """The records could not be read or written; nothing was changed."""
+
+
+class OvertakenError(RecordsUnavailableError):
+    """Another process has written to the records; stop this one, or stop that one and restart this."""
 
 
 class OutcomeUnknownError(RecordsUnavailableError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
+from backend import __version__
 from backend.adapters.database import Database
 from backend.adapters.dbos_journal import DbosJournal
 from backend.adapters.lock_file import LockFile
@@ -36,13 +37,14 @@ log = logging.getLogger(__name__)
 def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService]:
     """Start the service that the settings describe, and stop it at the end; raise StartRefusedError."""
     with ExitStack() as stack:
+        stack.callback(log.info, "service_stopped")
         path = settings.wireguard_config_path
-        config = WireGuardConfigManager(path)
+        hub = _hub(settings)
+        config = WireGuardConfigManager(path, reload=hub.sync)
         lock = LockFile(config.path.with_name(f".{config.path.name}.lock"), f"The hub's config {path}")
         stack.callback(lock.acquire().release)
         config.remove_stale_temporaries()
         _read(config, settings)
-        hub = _hub(settings)
         pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
         hand_made = HandMadePeers(pool)
         journal = _journal(settings, config)
@@ -62,7 +64,6 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         if not hub.live:
             log.warning("reload_off", extra={"consequence": "wg0.conf is kept, no interface is told"})
         yield service
-    log.info("service_stopped")
 
 
 @asynccontextmanager
@@ -95,7 +96,7 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
     app = FastAPI(
         title="WireGuard peer provisioning",
         description="Gives swarm nodes what they need to join a WireGuard hub.",
-        version="0.1.0",
+        version=__version__,
         lifespan=lifespan,
     )
     app.include_router(provisioning_router, prefix="/api/v1")
@@ -142,7 +143,14 @@ def _journal(settings: Settings, config: WireGuardConfigManager) -> Journal:
 def _peers_in_file(config: WireGuardConfigManager) -> list[Peer]:
     """Return the peers that an earlier process left in the file, where nothing else is left of them."""
     written = datetime.fromtimestamp(Path(config.path).stat().st_mtime, UTC).replace(microsecond=0)
-    return [
-        Peer(peer.label, UNRECORDED_PUBLIC_KEY, peer.public_key, peer.address, written)
-        for peer in config.managed_peers
-    ]
+    peers: list[Peer] = []
+    held: set[object] = set()
+    for block in config.managed_peers:
+        holding = {block.label, block.public_key, block.address}
+        if holding & held:
+            raise StartRefusedError(
+                f"{config.path} has two blocks of ours for {block.label}, its key or its address; delete one"
+            )
+        held |= holding
+        peers.append(Peer(block.label, UNRECORDED_PUBLIC_KEY, block.public_key, block.address, written))
+    return peers

@@ -133,6 +133,33 @@ def test_an_answer_tells_its_time_in_utc_with_a_z() -> None:
     assert answer["config"]["assigned_ip"] == "10.0.0.2"
 
 
+def test_a_time_without_a_zone_is_refused_and_any_other_becomes_utc() -> None:
+    body = {
+        "node_id": "node-1",
+        "public_key": "libp2p",
+        "wireguard_public_key": WireGuardPrivateKey.generate().public_key(),
+        "assigned_ip": "10.0.0.2",
+        "capabilities": {},
+        "version": "1.0.0",
+    }
+    record = ProvisioningRecord.model_validate({**body, "provisioned_at": "2026-02-19T14:00:00.7+02:00"})
+    assert record.model_dump(mode="json")["provisioned_at"] == "2026-02-19T12:00:00Z"
+    with pytest.raises(ValidationError, match="timezone"):
+        ProvisioningRecord.model_validate({**body, "provisioned_at": "2026-02-19T14:00:00"})
+
+
+def test_every_model_refuses_unknown_fields() -> None:
+    for model in (
+        NodeCapabilities,
+        PeerConfiguration,
+        ProvisioningRecord,
+        ProvisioningRequest,
+        ProvisioningResponse,
+    ):
+        with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+            model.model_validate({"colour": "red"})
+
+
 @given(
     st.dictionaries(st.text(max_size=8), json_values, max_size=3),
     st.datetimes(timezones=st.just(UTC)),

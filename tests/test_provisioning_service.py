@@ -1,6 +1,8 @@
 """The sequence, against a real file, and doubles of interface and records."""
 
+import errno
 import logging
+import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from backend.adapters.memory_journal import MemoryJournal
 from backend.adapters.wg_interface import FileOnly
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services import hub_committer
+from backend.services import hub_committer, hub_mirror
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
 from backend.services.hub_mirror import HubMirror
@@ -245,6 +247,15 @@ def test_a_change_of_peers_disturbs_nobody_else(world: World, hub: FakeHub) -> N
     assert (hub.syncs, hub.changes) == (at_the_start, 4)
 
 
+def test_a_removal_that_did_not_happen_is_followed_by_the_whole_truth(
+    world: World, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.provision("node-1")
+    monkeypatch.setattr(hub, "change", lambda _added, _removed: None)
+    world.service.deprovision_peer("node-1", WAIT)
+    assert hub.table == {}
+
+
 def test_a_change_that_did_not_do_what_it_said_is_followed_by_the_whole_truth(
     world: World, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,14 +267,170 @@ def test_a_change_that_did_not_do_what_it_said_is_followed_by_the_whole_truth(
     assert hub.table == {key: frozenset({"10.0.0.2/32"})}
 
 
-def test_a_new_port_in_the_file_reaches_the_interface_with_the_next_change(
-    world: World, hub: FakeHub
-) -> None:
+def test_an_edit_by_hand_reaches_the_interface_by_itself(world: World, hub: FakeHub) -> None:
     world.provision("node-1")
     at_the_start = hub.syncs
     world.path.write_text(world.text.replace("51820", "51821"))
-    world.provision("node-2")
-    assert hub.syncs == at_the_start + 1
+    eventually(lambda: hub.syncs > at_the_start)
+    key = new_key()
+    with world.path.open("a") as file:
+        file.write(f"\n[Peer]\nPublicKey = {key}\nAllowedIPs = 192.168.7.0/24\n")
+    eventually(lambda: key in hub.table)
+
+
+def test_a_backup_that_lacks_our_peers_is_completed_by_itself(world: World, hub: FakeHub) -> None:
+    without = world.text
+    key = new_key()
+    world.provision("node-1", key)
+    world.path.write_text(without)
+    eventually(lambda: key in world.text)
+    world.path.unlink()
+    with pytest.raises(errors.ConfigFileError):
+        world.service.check()
+    world.path.write_text(without)
+    eventually(lambda: key in world.text)
+    world.service.check()
+
+
+def test_what_somebody_did_to_the_interface_by_hand_is_undone(
+    world: World, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_mirror, "_VERIFY_INTERVAL_SECONDS", 0.0)
+    key = new_key()
+    world.provision("node-1", key)
+    table = dict(hub.table)
+    hub.table = {}
+    eventually(lambda: hub.table == table)
+    hub.table = {**table, new_key(): frozenset({"10.0.0.9/32"})}
+    eventually(lambda: hub.table == table)
+
+
+@pytest.mark.parametrize("shared", ["key", "address"])
+def test_a_hand_made_peer_keeps_what_a_deleted_peer_of_ours_had_too(
+    world: World, hub: FakeHub, shared: str
+) -> None:
+    key = new_key()
+    address = world.provision("node-1", key).assigned_ip
+    theirs = key if shared == "key" else new_key()
+    allowed = address if shared == "address" else "10.0.0.9"
+    with world.path.open("a") as file:
+        file.write(f"\n[Peer]\nPublicKey = {theirs}\nAllowedIPs = {allowed}/32\n")
+    eventually(lambda: theirs in hub.table)
+    world.service.deprovision_peer("node-1", WAIT)
+    assert hub.table == {theirs: frozenset({f"{allowed}/32"})}
+
+
+def test_a_failure_whose_cause_nobody_sees_keeps_readiness_red_for_a_while(
+    world: World, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.mkstemp", full)
+        with pytest.raises(errors.HubUpdateError, match="No space left"):
+            world.provision("node-1")
+    with pytest.raises(errors.HubUpdateError, match="No space left"):
+        world.service.check()
+    world.provision("node-1")
+    world.service.check()
+
+
+def test_a_full_disk_turns_readiness_red_before_anybody_asks(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs
+
+    def full(path: Any) -> os.statvfs_result:
+        found = list(real(path))
+        found[4] = 1  # f_bavail
+        return os.statvfs_result(found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.statvfs", full)
+        with pytest.raises(errors.HubUpdateError, match="full; make room"):
+            world.service.check()
+    world.service.check()
+
+
+def test_a_batch_that_takes_long_turns_readiness_red(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_committer, "_LONG_BATCH_SECONDS", 0.0)
+    gate, entered = threading.Event(), threading.Event()
+
+    def enter(_: Batch) -> None:
+        entered.set()
+        gate.wait(WAIT)
+
+    world = make_world(GatedJournal(enter))
+    answer = world.service.submit_provision(request("node-1"))
+    assert entered.wait(WAIT)
+    with pytest.raises(errors.HubUpdateError, match="unusually long"):
+        world.service.check()
+    gate.set()
+    answer.result(WAIT)
+
+
+def test_a_process_whose_records_another_one_writes_stops_for_good(
+    make_world: MakeWorld, hub: FakeHub
+) -> None:
+    journal = FlakyJournal()
+    world = make_world(journal)
+    world.provision("node-1")
+    before, table = world.text, dict(hub.table)
+    journal.overtake()
+    for _ in range(2):
+        with pytest.raises(errors.OvertakenError, match="Another process has written"):
+            world.provision("node-2")
+        with pytest.raises(errors.OvertakenError):
+            world.service.deprovision_peer("node-1", WAIT)
+        with pytest.raises(errors.OvertakenError):
+            world.service.check()
+    assert (world.text, hub.table) == (before, table)
+
+
+def test_a_batch_in_doubt_whose_records_another_process_has_is_never_called_done(
+    make_world: MakeWorld, hub: FakeHub
+) -> None:
+    journal = FlakyJournal()
+    world = make_world(journal)
+    journal.failing_at = {"intended", "load"}
+    answer = world.service.submit_provision(request("node-1"))
+    with pytest.raises(TimeoutError):
+        answer.result(0.1)
+    journal.overtake()
+    journal.failing_at = set()
+    with pytest.raises(errors.OvertakenError):
+        answer.result(WAIT)
+
+
+def test_a_stop_does_not_wait_for_ever_and_leaves_nobody_waiting(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_committer, "_STOP_SECONDS", 0.1)
+    journal = FlakyJournal()
+    world = make_world(journal)
+    journal.failing_at = {"intended", "load"}
+    answer = world.service.submit_provision(request("node-1"))
+    eventually(lambda: world.service._committer._doubtful is not None)
+    world.service.close()
+    with pytest.raises(errors.OutcomeUnknownError):
+        answer.result(0)
+
+
+def test_a_record_that_can_not_be_handed_over_leaves_name_key_and_address_free(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise errors.RecordsUnavailableError("no")
+
+    body = request("node-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(world.service, "_store_provisioning_record", refuse)
+        with pytest.raises(errors.RecordsUnavailableError):
+            world.service.provision_peer(body, WAIT)
+    assert str(world.service.provision_peer(body, WAIT).assigned_ip) == "10.0.0.2"
 
 
 def test_a_peer_that_the_interface_silently_dropped_is_not_acknowledged(make_world: MakeWorld) -> None:
@@ -375,14 +542,15 @@ def test_a_request_behind_one_that_fails_gets_its_own_chance(make_world: MakeWor
     def enter(batch: Batch) -> None:
         batches.append(batch)
         gate.wait(WAIT)
-        hub.broken = "once" if len(batches) == 1 else None
+        if len(batches) == 1:
+            hub.failures = 3  # the change, everything, and putting it back
 
     world = make_world(GatedJournal(enter))
     key = new_key()
     first = world.service.submit_provision(request("node-1", key))
     second = world.service.submit_provision(request("node-2", key))
     gate.set()
-    with pytest.raises(errors.HubUpdateError, match="once"):
+    with pytest.raises(errors.HubUpdateError, match="not this time"):
         first.result(WAIT)
     assert second.result(WAIT).node_id == "node-2"
 
@@ -483,7 +651,7 @@ def test_nobody_is_answered_before_the_records_say_what_became_of_it(
     doubtful = world.service.submit_provision(request("node-1"))
     with pytest.raises(TimeoutError):
         doubtful.result(0.2)
-    with pytest.raises(errors.RecordsUnavailableError, match="don't answer"):
+    with pytest.raises(errors.RecordsUnavailableError, match="no answer at load"):
         world.provision("node-2")
     with pytest.raises(errors.RecordsUnavailableError, match="looked up"):
         world.service.check()
@@ -545,6 +713,7 @@ def test_every_error_survives_pickle() -> None:
         errors.ConfigFileError("path", "problem", "remedy"),
         errors.RecordsUnavailableError("why"),
         errors.OutcomeUnknownError("why"),
+        errors.OvertakenError(),
         errors.StartRefusedError("why"),
         errors.ProvisioningError(),
     ]

@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -13,10 +14,11 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy.exc import SQLAlchemyError
 
 from backend.adapters.lock_file import LockFile
-from backend.errors import StartRefusedError
+from backend.errors import OvertakenError, StartRefusedError
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # Any number that nothing else takes: "wgprov" in ASCII.
@@ -24,6 +26,8 @@ _ADVISORY_LOCK: Final = 0x776770726F76
 _BUSY_TIMEOUT_MS: Final = 30_000
 # DBOS keeps about five connections busy for a moment while a datasource transaction holds another.
 _POOL_SIZE: Final = 10
+# A batch with its workflow, and SQLite's write-ahead log when it's checkpointed.
+_ROOM_BYTES: Final = 4 * 1024 * 1024
 
 
 class Database:
@@ -32,10 +36,20 @@ class Database:
     def __init__(self, url: str) -> None:
         self.url = sa.make_url(url)
         self._stack = ExitStack()
+        # Where the lock is the server's: the connection that holds it, used by one thread at a time.
+        self._presence: sa.Connection | None = None
+        self._presence_lock = Lock()
         if self.url.get_backend_name() == "sqlite":
             self.engine = self._open_sqlite()
         else:
             self.engine = self._open_postgresql()
+
+    def has_room(self) -> bool:
+        """Say whether more can be written, as far as this host can see: a server's disk is its own affair."""
+        if self.url.get_backend_name() != "sqlite" or self.url.database is None:
+            return True
+        disk = os.statvfs(Path(self.url.database).absolute().parent)
+        return disk.f_bavail * disk.f_frsize >= _ROOM_BYTES
 
     def close(self) -> None:
         """Close every connection and let another process have the database."""
@@ -53,11 +67,16 @@ class Database:
                     return
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
+        except CommandError as exc:
+            raise StartRefusedError(
+                f"{self._name()} was made by a newer version; run that one, or restore a backup"
+            ) from exc
         except SQLAlchemyError as exc:
-            raise StartRefusedError(f"the schema of {self._name()} can't be updated: {_said(exc)}") from exc
+            raise StartRefusedError(f"the schema of {self._name()} can't be updated: {said(exc)}") from exc
 
     def _name(self) -> str:
-        return self.url.render_as_string(hide_password=True)
+        # Without the query, too: a password may stand there.
+        return self.url.set(query={}).render_as_string(hide_password=True)
 
     def _open_sqlite(self) -> sa.Engine:
         if not self.url.database or self.url.database == ":memory:":
@@ -93,23 +112,50 @@ class Database:
             pool_pre_ping=True,
             connect_args={"connect_timeout": 5, "application_name": "wireguard-provisioning"},
         )
+        self._stack.callback(self._leave)
         try:
-            # Held by a connection of its own, which ends with the process.
-            connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            mine = connection.scalar(sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK)))
+            mine = self._occupy(engine)
         except SQLAlchemyError as exc:
             engine.dispose()
             raise StartRefusedError(
-                f"{self._name()} does not answer; check DATABASE_URL: {_said(exc)}"
+                f"{self._name()} does not answer; check DATABASE_URL: {said(exc)}"
             ) from exc
         if not mine:
-            connection.close()
+            self._leave()
             engine.dispose()
             raise StartRefusedError(
                 f"The database {self._name()} is already used by another hub's service; give each hub its own"
             )
-        self._stack.callback(connection.close)
         return engine
+
+    def check(self) -> None:
+        """Raise OvertakenError where another process has it by now, and SQLAlchemyError where it's away."""
+        if self.url.get_backend_name() == "sqlite":
+            with self.engine.connect() as connection:
+                connection.execute(sa.select(1))
+            return
+        with self._presence_lock:
+            try:
+                if self._presence is not None:
+                    self._presence.execute(sa.select(1))
+                    return
+            except SQLAlchemyError:
+                # With the connection went the lock, and whoever came first has it now.
+                self._leave()
+            if not self._occupy(self.engine):
+                self._leave()
+                raise OvertakenError
+
+    def _occupy(self, engine: sa.Engine) -> bool:
+        """Take the lock that says that somebody is here, by a connection that is kept for it."""
+        self._presence = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        return bool(self._presence.scalar(sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK))))
+
+    def _leave(self) -> None:
+        if self._presence is not None:
+            self._presence.invalidate()
+            self._presence.close()
+            self._presence = None
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
@@ -131,7 +177,7 @@ def _unixepoch(_modifier: str) -> float:
     return round(time.time(), 3)
 
 
-def _said(exc: SQLAlchemyError) -> str:
+def said(exc: Exception) -> str:
     """Return the driver's own first line: SQLAlchemy's text would quote the statement and its values."""
     text = str(getattr(exc, "orig", None) or exc).strip()
     return text.splitlines()[0] if text else type(exc).__name__

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-import sqlalchemy as sa
 from dbos import DBOS, SQLAlchemyDatasource
 from sqlalchemy.exc import SQLAlchemyError
 
 from backend.adapters import records
-from backend.adapters.database import Database
-from backend.errors import RecordsUnavailableError
+from backend.adapters.database import Database, said
+from backend.errors import RecordsUnavailableError, StartRefusedError
 from backend.services.hub_committer import run_sequence
 from backend.services.ports import Batch, RecordedState
 
@@ -25,6 +24,14 @@ _WORKFLOW: Final = "commit_batch"
 _KEEP_FINISHED: Final = timedelta(minutes=5)
 _TIDY_INTERVAL_SECONDS: Final = 10.0
 _TIDY_LIMIT: Final = 2_000
+
+
+def _brief(record: logging.LogRecord) -> bool:
+    """Leave the tracebacks out: while a database is away there would be one each second."""
+    if record.exc_info is not None and record.exc_info[0] is not None:
+        record.msg, record.args = f"{record.getMessage()} {record.exc_info[0].__name__}", None
+        record.exc_info = None
+    return True
 
 
 class DbosJournal:
@@ -55,8 +62,12 @@ class DbosJournal:
     def launch(self, apply: Callable[[Batch | None], str | None]) -> None:
         """Start DBOS, which takes up in the background what an earlier process left unfinished."""
         self._apply = apply
+        dbos_log = logging.getLogger("dbos")
+        dbos_log.setLevel(logging.WARNING)
+        dbos_log.addFilter(_brief)
         # DBOS writes to stderr by itself unless somebody else has taken its log.
-        logging.getLogger("dbos").addHandler(logging.NullHandler())
+        if not dbos_log.handlers:
+            dbos_log.addHandler(logging.NullHandler())
         url = self._database.url.render_as_string(hide_password=False)
         self._datasource = SQLAlchemyDatasource.create(url, engine=self._engine)
 
@@ -76,11 +87,13 @@ class DbosJournal:
             }
         )
         self._launched = True
-        DBOS.launch()
+        try:
+            DBOS.launch()
+        except Exception as exc:
+            raise StartRefusedError(f"DBOS can't start on the database: {said(exc)}") from exc
 
     def run(self, batch: Batch) -> None:
         """Take a batch through its sequence, in this thread."""
-        self.check()
         self._batch, self._removed = batch, []
         try:
             self._workflow(batch.batch_id)
@@ -101,6 +114,8 @@ class DbosJournal:
         if now - self._tidied_at < _TIDY_INTERVAL_SECONDS:
             return
         self._tidied_at = now
+        # DBOS itself would wait for a database that is away, for as long as that takes.
+        self.check()
         ended = DBOS.list_workflows(
             name=_WORKFLOW,
             completed_before=(datetime.now(UTC) - _KEEP_FINISHED).isoformat(),
@@ -114,10 +129,11 @@ class DbosJournal:
     def check(self) -> None:
         """Raise RecordsUnavailableError unless the database answers."""
         try:
-            with self._engine.connect() as connection:
-                connection.execute(sa.select(1))
+            self._database.check()
         except SQLAlchemyError as exc:
             raise RecordsUnavailableError("the database does not answer; nothing was changed") from exc
+        if not self._database.has_room():
+            raise RecordsUnavailableError("the disk with the records is full; make room on it")
 
     def close(self) -> None:
         """Stop DBOS and close the database."""

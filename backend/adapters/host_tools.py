@@ -14,6 +14,8 @@ from backend.errors import HubUpdateError
 
 _TIMEOUT_SECONDS: Final = 15.0
 _LONGEST_REASON: Final = 500
+# Of `wg set` there may be thousands, one key after the other.
+_SHOWN_ARGUMENTS: Final = 6
 _INSTALL_TIMEOUT_SECONDS: Final = 900.0
 # Where `ip` and `wg` are, even if the caller's PATH has no sbin.
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -43,16 +45,16 @@ def find(name: str) -> str:
     return found
 
 
-def run(command: Sequence[str], stdin: bytes = b"") -> str:
+def run(command: Sequence[str], stdin: bytes = b"", timeout: float = _TIMEOUT_SECONDS) -> str:
     """Run a program found by `find`; return what it printed, or raise ToolRefusedError."""
-    shown = " ".join([Path(command[0]).name, *command[1:]])
+    shown = " ".join([Path(command[0]).name, *command[1:_SHOWN_ARGUMENTS]])
     try:
         done = subprocess.run(  # absolute paths, no shell, arguments that Settings has checked
             command,
             input=stdin,
             capture_output=True,
             check=False,
-            timeout=_TIMEOUT_SECONDS,
+            timeout=timeout,
             cwd="/",
             # wireguard-go becomes a daemon, but stays in its caller's process group: Ctrl-C would end it.
             start_new_session=True,
@@ -61,7 +63,7 @@ def run(command: Sequence[str], stdin: bytes = b"") -> str:
             env={"PATH": _SYSTEM_PATH, "LC_ALL": "C", "WG_ENDPOINT_RESOLUTION_RETRIES": "0"},
         )
     except subprocess.TimeoutExpired:
-        raise HubUpdateError(f"`{shown}` didn't end within {_TIMEOUT_SECONDS:.0f} seconds") from None
+        raise HubUpdateError(f"`{shown}` didn't end within {timeout:.0f} seconds") from None
     except OSError as exc:
         raise HubUpdateError(f"`{shown}` could not be started ({exc.strerror})") from exc
     if done.returncode == 0:
@@ -82,10 +84,11 @@ def query(command: Sequence[str]) -> list[dict[str, Any]]:
 def obstacles() -> list[str]:
     """Say what keeps this process from making a WireGuard interface, and how to get it; empty if nothing."""
     found = []
-    if not _may_administer_the_network():
+    permitted = _may_administer_the_network()
+    if not permitted:
         found.append("it takes root (CAP_NET_ADMIN): run it with sudo")
     found += [f"`{name}` isn't installed: install the package {_PACKAGES[name]}" for name in _missing_tools()]
-    if not _kernel_has_wireguard() and not _tun_opens():
+    if permitted and not _kernel_has_wireguard() and not _tun_opens():
         found.append(
             f"the kernel has no WireGuard and {_TUN} can't be opened: `modprobe wireguard` or `modprobe tun`"
         )

@@ -220,20 +220,20 @@ def _give_address(ip: str, name: str, address: IPv4Interface, routes: Sequence[_
     )
     holder = _holder(address.ip, routes)
     present = {
-        info.get("local")
+        f"{info.get('local')}/{info.get('prefixlen')}"
         for link in query([ip, "-json", "-4", "address", "show", "dev", name])
         for info in link.get("addr_info", ())
     }
-    if holder is None and str(address.ip) not in present:
-        # With a prefix the kernel would add a route to it, and its broadcast address, which may be a host of
-        # the network that overlaps.
-        own = [f"{address.ip}/32", "noprefixroute"] if overlapping else [str(address)]
+    # With a prefix the kernel would add a route to it, and its broadcast address, which may be a host of
+    # the network that overlaps.
+    own = [f"{address.ip}/32", "noprefixroute"] if overlapping else [str(address)]
+    if holder is None and own[0] not in present:
         run([ip, "address", "add", own[0], "dev", name, *own[1:]])
     warnings: list[str] = []
     if overlapping:
         warnings.append(
             f"the pool {pool} overlaps what this host reaches elsewhere ({', '.join(overlapping)}): those "
-            "routes stay in force, and this host itself doesn't reach the peers"
+            "routes stay in force, so peers reach neither this host nor each other"
         )
     if holder:
         warnings.append(

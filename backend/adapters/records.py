@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 from backend.errors import (
     AddressTakenError,
     DuplicatePeerError,
+    OvertakenError,
     PeerNotFoundError,
     ProvisioningError,
-    RecordsUnavailableError,
 )
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.ports import Action, Change, Peer, RecordedState
@@ -105,7 +105,7 @@ def write_intent(session: Session, generation: int, changes: Sequence[Change]) -
         .returning(hub_state.c.generation)
     )
     if advanced.first() is None:
-        raise RecordsUnavailableError("another process has written to the records; restart this one")
+        raise OvertakenError
     removed = _remove(session, [change for change in changes if change.action is Action.REMOVE])
     _add(session, generation, [change for change in changes if change.action is Action.ADD])
     return removed

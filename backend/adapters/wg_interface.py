@@ -8,6 +8,9 @@ from typing import Final
 from backend.adapters import host_tools
 from backend.models.wireguard.keys import WireGuardKey
 
+# A batch may need three of them before it is given up: together less than a request waits for its answer.
+_TIMEOUT_SECONDS: Final = 5.0
+
 
 class WgInterface:
     """One WireGuard interface in this process's network namespace."""
@@ -26,19 +29,19 @@ class WgInterface:
             arguments += ["peer", key, "remove"]
         for key, address in added.items():
             arguments += ["peer", key, "allowed-ips", f"{address}/32"]
-        host_tools.run([self._wg, "set", self._name, *arguments])
+        self._run("set", self._name, *arguments)
 
     def sync(self, stripped: bytes) -> None:
         """Run `wg syncconf`: peers that haven't changed keep their sessions.
 
         They may lose packets all the same: it sets the port, and wireguard-go opens its socket anew then.
         """
-        host_tools.run([self._wg, "syncconf", self._name, "/dev/stdin"], stripped)
+        self._run("syncconf", self._name, "/dev/stdin", stdin=stripped)
 
     def peers(self) -> dict[str, frozenset[str]]:
         """Run `wg show NAME allowed-ips`: a line a peer, the key, a tab, CIDRs or `(none)`."""
         peers = {}
-        for line in host_tools.run([self._wg, "show", self._name, "allowed-ips"]).splitlines():
+        for line in self._run("show", self._name, "allowed-ips").splitlines():
             key, _, allowed = line.partition("\t")
             peers[key] = frozenset(() if allowed == "(none)" else allowed.split(" "))
         return peers
@@ -49,6 +52,9 @@ class WgInterface:
             return socket.if_nametoindex(self._name)
         except OSError:
             return None
+
+    def _run(self, *arguments: str, stdin: bytes = b"") -> str:
+        return host_tools.run([self._wg, *arguments], stdin, timeout=_TIMEOUT_SECONDS)
 
 
 class FileOnly:

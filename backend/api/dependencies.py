@@ -13,7 +13,7 @@ from backend.services.wireguard_provisioning_service import WireGuardProvisionin
 
 T = TypeVar("T")
 
-# Longer than a batch that meets a `wg` which hangs, shorter than the patience of most HTTP clients.
+# Longer than two batches that meet a `wg` which hangs, shorter than the patience of most HTTP clients.
 ANSWER_TIMEOUT_SECONDS: Final = 45.0
 
 
@@ -21,7 +21,8 @@ def provisioning_service(request: Request) -> WireGuardProvisioningService:
     """Return the app's service."""
     service = getattr(request.app.state, "provisioning_service", None)
     if not isinstance(service, WireGuardProvisioningService):
-        raise HTTPException(503, "The provisioning service isn't running: start this app with its lifespan")
+        reason = "The provisioning service isn't running: start this app with its lifespan"
+        raise HTTPException(503, reason, headers={"Retry-After": "10"})
     return service
 
 
@@ -35,6 +36,9 @@ async def outcome(future: Future[T]) -> T:
     """
     try:
         return await asyncio.wait_for(asyncio.wrap_future(future), ANSWER_TIMEOUT_SECONDS)
+    except asyncio.CancelledError:
+        # The server gives its requests up when it stops; uncaught that would be a 500.
+        raise OutcomeUnknownError("the service is stopping; ask again to learn how it ended") from None
     except TimeoutError:
         raise OutcomeUnknownError(
             f"no outcome within {ANSWER_TIMEOUT_SECONDS:.0f} s; it goes on, ask again to learn how it ended"

@@ -14,22 +14,23 @@ router = APIRouter(tags=["health"], route_class=DomainErrorRoute)
 class Alive(BaseModel):
     """The process lives."""
 
-    status: Literal["alive"] = "alive"
+    status: Literal["alive"] = Field(default="alive", examples=["alive"])
 
 
 class Ready(BaseModel):
     """A provision would succeed."""
 
-    status: Literal["ready"] = "ready"
+    status: Literal["ready"] = Field(default="ready", examples=["ready"])
     reload: Literal["syncconf", "off"] = Field(
-        description="off: only the file is kept, no interface is told (WIREGUARD_RELOAD=off)"
+        examples=["syncconf"],
+        description="off: only the file is kept, no interface is told (WIREGUARD_RELOAD=off)",
     )
 
 
 class NotReady(BaseModel):
     """Why a provision would not succeed."""
 
-    detail: str
+    detail: str = Field(examples=["interface wg0 does not exist; bring it up"])
 
 
 @router.get("/healthz", summary="Is the process alive?")

@@ -1,7 +1,7 @@
 """What the peers hold that an operator wrote into wg0.conf by hand."""
 
-from collections.abc import Sequence
-from ipaddress import IPv4Network
+from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Address, IPv4Network
 
 from backend.errors import AddressTakenError, DuplicatePeerError, ProvisioningError
 from backend.models.wireguard.keys import WireGuardKey
@@ -35,6 +35,10 @@ class HandMadePeers:
     def hold(self, key: WireGuardKey) -> bool:
         """Say whether one of them has this key."""
         return key in self._keys
+
+    def share(self, ours: Mapping[WireGuardKey, IPv4Address]) -> bool:
+        """Say whether one of them has the key or the address of one of these peers of ours, too."""
+        return any(key in self._keys or self._pool.is_external(address) for key, address in ours.items())
 
     def conflict(self, peer: Peer) -> ProvisioningError | None:
         """Return why this peer can't be added beside them, or None."""

@@ -2,13 +2,20 @@
 
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Final
 
-from backend.errors import HubUpdateError, ProvisioningError, RecordsUnavailableError
+from backend.errors import (
+    HubUpdateError,
+    OutcomeUnknownError,
+    OvertakenError,
+    ProvisioningError,
+    RecordsUnavailableError,
+)
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_mirror import HubMirror
 from backend.services.ports import Action, Batch, BatchSteps, Change, Journal, Peer
@@ -18,6 +25,13 @@ log = logging.getLogger(__name__)
 MAX_BATCH: Final = 512
 # How often, when nothing else is to do, the hub is looked at: seconds.
 HEAL_INTERVAL_SECONDS: Final = 1.0
+# For how long a batch that failed speaks for the next one, where no look at the parts shows the cause
+# (a full disk, say): seconds. Not for ever, or nobody would be sent here to find out.
+_FAILURE_SPEAKS_SECONDS: Final = 10.0
+# From when on a batch under way says that something is wrong: seconds.
+_LONG_BATCH_SECONDS: Final = 5.0
+# How long a stop waits for what was accepted: seconds.
+_STOP_SECONDS: Final = 10.0
 
 
 def run_sequence(steps: BatchSteps, batch_id: str) -> None:
@@ -49,6 +63,10 @@ class HubCommitter:
         # The batch whose outcome has to be looked up before anything else is written.
         self._doubtful: Batch | None = None
         self._unmarked = False
+        self._failed: tuple[float, ProvisioningError] | None = None
+        # Set once, for good: the records are somebody else's.
+        self._overtaken: OvertakenError | None = None
+        self._busy_since: float | None = None
 
     def load(self) -> Sequence[Peer]:
         """Read the records; the first thing to be called."""
@@ -72,12 +90,18 @@ class HubCommitter:
             self._queue.put(change)
 
     def close(self) -> None:
-        """Commit what is still waiting, then stop."""
+        """Commit what is still waiting, then stop.
+
+        What can't be committed in time is taken up by the next start, as after a crash; nobody is told
+        anything about it.
+        """
         with self._lock:
             was_open, self._open = self._open, False
             self._queue.put(None)
         if was_open:
-            self._thread.join()
+            self._thread.join(_STOP_SECONDS)
+        if self._doubtful is not None:
+            _settle(self._doubtful.changes, OutcomeUnknownError("the service has stopped; ask again later"))
         self._journal.close()
 
     @property
@@ -87,30 +111,56 @@ class HubCommitter:
 
     def check(self) -> None:
         """Raise a ProvisioningError unless a change could be committed now."""
+        if self._overtaken is not None:
+            raise self._overtaken
+        since, failed = self._busy_since, self._failed
+        if since is not None and time.monotonic() - since > _LONG_BATCH_SECONDS:
+            raise HubUpdateError("a batch takes unusually long; its requests are waiting")
         self._journal.check()
         self._mirror.check()
         if self._doubtful is not None:
             raise RecordsUnavailableError("the outcome of an earlier change is still being looked up")
+        if failed is not None and time.monotonic() - failed[0] < _FAILURE_SPEAKS_SECONDS:
+            raise failed[1]
 
     def _work(self) -> None:
         running = True
         while running:
             changes, running = self._take()
+            if not running and not changes:
+                return
+            self._busy_since = time.monotonic()
             try:
-                if self._doubtful is not None and not self._resolve(self._doubtful):
-                    reason = "the records don't answer; nothing was changed, try again in a moment"
-                    _settle(changes, RecordsUnavailableError(reason))
-                elif changes:
-                    self._commit(changes)
-                else:
-                    self._idle()
-                self._journal.tidy()
+                self._turn(changes)
+            except OvertakenError as exc:
+                self._overtaken = exc
+                log.critical("overtaken", extra={"reason": str(exc)})
+                _settle([*changes, *(self._doubtful.changes if self._doubtful else ())], exc)
+                self._doubtful = None
             except Exception:
                 # The thread must outlive whatever happened, or every later request would wait for ever.
                 log.exception("committer_failed")
                 _settle(
                     changes, HubUpdateError("the change failed in an unforeseen way; see the service's log")
                 )
+            self._busy_since = None
+
+    def _turn(self, changes: list[Change]) -> None:
+        """Do what is to be done next: find out what became of a batch, commit one, or see to the hub."""
+        if self._overtaken is not None:
+            _settle(changes, self._overtaken)
+            return
+        if self._doubtful is not None:
+            reason = self._resolve(self._doubtful)
+            if reason is not None:
+                _settle(changes, reason)
+                return
+        if changes:
+            self._commit(changes)
+        else:
+            self._idle()
+        with contextlib.suppress(RecordsUnavailableError):  # what is left over can wait
+            self._journal.tidy()
 
     def _take(self) -> tuple[list[Change], bool]:
         """Wait for work; return everything that is waiting, and whether there will be more."""
@@ -129,7 +179,10 @@ class HubCommitter:
     def _commit(self, changes: list[Change]) -> None:
         try:
             self._mirror.refresh()
-        except HubUpdateError as exc:
+            self._journal.check()
+            self._heal()
+        except ProvisioningError as exc:
+            self._failed = (time.monotonic(), exc)
             _settle(changes, exc)
             return
         for change in changes:
@@ -139,6 +192,8 @@ class HubCommitter:
         if batch.accepted():
             try:
                 self._journal.run(batch)
+            except OvertakenError:
+                raise
             except Exception as exc:  # noqa: BLE001 - whatever it was, the records know what became of it
                 # Without the traceback: a driver's message may quote a row.
                 reason = str(exc) if isinstance(exc, ProvisioningError) else type(exc).__name__
@@ -147,40 +202,55 @@ class HubCommitter:
                 self._resolve(batch)
                 return
             self._generation = batch.generation
-        if batch.failure is not None:
+        failed = None if batch.failure is None else HubUpdateError(batch.failure)
+        self._failed = None if failed is None else (time.monotonic(), failed)
+        if failed is not None:
             log.error("batch_failed", extra={"changes": len(changes), "reason": batch.failure})
-        for change in changes:
-            failed = None if batch.failure is None else HubUpdateError(batch.failure)
-            change.settle(change.refusal or failed)
+        _settle(changes, failed)
 
-    def _resolve(self, batch: Batch) -> bool:
+    def _heal(self) -> None:
+        """See that the hub is in step before more is asked of it; raise HubUpdateError where it can't be."""
+        if self._mirror.problem is not None and not self._mirror.heal():
+            raise HubUpdateError(self._mirror.problem or "the hub could not be brought up to date")
+
+    def _resolve(self, batch: Batch) -> ProvisioningError | None:
         """Find out from the records what became of a batch, and bring the hub up to them.
 
         Not before both have succeeded is anybody told anything: until then neither answer would be true.
+        Return what stands in the way.
         """
         try:
+            self._journal.check()
             state = self._journal.load()
-        except ProvisioningError:
-            return False
-        if self._mirror.replace(state.peers) is not None:
-            return False
+        except OvertakenError:
+            raise
+        except ProvisioningError as exc:
+            return exc
+        if state.generation not in (batch.generation - 1, batch.generation):
+            raise OvertakenError
+        problem = self._mirror.replace(state.peers)
+        if problem is not None:
+            return HubUpdateError(problem)
         self._generation = state.generation
         self._doubtful = None
         self._mark_applied()
         recorded = {peer.node_id: peer for peer in state.peers}
+        undone = RecordsUnavailableError("the records could not be written; nothing was changed, try again")
         for change in batch.changes:
             there = recorded.get(change.peer.node_id) == change.peer
             done = there if change.action is Action.ADD else not there
-            undone = RecordsUnavailableError(
-                "the records could not be written; nothing was changed, try again"
-            )
-            change.settle(change.refusal or (None if done else undone))
-        return True
+            if not done:
+                self._failed = (time.monotonic(), undone)
+            _settle([change], None if done else undone)
+        return None
 
     def _idle(self) -> None:
         with contextlib.suppress(HubUpdateError):  # heal() meets it too, and it is logged there once
             self._mirror.refresh()
-        if self._mirror.heal() or self._unmarked:
+        healed = self._mirror.heal()
+        if healed:
+            self._failed = None
+        if healed or self._unmarked:
             self._mark_applied()
 
     def _mark_applied(self) -> None:
@@ -200,6 +270,10 @@ class HubCommitter:
         return failure
 
 
-def _settle(changes: Iterable[Change], error: ProvisioningError) -> None:
+def _settle(changes: Iterable[Change], error: ProvisioningError | None) -> None:
     for change in changes:
-        change.settle(change.refusal or error)
+        try:
+            change.settle(change.refusal or error)
+        except Exception:
+            # One that can't be told must not keep the others from being told.
+            log.exception("settle_failed")

@@ -1,7 +1,8 @@
 """Brings wg0.conf and the interface up to the records, and puts both back when that fails."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from threading import Lock
@@ -15,8 +16,10 @@ from backend.services.wireguard_config_manager import ForeignPeer, ManagedPeer, 
 
 log = logging.getLogger(__name__)
 
-# How long a health check waits for a batch that is being applied before it answers from memory.
+# How long a health check waits for a batch that is being applied before it says that something is wrong.
 _CHECK_PATIENCE_SECONDS: Final = 2.0
+# How often the interface is looked at when nobody has a reason to: somebody may have used `wg` by hand.
+_VERIFY_INTERVAL_SECONDS: Final = 10.0
 
 
 def managed(peer: Peer) -> ManagedPeer:
@@ -52,6 +55,7 @@ class HubMirror:
         self._peers: dict[str, ManagedPeer] = {}
         # The interface that is known to equal _peers and the rest of the file, or None while there is none.
         self._confirmed: _Seen | None = None
+        self._verified_at = 0.0
         self._problem: str | None = "the hub has not been reconciled yet"
 
     @property
@@ -86,7 +90,7 @@ class HubMirror:
             before = self._peers
             after = dict(before)
             added: dict[WireGuardKey, IPv4Address] = {}
-            removed: list[WireGuardKey] = []
+            removed: dict[WireGuardKey, IPv4Address] = {}
             for change in changes:
                 peer = change.peer
                 if change.action is Action.ADD:
@@ -94,7 +98,7 @@ class HubMirror:
                     added[peer.wireguard_public_key] = peer.address
                 else:
                     after.pop(peer.node_id, None)
-                    removed.append(peer.wireguard_public_key)
+                    removed[peer.wireguard_public_key] = peer.address
             try:
                 # Asked before the file is touched, or it would be written twice for nothing.
                 self._require_interface()
@@ -112,23 +116,42 @@ class HubMirror:
             self._config.refresh()
             self._note_foreign()
 
+    @property
+    def problem(self) -> str | None:
+        """Why file and interface are not known to equal the peers, or None."""
+        return self._problem
+
     def heal(self) -> bool:
-        """Reconcile if there is a problem or the interface was made anew; return whether it was done well."""
-        if self._problem is None and (not self._hub.live or self._is_the_confirmed()):
+        """Reconcile if file or interface are not what they should be; return whether it was done well."""
+        if self._problem is None and self._is_in_step():
             return False
         return self.reconcile() is None
 
-    def _is_the_confirmed(self) -> bool:
-        return self._confirmed is not None and self._confirmed.incarnation == self._hub.incarnation()
+    def _is_in_step(self) -> bool:
+        with self._lock:
+            try:
+                self._config.refresh()
+                if self._config.managed_peers != tuple(self._peers.values()):
+                    return False
+                if not self._hub.live:
+                    return True
+                present = _Seen(self._hub.incarnation(), self._config.foreign_stripped)
+                if self._confirmed != present:
+                    return False
+                now = time.monotonic()
+                if now - self._verified_at >= _VERIFY_INTERVAL_SECONDS:
+                    self._verify()
+            except HubUpdateError:
+                return False
+            return True
 
     def check(self) -> None:
         """Raise HubUpdateError unless a change could be applied now."""
         if not self._lock.acquire(timeout=_CHECK_PATIENCE_SECONDS):
-            if self._problem is not None:
-                raise HubUpdateError(self._problem)
-            return
+            raise HubUpdateError(self._problem or "an update of the hub takes unusually long")
         try:
             self._config.refresh()
+            self._config.check_room()
             self._require_interface()
             if self._problem is not None:
                 raise HubUpdateError(self._problem)
@@ -136,7 +159,9 @@ class HubMirror:
             self._lock.release()
 
     def _update(
-        self, added: Mapping[WireGuardKey, IPv4Address] = _NONE, removed: Collection[WireGuardKey] = ()
+        self,
+        added: Mapping[WireGuardKey, IPv4Address] = _NONE,
+        removed: Mapping[WireGuardKey, IPv4Address] = _NONE,
     ) -> None:
         """Write the file and bring the interface up to it, by what is new since the last time if that's told.
 
@@ -150,10 +175,10 @@ class HubMirror:
         if not self._hub.live:
             return
         present = _Seen(self._hub.incarnation(), self._config.foreign_stripped)
-        if self._confirmed == present:
+        if self._confirmed == present and not self._hand_made.share(removed):
             try:
                 if added or removed:
-                    self._hub.change(added, removed)
+                    self._hub.change(added, removed.keys())
                     self._verify()
             except HubUpdateError as exc:
                 log.warning("change_failed", extra={"reason": str(exc), "next": "syncconf"})
@@ -175,6 +200,7 @@ class HubMirror:
         surplus = actual.keys() - known
         if surplus:
             raise HubUpdateError(f"the interface kept {len(surplus)} peer(s) that are not in the file")
+        self._verified_at = time.monotonic()
 
     def _put_back(self, before: dict[str, ManagedPeer]) -> None:
         self._peers = before

@@ -34,7 +34,7 @@ class Action(StrEnum):
 class Change:
     """One peer that comes or goes.
 
-    `record` is there for an ADD, and filled in by the intent of a REMOVE. `settle` is told the outcome,
+    `record` is there for an ADD. `settle` is told the outcome,
     None for success, from the committer's thread; only the first word counts.
     """
 

@@ -31,6 +31,8 @@ from backend.services.wireguard_config_text import (
 __all__ = ["ForeignPeer", "ManagedPeer", "WireGuardConfigManager"]
 
 _ATTEMPTS: Final = 5
+# What a batch may add to the file, and a block for the directory.
+_SPARE_BYTES: Final = 128 * 1024
 # A file system's clock ticks up to every 10 ms: a change within a tick of the last look may leave the time of
 # modification as it was, so a version counts as known by its time only when that lies well behind.
 _SETTLED_NS: Final = 50_000_000
@@ -116,6 +118,12 @@ class WireGuardConfigManager:
         with self._lock:
             return self._write(tuple(peers))
 
+    def check_room(self) -> None:
+        """Raise HubUpdateError where the disk has no room for the file's replacement."""
+        disk = os.statvfs(self.path.parent)
+        if disk.f_bavail * disk.f_frsize < len(self._known().text) + _SPARE_BYTES:
+            raise HubUpdateError(f"the disk of {self.path} is full; make room on it")
+
     def render_stripped(self, peers: Collection[ManagedPeer]) -> bytes:
         """Return the text for `wg syncconf`: the foreign part as last found, and these peers of ours."""
         return render(self._known().config.foreign_stripped, peers)
@@ -154,8 +162,18 @@ class WireGuardConfigManager:
             if key == version.hub_public_key:
                 raise ValueError("that is the hub's own key: `wg` would leave the peer out without a word")
             others = [other for other in version.config.managed_peers if other.public_key != key]
-            # `wg` would take the address away from the other peer without a word.
-            if any(other.address == peer.address for other in others):
+            foreign = version.config.foreign_peers
+            # `wg` would take the key or the address away from the other peer without a word.
+            if any(other.public_key == key for other in foreign):
+                raise ValueError("a hand-made peer has that key")
+            held = {other.address for other in others}
+            held.update(
+                network.network_address
+                for other in foreign
+                for network in other.allowed_ips
+                if isinstance(network, IPv4Network) and network.num_addresses == 1
+            )
+            if peer.address in held:
                 raise ValueError(f"{peer.address} belongs to another peer")
             self._write((*others, peer))
 

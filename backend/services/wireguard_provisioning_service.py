@@ -195,7 +195,7 @@ class WireGuardProvisioningService:
             public_key=request.public_key,
             wireguard_public_key=request.wireguard_public_key,
             assigned_ip=address,
-            provisioned_at=datetime.now(UTC).replace(microsecond=0),
+            provisioned_at=datetime.now(UTC),
             capabilities=request.capabilities,
             version=request.version,
             metadata=request.metadata,
@@ -220,7 +220,7 @@ class WireGuardProvisioningService:
             _succeed(answer, self._configuration(peer))
 
         try:
-            self._store_provisioning_record(record, Change(Action.ADD, peer, settle, record))
+            self._store_provisioning_record(record, Change(Action.ADD, peer, settle))
         except ProvisioningError:
             self._forget(entry)
             raise

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from ipaddress import IPv4Address
 
 from backend.adapters.memory_journal import MemoryJournal
-from backend.errors import HubUpdateError, RecordsUnavailableError
+from backend.errors import HubUpdateError, OvertakenError, RecordsUnavailableError
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.ports import Batch, Hub, Journal, RecordedState
 
@@ -17,6 +17,8 @@ class FakeHub:
     def __init__(self) -> None:
         self.table: dict[str, frozenset[str]] = {}
         self.broken: str | None = None
+        # How often it will fail before it works again.
+        self.failures = 0
         # Takes the next configuration, and reports failure all the same, as a `wg` that is killed may.
         self.takes_it_but_fails = False
         self.syncs = 0
@@ -34,8 +36,7 @@ class FakeHub:
 
     def change(self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]) -> None:
         self.changes += 1
-        if self.broken is not None or not self._up:
-            raise HubUpdateError(self.broken or "no such device")
+        self._fail_if_it_must()
         self.table = {key: allowed for key, allowed in self.table.items() if key not in set(removed)}
         self.table |= {key: frozenset({f"{address}/32"}) for key, address in added.items()}
         if self.takes_it_but_fails:
@@ -43,8 +44,7 @@ class FakeHub:
 
     def sync(self, stripped: bytes) -> None:
         self.syncs += 1
-        if self.broken is not None or not self._up:
-            raise HubUpdateError(self.broken or "no such device")
+        self._fail_if_it_must()
         table: dict[str, frozenset[str]] = {}
         key = ""
         for line in stripped.decode("latin-1").split("\n"):
@@ -57,6 +57,13 @@ class FakeHub:
         self.table = table
         if self.takes_it_but_fails:
             raise HubUpdateError("killed")
+
+    def _fail_if_it_must(self) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise HubUpdateError("not this time")
+        if self.broken is not None or not self._up:
+            raise HubUpdateError(self.broken or "no such device")
 
     def peers(self) -> dict[str, frozenset[str]]:
         if not self._up:
@@ -79,6 +86,10 @@ class FlakyJournal(MemoryJournal):
         if moment in self.failing_at:
             raise RecordsUnavailableError(f"no answer at {moment}")
 
+    def overtake(self) -> None:
+        """Write to the records as another process would."""
+        self._generation += 5
+
     def check(self) -> None:
         self._fail("check")
 
@@ -88,6 +99,8 @@ class FlakyJournal(MemoryJournal):
 
     def intend(self, batch_id: str) -> None:
         self._fail("intend")
+        if self._current(batch_id).generation != self._generation + 1:
+            raise OvertakenError
         super().intend(batch_id)
         self._fail("intended")
 

@@ -34,6 +34,7 @@ class Wrapper:
             f"mood=$(cat {self._mood} 2>/dev/null)\n"
             'case "$1-$mood" in\n'
             "  syncconf-fails|set-fails) echo 'the device is on fire' >&2; exit 1;;\n"
+            "  syncconf-hangs|set-hangs) exec sleep 20;;\n"
             f"  syncconf-lies|set-lies) {real} \"$@\"; echo 'lost the answer' >&2; exit 1;;\n"
             "esac\n"
             f'exec {real} "$@"\n'
@@ -86,6 +87,37 @@ def test_a_batch_that_the_interface_refuses_leaves_nothing_anywhere(
     answer = service.client.post(PROVISION, json=provision_body("late-0"))
     assert answer.json()["config"]["assigned_ip"] == "10.0.0.5"
     assert len(assert_in_step(service, hub_interface)) == 4
+
+
+def test_a_wg_that_hangs_is_given_up_in_time_for_a_true_answer(
+    service: ServiceProcess, hub_interface: HubInterface, wg: Wrapper
+) -> None:
+    service.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
+    wg.be("hangs")
+    refused = service.client.post(PROVISION, json=provision_body("node-2"), timeout=60.0)
+    assert refused.status_code == 503
+    assert "didn't end within" in refused.json()["detail"]
+    assert service.client.get("/readyz").status_code == 503
+    wg.be("works")
+    eventually(lambda: service.client.get("/readyz").status_code == 200)
+    assert set(assert_in_step(service, hub_interface)) == {"node-1"}
+
+
+def test_a_stop_in_the_middle_of_a_change_is_no_error_of_the_server(
+    service: ServiceProcess, hub_interface: HubInterface, wg: Wrapper
+) -> None:
+    wg.be("hangs")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(service.client.post, PROVISION, json=provision_body("node-1"), timeout=60.0)
+        eventually(lambda: "node-1" in hub_interface.config_path.read_text())
+        service.terminate()
+        answer = waiting.result()
+    assert answer.status_code == 503
+    assert "Retry-After" in answer.headers
+    assert "Traceback" not in service.log
+    wg.be("works")
+    service.start()
+    assert_in_step(service, hub_interface)
 
 
 def test_a_hub_that_fails_at_the_start_is_brought_up_to_the_records_later(

@@ -1,5 +1,8 @@
 """The records' SQL and its journal, on both databases."""
 
+import sqlite3
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -18,6 +21,7 @@ from backend.adapters.dbos_journal import DbosJournal
 from backend.errors import (
     AddressTakenError,
     DuplicatePeerError,
+    OvertakenError,
     PeerNotFoundError,
     RecordsUnavailableError,
     StartRefusedError,
@@ -106,6 +110,74 @@ def test_the_schema_is_what_the_migrations_made(database: Database) -> None:
     database.migrate()
 
 
+def test_what_is_committed_survives_a_power_cut(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/records.sqlite")
+    with database.engine.connect() as connection:
+        pragmas = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys")
+        }
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+    database.close()
+
+
+def test_an_old_sqlite_answers_what_dbos_asks_of_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 40, 1))
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    engine = Database(f"sqlite:///{tmp_path}/records.sqlite")
+    with engine.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE t (at INTEGER NOT NULL DEFAULT (unixepoch('subsec') * 1000))"
+        )
+        connection.exec_driver_sql("INSERT INTO t DEFAULT VALUES")
+        at = connection.exec_driver_sql("SELECT at FROM t").scalar_one()
+    assert abs(at / 1000 - time.time()) < 60
+    engine.close()
+
+
+def test_a_database_of_a_newer_version_is_refused_in_a_sentence(database: Database) -> None:
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(StartRefusedError, match="newer version"):
+        database.migrate()
+
+
+def test_a_database_whose_server_forgot_us_is_taken_again_or_given_up(postgres_database: str) -> None:
+    first = Database(postgres_database)
+
+    def restart() -> None:
+        """Cut the connection that holds the lock, as a restart of the server does."""
+        with first.engine.connect() as connection:
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks "
+                "WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database "
+                "WHERE datname = current_database())"
+            )
+
+    restart()
+    first.check()
+    with pytest.raises(StartRefusedError, match="another hub's service"):
+        Database(postgres_database)
+    restart()
+    second = Database(postgres_database)
+    with pytest.raises(OvertakenError):
+        first.check()
+    second.close()
+    first.close()
+
+
+def test_no_password_is_shown_wherever_the_url_has_it(tmp_path: Path) -> None:
+    for url in (
+        "postgresql+psycopg://u:sesame@127.0.0.1:1/d",
+        "postgresql+psycopg://127.0.0.1:1/d?user=u&password=sesame",
+    ):
+        with pytest.raises(StartRefusedError, match="does not answer") as refused:
+            Database(url)
+        assert "sesame" not in str(refused.value)
+
+
 def test_a_change_that_a_constraint_refuses_fails_alone(database: Database) -> None:
     first = adding("node-1", "10.0.0.2")
     intend(database, 1, first)
@@ -144,7 +216,7 @@ def test_an_intent_that_the_hub_has_reached_is_never_taken_back(database: Databa
 
 def test_a_writer_that_has_been_overtaken_writes_nothing(database: Database) -> None:
     intend(database, 1, adding("node-1", "10.0.0.2"))
-    with pytest.raises(RecordsUnavailableError, match="another process"):
+    with pytest.raises(OvertakenError, match="Another process"):
         intend(database, 1, adding("node-2", "10.0.0.3"))
     assert len(rows(database)) == 1
 
@@ -232,13 +304,16 @@ def test_a_batch_is_one_workflow_that_ends_and_is_forgotten(
         assert [peer.node_id for peer in peers] == ["node-1", "node-3"]
         assert (generation, reached) == (3, 3)
 
-        def workflows() -> list[str]:
-            schema = None if database.engine.dialect.name == "sqlite" else "dbos"
-            table = sa.table("workflow_status", sa.column("status"), schema=schema)
+        def workflows() -> list[tuple[str, str, str]]:
+            statement = "SELECT status, executor_id, application_version FROM workflow_status"
+            if database.engine.dialect.name == "postgresql":
+                statement = statement.replace("workflow_status", "dbos.workflow_status")
             with database.engine.connect() as connection:
-                return list(connection.scalars(sa.select(table.c.status)))
+                rows = connection.exec_driver_sql(statement).all()
+            return [(row[0], row[1], row[2]) for row in rows]
 
-        assert workflows() == ["SUCCESS"] * 3
+        # Whoever comes next recovers what has the same two names.
+        assert workflows() == [("SUCCESS", "wg0", "1")] * 3
         journal.tidy()
         assert len(workflows()) == 3
         monkeypatch.setattr(dbos_journal, "_TIDY_INTERVAL_SECONDS", 0.0)

@@ -228,6 +228,23 @@ def _copy(path: Path, directory: Path) -> Path:
     return copy
 
 
+def test_two_blocks_of_ours_for_one_address_refuse_a_start_that_remembers_the_file_alone(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    settings = settings_for(hub_interface, tmp_path, ENABLE_DBOS="false")
+    service = start_service(settings)
+    service.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
+    service.terminate()
+    block = hub_interface.config_path.read_text().removeprefix(hub_interface.interface_section)
+    with hub_interface.config_path.open("a") as file:
+        file.write(block.replace("node-1", "node-2"))
+    service.ready = None
+    service.start()
+    assert service.wait_exit() == 1
+    assert "two blocks of ours for node-2" in service.log
+    assert "Traceback" not in service.log
+
+
 def test_without_durable_records_the_file_is_what_is_remembered(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:

@@ -283,6 +283,15 @@ def test_openapi_shows_an_example_and_every_error(service: ServiceProcess) -> No
         ("/healthz", "get"): ["200"],
         ("/readyz", "get"): ["200", "503"],
     }
+    for operations in paths.values():
+        for operation in operations.values():
+            for status, answer in operation["responses"].items():
+                if status not in {"200", "422"}:
+                    assert "example" in json.dumps(answer) or "$ref" in json.dumps(answer)
+    provisioning = paths["/api/v1/wireguard/provision"]["post"]["responses"]
+    assert all(
+        "example" in provisioning[status]["content"]["application/json"] for status in ("409", "422", "503")
+    )
     schemas = service.client.get("/openapi.json").json()["components"]["schemas"]
     example = schemas["ProvisioningRequest"]["example"]
     assert service.client.post(PROVISION, json=example).status_code == 200

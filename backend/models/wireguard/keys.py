@@ -15,7 +15,7 @@ _KEY_CHARACTERS: Final = 44
 # 43 characters carry 258 bits for 256: the last one may only be one whose two low bits are zero, or
 # `wg` refuses the whole file. Python's own decoder takes all four spellings.
 KEY_PATTERN: Final = r"^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"
-_CANONICAL: Final = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
+_CANONICAL: Final = re.compile(KEY_PATTERN[1:-1])
 
 _P: Final = 2**255 - 19
 # The u-coordinates of order 1, 2, 4 and 8 on Curve25519 and on its twist, with their spellings above

@@ -2,12 +2,13 @@
 
 import json
 import re
-from datetime import datetime
+from datetime import UTC
 from ipaddress import IPv4Address
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -88,6 +89,9 @@ SemanticVersion = Annotated[
     ),
 ]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)]
+UtcSecond = Annotated[
+    AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC).replace(microsecond=0))
+]
 Metadata = Annotated[dict[str, JsonValue], BeforeValidator(_bounded_metadata)]
 
 
@@ -140,6 +144,7 @@ class PeerConfiguration(BaseModel):
     """Everything that a node needs to write its own wg-quick(8) file, apart from its private key."""
 
     model_config = ConfigDict(
+        extra="forbid",
         frozen=True,
         json_schema_extra={
             "example": {
@@ -164,13 +169,13 @@ class PeerConfiguration(BaseModel):
     allowed_ips: str = Field(description="CIDR for the [Peer] section's AllowedIPs: the pool.")
     persistent_keepalive: int = Field(description="Seconds, for the [Peer] section's PersistentKeepalive.")
     dns_servers: list[IPv4Address]
-    provisioned_at: datetime = Field(description="RFC 3339, UTC.")
+    provisioned_at: UtcSecond = Field(description="RFC 3339, UTC.")
 
 
 class ProvisioningResponse(BaseModel):
     """The answer to a node that has joined."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     status: Literal["success"] = "success"
     config: PeerConfiguration
@@ -186,7 +191,7 @@ class ProvisioningRecord(BaseModel):
     public_key: str
     wireguard_public_key: WireGuardKey
     assigned_ip: IPv4Address
-    provisioned_at: datetime
+    provisioned_at: UtcSecond
     capabilities: NodeCapabilities
     version: str
     metadata: dict[str, JsonValue] | None = None

@@ -70,6 +70,36 @@ def _problem(description: str, example: str) -> dict[str, Any]:
     }
 
 
+_CONFLICT: dict[str, Any] = {
+    "model": Conflict,
+    "description": "The node or its WireGuard key is already provisioned; nothing was changed.",
+    "content": {
+        "application/json": {
+            "example": {
+                "detail": {
+                    "message": "Peer swarm-node-001 is already provisioned",
+                    "existing_config": {"node_id": "swarm-node-001", "assigned_ip": "10.0.0.2"},
+                }
+            }
+        }
+    },
+}
+_INVALID: dict[str, Any] = {
+    "description": "The input can't be accepted; each entry says where and why.",
+    "content": {
+        "application/json": {
+            "example": {
+                "detail": [
+                    {
+                        "type": "value_error",
+                        "loc": ["body", "wireguard_public_key"],
+                        "msg": "Value error, a WireGuard key is 44 characters of base64, this is 33",
+                    }
+                ]
+            }
+        }
+    },
+}
 _NOT_FOUND = _problem("No such peer.", "Peer swarm-node-001 not found")
 _UNAVAILABLE = _problem(
     "The hub or the records could not be updated, nothing was changed; ask again after Retry-After seconds.",
@@ -81,7 +111,8 @@ _UNAVAILABLE = _problem(
     "/provision",
     summary="Provision a peer",
     responses={
-        409: {"model": Conflict, "description": "The node or its WireGuard key is already provisioned."},
+        409: _CONFLICT,
+        422: _INVALID,
         413: _problem(
             "The body is larger than 64 KiB.", "The body is larger than 64 KiB; send less metadata"
         ),
