@@ -35,7 +35,7 @@ def _brief(record: logging.LogRecord) -> bool:
 
 
 class DbosJournal:
-    """Writes a batch's records, has it applied and confirmed, each as a durable step of one workflow.
+    """Writes a batch's records and has it applied, each as a durable step of one workflow.
 
     The workflow's only argument is the batch's name: its changes stay in memory, because a process that
     dies takes the clients who wait for them with it. What it leaves behind is either nothing, or records
@@ -149,10 +149,6 @@ class DbosJournal:
         """Bring the hub up to the records."""
         return DBOS.run_step({"name": "apply"}, self._apply_batch, batch_id)
 
-    def confirm(self, batch_id: str) -> None:
-        """Note that the hub has reached the batch's generation, in one transaction."""
-        self._datasource.run_tx_step({"name": "confirm"}, self._write_applied, batch_id)
-
     def revoke(self, batch_id: str) -> None:
         """Take the intent back, in one transaction."""
         self._datasource.run_tx_step({"name": "revoke"}, self._write_revocation, batch_id)
@@ -164,15 +160,10 @@ class DbosJournal:
         batch = self._held(batch_id)
         if batch is not None:
             session = self._datasource.sql_session()
-            self._removed = records.write_intent(session, batch.generation, batch.accepted())
+            self._removed = records.write_intent(session, batch)
 
     def _apply_batch(self, batch_id: str) -> str | None:
         return self._apply(self._held(batch_id))
-
-    def _write_applied(self, batch_id: str) -> None:
-        batch = self._held(batch_id)
-        if batch is not None:
-            records.mark_applied(self._datasource.sql_session(), batch.generation)
 
     def _write_revocation(self, batch_id: str) -> None:
         batch = self._held(batch_id)

@@ -51,7 +51,7 @@ class MemoryJournal:
         """Write the batch's records."""
         batch = self._current(batch_id)
         self._undo = dict(self._records)
-        self._generation = batch.generation
+        self._generation, self._applied_generation = batch.generation, batch.reached
         for change in batch.accepted():
             if change.action is Action.ADD:
                 self._records[change.peer.node_id] = change.peer
@@ -61,10 +61,6 @@ class MemoryJournal:
     def apply(self, batch_id: str) -> str | None:
         """Bring the batch to the hub."""
         return self._apply(self._current(batch_id))
-
-    def confirm(self, batch_id: str) -> None:
-        """Note that the hub has it."""
-        self._applied_generation = self._current(batch_id).generation
 
     def revoke(self, batch_id: str) -> None:
         """Go back to what was there before the batch."""

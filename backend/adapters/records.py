@@ -17,7 +17,7 @@ from backend.errors import (
     ProvisioningError,
 )
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.ports import Action, Change, Peer, RecordedState
+from backend.services.ports import Action, Batch, Change, Peer, RecordedState
 
 NAMING: Final = {
     "pk": "pk_%(table_name)s",
@@ -93,21 +93,22 @@ def load_state(connection: sa.Connection) -> RecordedState:
     return RecordedState(found, state.generation, state.applied_generation)
 
 
-def write_intent(session: Session, generation: int, changes: Sequence[Change]) -> list[Row]:
-    """Write one batch under its generation; return the rows that it took out.
+def write_intent(session: Session, batch: Batch) -> list[Row]:
+    """Write one batch under its generation, and how far the hub had come; return the rows that it took out.
 
     A change that a constraint refuses gets its `refusal` and fails alone.
     """
     advanced = session.execute(
         sa.update(hub_state)
-        .where(hub_state.c.generation == generation - 1)
-        .values(generation=generation)
+        .where(hub_state.c.generation == batch.generation - 1)
+        .values(generation=batch.generation, applied_generation=batch.reached)
         .returning(hub_state.c.generation)
     )
     if advanced.first() is None:
         raise OvertakenError
+    changes = batch.accepted()
     removed = _remove(session, [change for change in changes if change.action is Action.REMOVE])
-    _add(session, generation, [change for change in changes if change.action is Action.ADD])
+    _add(session, batch.generation, [change for change in changes if change.action is Action.ADD])
     return removed
 
 
@@ -124,7 +125,7 @@ def revoke_intent(
         session.execute(sa.insert(peers), [dict(row) for row in removed])
 
 
-def mark_applied(connection: sa.Connection | Session, generation: int) -> None:
+def mark_applied(connection: sa.Connection, generation: int) -> None:
     """Note that the hub has reached a generation; it never goes back."""
     connection.execute(
         sa.update(hub_state)

@@ -35,11 +35,13 @@ _STOP_SECONDS: Final = 10.0
 
 
 def run_sequence(steps: BatchSteps, batch_id: str) -> None:
-    """Take one batch through intent, apply and applied; or, where apply fails for good, take it back."""
+    """Take one batch through intent and apply; where apply fails for good, take it back.
+
+    That the hub has reached its generation is written with the next batch's intent, or when nothing else
+    is to do: it tells whoever reads the records, and no start relies on it.
+    """
     steps.intend(batch_id)
-    if steps.apply(batch_id) is None:
-        steps.confirm(batch_id)
-    else:
+    if steps.apply(batch_id) is not None:
         steps.revoke(batch_id)
 
 
@@ -59,10 +61,12 @@ class HubCommitter:
         self._lock = Lock()
         self._open = False
         self._thread = Thread(target=self._work, name="hub-committer", daemon=True)
+        # The generation of the newest intent, how far the hub has come, and how far the records know of it.
         self._generation = 0
+        self._reached = 0
+        self._noted = 0
         # The batch whose outcome has to be looked up before anything else is written.
         self._doubtful: Batch | None = None
-        self._unmarked = False
         self._failed: tuple[float, ProvisioningError] | None = None
         # Set once, for good: the records are somebody else's.
         self._overtaken: OvertakenError | None = None
@@ -71,13 +75,15 @@ class HubCommitter:
     def load(self) -> Sequence[Peer]:
         """Read the records; the first thing to be called."""
         state = self._journal.load()
-        self._generation = state.generation
+        self._generation, self._noted = state.generation, state.applied_generation
+        self._reached = self._noted
         return state.peers
 
     def start(self, peers: Sequence[Peer]) -> None:
         """Bring the hub up to the records once, take up what an earlier process left, and begin."""
         if self._mirror.replace(peers) is None:
-            self._mark_applied()
+            self._reached = self._generation
+            self._note_reached()
         self._journal.launch(self._apply)
         self._open = True
         self._thread.start()
@@ -188,7 +194,7 @@ class HubCommitter:
         for change in changes:
             if change.action is Action.ADD:
                 change.refusal = self._hand_made.conflict(change.peer)
-        batch = Batch(uuid.uuid4().hex, self._generation + 1, changes)
+        batch = Batch(uuid.uuid4().hex, self._generation + 1, self._reached, changes)
         if batch.accepted():
             try:
                 self._journal.run(batch)
@@ -201,7 +207,9 @@ class HubCommitter:
                 self._doubtful = batch
                 self._resolve(batch)
                 return
-            self._generation = batch.generation
+            self._generation, self._noted = batch.generation, batch.reached
+            if batch.failure is None:
+                self._reached = batch.generation
         failed = None if batch.failure is None else HubUpdateError(batch.failure)
         self._failed = None if failed is None else (time.monotonic(), failed)
         if failed is not None:
@@ -231,9 +239,9 @@ class HubCommitter:
         problem = self._mirror.replace(state.peers)
         if problem is not None:
             return HubUpdateError(problem)
-        self._generation = state.generation
+        self._generation = self._reached = state.generation
         self._doubtful = None
-        self._mark_applied()
+        self._note_reached()
         recorded = {peer.node_id: peer for peer in state.peers}
         undone = RecordsUnavailableError("the records could not be written; nothing was changed, try again")
         for change in batch.changes:
@@ -247,27 +255,27 @@ class HubCommitter:
     def _idle(self) -> None:
         with contextlib.suppress(HubUpdateError):  # heal() meets it too, and it is logged there once
             self._mirror.refresh()
-        healed = self._mirror.heal()
-        if healed:
+        if self._mirror.heal():
             self._failed = None
-        if healed or self._unmarked:
-            self._mark_applied()
+            self._reached = self._generation
+        self._note_reached()
 
-    def _mark_applied(self) -> None:
-        """Note that the hub has reached the newest generation; or that this remains to be noted."""
-        try:
-            self._journal.mark_applied(self._generation)
-        except ProvisioningError:
-            self._unmarked = True
-        else:
-            self._unmarked = False
+    def _note_reached(self) -> None:
+        """Write down how far the hub has come, where the records don't know; later, if they don't answer."""
+        if self._noted < self._reached:
+            with contextlib.suppress(RecordsUnavailableError):
+                self._journal.mark_applied(self._reached)
+                self._noted = self._reached
 
     def _apply(self, batch: Batch | None) -> str | None:
         """Apply a batch; or, for one that an earlier process left behind, see that the hub is up to date."""
-        failure = self._mirror.apply(batch.accepted() if batch is not None else ())
-        if batch is not None:
-            batch.failure = failure
-        return failure
+        if batch is None:
+            return self._mirror.apply(())
+        batch.failure = self._mirror.apply(batch.accepted())
+        if batch.failure is None:
+            # It's in all three: what is still to be written is the workflow's own bookkeeping.
+            _settle(batch.changes, None)
+        return batch.failure
 
 
 def _settle(changes: Iterable[Change], error: ProvisioningError | None) -> None:

@@ -55,7 +55,8 @@ class HubMirror:
         self._peers: dict[str, ManagedPeer] = {}
         # The interface that is known to equal _peers and the rest of the file, or None while there is none.
         self._confirmed: _Seen | None = None
-        self._verified_at = 0.0
+        # When the interface was last compared with all the peers; None when it has been changed since.
+        self._verified_at: float | None = None
         self._problem: str | None = "the hub has not been reconciled yet"
 
     @property
@@ -138,8 +139,8 @@ class HubMirror:
                 present = _Seen(self._hub.incarnation(), self._config.foreign_stripped)
                 if self._confirmed != present:
                     return False
-                now = time.monotonic()
-                if now - self._verified_at >= _VERIFY_INTERVAL_SECONDS:
+                verified = self._verified_at
+                if verified is None or time.monotonic() - verified >= _VERIFY_INTERVAL_SECONDS:
                     self._verify()
             except HubUpdateError:
                 return False
@@ -165,8 +166,8 @@ class HubMirror:
     ) -> None:
         """Write the file and bring the interface up to it, by what is new since the last time if that's told.
 
-        That is only the cheaper way: the interface is compared with all the peers afterwards, and
-        where they differ it is told everything.
+        That costs what the change costs. As soon as nothing else is to do, heal() compares the interface
+        with all the peers, and tells it everything where they differ.
         """
         peers = self._peers.values()
         self._config.write(peers)
@@ -178,8 +179,8 @@ class HubMirror:
         if self._confirmed == present and not self._hand_made.share(removed):
             try:
                 if added or removed:
+                    self._verified_at = None
                     self._hub.change(added, removed.keys())
-                    self._verify()
             except HubUpdateError as exc:
                 log.warning("change_failed", extra={"reason": str(exc), "next": "syncconf"})
             else:

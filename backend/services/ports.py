@@ -52,6 +52,8 @@ class Batch:
 
     batch_id: str
     generation: int
+    # How far the hub had come before, to be noted with this batch's intent.
+    reached: int
     changes: list[Change]
     # Why the hub could not be updated, once `apply` has failed for good.
     failure: str | None = field(default=None)
@@ -71,16 +73,13 @@ class RecordedState:
 
 
 class BatchSteps(Protocol):
-    """The four things that happen to a batch. Each may be durable; `apply` may run more than once."""
+    """The three things that happen to a batch. Each may be durable; `apply` may run more than once."""
 
     def intend(self, batch_id: str) -> None:
         """Write the batch's records under its generation, in one transaction."""
 
     def apply(self, batch_id: str) -> str | None:
         """Bring file and interface up to the records; return why it could not be done, or None."""
-
-    def confirm(self, batch_id: str) -> None:
-        """Note that the hub has reached the batch's generation."""
 
     def revoke(self, batch_id: str) -> None:
         """Take the intent back, in one transaction."""

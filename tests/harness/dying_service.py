@@ -6,32 +6,36 @@ Run as a module, in place of `backend`. The moment comes when the file `die` is 
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from backend.__main__ import app
 from backend.adapters.dbos_journal import DbosJournal
+from backend.services.hub_mirror import HubMirror
 
-# The method before whose work the process dies.
-MOMENTS: Final = {
-    "before-intent": "_write_intent",
-    "after-intent": "_apply_batch",
-    "after-apply": "_write_applied",
-    "before-revocation": "_write_revocation",
+# Where the process dies: the method, and whether its work is done first.
+MOMENTS: Final[dict[str, tuple[type, str, bool]]] = {
+    "before-intent": (DbosJournal, "_write_intent", False),
+    "after-intent": (DbosJournal, "_apply_batch", False),
+    "after-apply": (HubMirror, "apply", True),
+    "before-revocation": (DbosJournal, "_write_revocation", False),
 }
 
 
-def _dying(work: Callable[..., Any]) -> Callable[..., Any]:
-    def die_or_work(journal: DbosJournal, batch_id: str) -> Any:
+def arrange(owner: type, method: str, *, afterwards: bool) -> None:
+    """Have the process die in that method."""
+    work = getattr(owner, method)
+
+    def die_or_work(*arguments: Any) -> Any:
+        done = work(*arguments) if afterwards or not Path("die").exists() else None
         if Path("die").exists():
             os.kill(os.getpid(), signal.SIGKILL)
-        return work(journal, batch_id)
+        return done
 
-    return die_or_work
+    setattr(owner, method, die_or_work)
 
 
 if __name__ == "__main__":
-    method = MOMENTS[sys.argv.pop(1)]
-    setattr(DbosJournal, method, _dying(getattr(DbosJournal, method)))
+    owner, method, afterwards = MOMENTS[sys.argv.pop(1)]
+    arrange(owner, method, afterwards=afterwards)
     app(prog_name="dying service")

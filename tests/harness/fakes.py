@@ -79,7 +79,7 @@ class FlakyJournal(MemoryJournal):
 
     def __init__(self) -> None:
         super().__init__()
-        # "check" and "load", "intend" (nothing written), "intended" (written, not told), or "confirm".
+        # "check", "load", "intend" (nothing written), "intended" (written), "applied" (done), "revoke".
         self.failing_at: set[str] = set()
 
     def _fail(self, moment: str) -> None:
@@ -104,9 +104,10 @@ class FlakyJournal(MemoryJournal):
         super().intend(batch_id)
         self._fail("intended")
 
-    def confirm(self, batch_id: str) -> None:
-        self._fail("confirm")
-        super().confirm(batch_id)
+    def apply(self, batch_id: str) -> str | None:
+        failure = super().apply(batch_id)
+        self._fail("applied")
+        return failure
 
     def revoke(self, batch_id: str) -> None:
         self._fail("revoke")
