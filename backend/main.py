@@ -18,6 +18,7 @@ from backend.adapters.wg_interface import FileOnly, WgInterface
 from backend.api.health import router as health_router
 from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
+from backend.services.configurations import Configurations
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
 from backend.services.hub_mirror import HubMirror
@@ -53,8 +54,9 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
             pool=pool,
             hand_made=hand_made,
             committer=HubCommitter(journal, HubMirror(config, hub, hand_made), hand_made),
-            hub_endpoint=settings.wireguard_hub_endpoint,
-            dns_server=settings.wireguard_hub_ip,
+            configurations=Configurations(
+                pool.network, settings.wireguard_hub_endpoint, settings.wireguard_hub_ip, hand_made
+            ),
         )
         service.start()
         stack.callback(service.close)

@@ -1,6 +1,7 @@
 """The sequence, against a real file, and doubles of interface and records."""
 
 import errno
+import json
 import logging
 import os
 import pickle
@@ -18,6 +19,7 @@ from backend.adapters.wg_interface import FileOnly
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
 from backend.services import hub_committer, hub_mirror
+from backend.services.configurations import Configurations
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
 from backend.services.hub_mirror import HubMirror
@@ -53,8 +55,9 @@ class World:
             pool=self.pool,
             hand_made=hand_made,
             committer=HubCommitter(journal, HubMirror(self.config, hub, hand_made), hand_made),
-            hub_endpoint="hub.example.com:51820",
-            dns_server=IPv4Address("10.0.0.1"),
+            configurations=Configurations(
+                self.pool.network, "hub.example.com:51820", IPv4Address("10.0.0.1"), hand_made
+            ),
         )
 
     def provision(self, node_id: str, key: str | None = None, **over: Any) -> Any:
@@ -117,6 +120,17 @@ def test_a_provisioned_peer_is_in_list_file_and_interface(world: World, hub: Fak
     assert world.service.get_peer_config("node-1") == config
     assert hub.table == {key: frozenset({"10.0.0.2/32"})}
     assert f"PublicKey = {key}\nAllowedIPs = 10.0.0.2/32\n" in world.text
+
+
+def test_the_json_of_a_configuration_is_that_of_the_model(world: World) -> None:
+    configs = {node_id: world.provision(node_id) for node_id in ("node-1", "-", "n" * 128)}
+    for node_id, config in configs.items():
+        assert world.service.get_peer_json(node_id) == config.model_dump_json()
+    for number in range(600):
+        world.service._by_node[f"more-{number}"] = world.service._by_node["node-1"]
+    listed = "".join(world.service.list_json())
+    assert json.loads(listed)["-"] == configs["-"].model_dump(mode="json")
+    assert listed.count('"assigned_ip":"10.0.0.2"') == 601
 
 
 def test_the_hub_gets_no_keepalive_of_its_own(world: World) -> None:
@@ -533,7 +547,8 @@ def test_two_requests_for_one_node_at_once_get_one_address(make_world: MakeWorld
     with pytest.raises(errors.PeerNotFoundError):
         world.service.get_peer_config("node-1")
     gate.set()
-    config = answers[0].result(WAIT)
+    answers[0].result(WAIT)
+    config = world.service.get_peer_config("node-1")
     for answer in answers[1:]:
         with pytest.raises(DuplicatePeerError) as refused:
             answer.result(WAIT)
@@ -589,7 +604,7 @@ def test_what_waits_together_is_committed_together(make_world: MakeWorld) -> Non
     eventually(lambda: sizes == [1])
     answers = [world.service.submit_provision(request(f"node-{i}")) for i in range(1, 50)]
     gate.set()
-    addresses = {answer.result(WAIT).assigned_ip for answer in [first, *answers]}
+    addresses = {answer.result(WAIT).address for answer in [first, *answers]}
     assert sizes == [1, 49]
     assert len(addresses) == 50
 
@@ -608,7 +623,7 @@ def test_a_stopping_service_finishes_what_it_accepted_and_takes_nothing_more(mak
     world = make_world()
     answers = [world.service.submit_provision(request(f"node-{i}")) for i in range(20)]
     world.service.close()
-    assert len({answer.result(0).assigned_ip for answer in answers}) == 20
+    assert len({answer.result(0).address for answer in answers}) == 20
     with pytest.raises(errors.HubUpdateError, match="stopping"):
         world.provision("late")
     with pytest.raises(errors.HubUpdateError, match="stopping"):
@@ -660,7 +675,7 @@ def test_nobody_is_answered_before_the_records_say_what_became_of_it(
     with pytest.raises(errors.RecordsUnavailableError, match="looked up"):
         world.service.check()
     journal.failing_at = set()
-    assert str(doubtful.result(WAIT).assigned_ip) == "10.0.0.2"
+    assert str(doubtful.result(WAIT).address) == "10.0.0.2"
     assert str(world.provision("node-2").assigned_ip) == "10.0.0.3"
 
 

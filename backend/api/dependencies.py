@@ -17,8 +17,8 @@ T = TypeVar("T")
 ANSWER_TIMEOUT_SECONDS: Final = 45.0
 
 
-def provisioning_service(request: Request) -> WireGuardProvisioningService:
-    """Return the app's service."""
+async def provisioning_service(request: Request) -> WireGuardProvisioningService:
+    """Return the app's service. Not a plain function: FastAPI would give each request a thread for it."""
     service = getattr(request.app.state, "provisioning_service", None)
     if not isinstance(service, WireGuardProvisioningService):
         reason = "The provisioning service isn't running: start this app with its lifespan"

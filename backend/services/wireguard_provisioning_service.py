@@ -1,7 +1,8 @@
 """The sequence of provisioning, written once: known? an address; hand over; answer when it's live."""
 
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,11 +20,11 @@ from backend.errors import (
 )
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.provisioning import (
-    PERSISTENT_KEEPALIVE_SECONDS,
     PeerConfiguration,
     ProvisioningRecord,
     ProvisioningRequest,
 )
+from backend.services.configurations import Configurations
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
 from backend.services.ip_pool_manager import IPPoolManager
@@ -73,14 +74,12 @@ class WireGuardProvisioningService:
         pool: IPPoolManager,
         hand_made: HandMadePeers,
         committer: HubCommitter,
-        hub_endpoint: str,
-        dns_server: IPv4Address,
+        configurations: Configurations,
     ) -> None:
         self._pool = pool
         self._hand_made = hand_made
         self._committer = committer
-        self._hub_endpoint = hub_endpoint
-        self._dns_server = dns_server
+        self._configurations = configurations
         # Guards _by_node and _by_key; never held across I/O. The pool's own lock is taken inside.
         self._lock = Lock()
         self._by_node: dict[str, _Entry] = {}
@@ -102,19 +101,19 @@ class WireGuardProvisioningService:
 
     def provision_peer(self, request: ProvisioningRequest, timeout: float | None = None) -> PeerConfiguration:
         """Provision a peer and wait, at most `timeout` seconds, until it is live."""
-        return self.submit_provision(request).result(timeout)
+        return self._configurations.model(self.submit_provision(request).result(timeout))
 
     def deprovision_peer(self, node_id: str, timeout: float | None = None) -> None:
         """Remove a peer and wait, at most `timeout` seconds, until it is gone from the hub."""
         self.submit_deprovision(node_id).result(timeout)
 
-    def submit_provision(self, request: ProvisioningRequest) -> Future[PeerConfiguration]:
-        """Begin to provision a peer; the future has its configuration as soon as the hub knows it.
+    def submit_provision(self, request: ProvisioningRequest) -> Future[Peer]:
+        """Begin to provision a peer; the future has it as soon as the hub knows it.
 
         Raises DuplicatePeerError, IPPoolExhaustedError or InvalidCredentialsError, at once or through the
         future, and through the future HubUpdateError or RecordsUnavailableError.
         """
-        answer: Future[PeerConfiguration] = Future()
+        answer: Future[Peer] = Future()
         self._provision(request, answer)
         return answer
 
@@ -130,16 +129,23 @@ class WireGuardProvisioningService:
 
     def get_peer_config(self, node_id: str) -> PeerConfiguration:
         """Return one peer's configuration; raise PeerNotFoundError."""
-        entry = self._by_node.get(node_id)
-        if entry is None or entry.standing is _Standing.COMING:
-            raise PeerNotFoundError(node_id)
-        return self._configuration(entry.peer)
+        return self._configurations.model(self._peer(node_id))
+
+    def get_peer_json(self, node_id: str) -> str:
+        """Return one peer's configuration as JSON; raise PeerNotFoundError."""
+        return self._configurations.json(self._peer(node_id))
+
+    def peer_json(self, peer: Peer) -> str:
+        """Return the configuration of a peer as JSON."""
+        return self._configurations.json(peer)
 
     def list_provisioned_peers(self) -> dict[str, PeerConfiguration]:
         """Return every live peer's configuration by node_id, in the order they came."""
-        with self._lock:
-            peers = [entry.peer for entry in self._by_node.values() if entry.standing is not _Standing.COMING]
-        return {peer.node_id: self._configuration(peer) for peer in peers}
+        return {peer.node_id: self._configurations.model(peer) for peer in self._live_peers()}
+
+    def list_json(self) -> Iterator[str]:
+        """Return the same as JSON, in pieces, so that others may go on in between."""
+        return self._configurations.json_by_node(self._live_peers())
 
     def get_pool_stats(self) -> dict[str, int]:
         """Return the pool's figures; see IPPoolManager.get_pool_stats."""
@@ -157,7 +163,7 @@ class WireGuardProvisioningService:
             stats = self._pool.get_pool_stats()
             raise IPPoolExhaustedError(str(self._pool.network), stats["allocated_addresses"])
 
-    def _provision(self, request: ProvisioningRequest, answer: Future[PeerConfiguration]) -> None:
+    def _provision(self, request: ProvisioningRequest, answer: Future[Peer]) -> None:
         with self._lock:
             entries = (self._by_node.get(request.node_id), self._by_key.get(request.wireguard_public_key))
             undecided = _undecided(*entries)
@@ -166,6 +172,16 @@ class WireGuardProvisioningService:
                 self._admit(request, answer)
                 return
         _after(undecided, answer, lambda: self._provision(request, answer))
+
+    def _peer(self, node_id: str) -> Peer:
+        entry = self._by_node.get(node_id)
+        if entry is None or entry.standing is _Standing.COMING:
+            raise PeerNotFoundError(node_id)
+        return entry.peer
+
+    def _live_peers(self) -> list[Peer]:
+        with self._lock:
+            return [entry.peer for entry in self._by_node.values() if entry.standing is not _Standing.COMING]
 
     def _refuse_known(
         self, request: ProvisioningRequest, by_node: _Entry | None, by_key: _Entry | None
@@ -177,7 +193,7 @@ class WireGuardProvisioningService:
                 request.public_key,
                 UNRECORDED_PUBLIC_KEY,
             ):
-                raise DuplicatePeerError(node_id, self._configuration(peer).model_dump(mode="json"))
+                raise DuplicatePeerError(node_id, json.loads(self._configurations.json(peer)))
             raise DuplicatePeerError(node_id, {"node_id": node_id, "assigned_ip": str(peer.address)})
         if by_key is not None or self._hand_made.hold(key):
             raise DuplicatePeerError(node_id, {})
@@ -186,7 +202,7 @@ class WireGuardProvisioningService:
                 "wireguard_public_key", "this is the hub's own key; send the public half of the node's own"
             )
 
-    def _admit(self, request: ProvisioningRequest, answer: Future[PeerConfiguration]) -> None:
+    def _admit(self, request: ProvisioningRequest, answer: Future[Peer]) -> None:
         """Reserve an address and the two names, and hand the record over."""
         # Reserved before anything is written: a crash may leak an address, never share one.
         address = IPv4Address(self._pool.allocate_ip(request.node_id))
@@ -217,7 +233,7 @@ class WireGuardProvisioningService:
                 _fail(answer, error)
                 return
             log.info("peer_provisioned", extra={"node_id": peer.node_id, "address": str(address)})
-            _succeed(answer, self._configuration(peer))
+            _succeed(answer, peer)
 
         try:
             self._store_provisioning_record(record, Change(Action.ADD, peer, settle))
@@ -275,20 +291,6 @@ class WireGuardProvisioningService:
         del self._by_node[peer.node_id]
         del self._by_key[peer.wireguard_public_key]
         self._pool.deallocate_ip(peer.node_id)
-
-    def _configuration(self, peer: Peer) -> PeerConfiguration:
-        # Built from values that were checked when they came in, thousands at a time: not checked again.
-        return PeerConfiguration.model_construct(
-            node_id=peer.node_id,
-            assigned_ip=peer.address,
-            subnet_mask=self._pool.network.netmask,
-            hub_public_key=self._hand_made.hub_key,
-            hub_endpoint=self._hub_endpoint,
-            allowed_ips=str(self._pool.network),
-            persistent_keepalive=PERSISTENT_KEEPALIVE_SECONDS,
-            dns_servers=[self._dns_server],
-            provisioned_at=peer.provisioned_at,
-        )
 
 
 def _undecided(*entries: _Entry | None) -> Future[None] | None:
