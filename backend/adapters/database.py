@@ -131,9 +131,7 @@ class Database:
     def check(self) -> None:
         """Raise OvertakenError where another process has it by now, and SQLAlchemyError where it's away."""
         if self.url.get_backend_name() == "sqlite":
-            with self.engine.connect() as connection:
-                connection.execute(sa.select(1))
-            return
+            return  # nobody's but ours for as long as we hold its lock file, and never away
         with self._presence_lock:
             try:
                 if self._presence is not None:

@@ -35,7 +35,10 @@ def _brief(record: logging.LogRecord) -> bool:
 
 
 class DbosJournal:
-    """Writes a batch's records and has it applied, each as a durable step of one workflow.
+    """Writes a batch's records, and has it applied, by one workflow.
+
+    The intent is a transaction that is never run again. To apply it is no step: the desired state is brought
+    about, whether for the first time or again, and a step would only cost a commit.
 
     The workflow's only argument is the batch's name: its changes stay in memory, because a process that
     dies takes the clients who wait for them with it. What it leaves behind is either nothing, or records
@@ -147,7 +150,7 @@ class DbosJournal:
 
     def apply(self, batch_id: str) -> str | None:
         """Bring the hub up to the records."""
-        return DBOS.run_step({"name": "apply"}, self._apply_batch, batch_id)
+        return self._apply(self._held(batch_id))
 
     def revoke(self, batch_id: str) -> None:
         """Take the intent back, in one transaction."""
@@ -161,9 +164,6 @@ class DbosJournal:
         if batch is not None:
             session = self._datasource.sql_session()
             self._removed = records.write_intent(session, batch)
-
-    def _apply_batch(self, batch_id: str) -> str | None:
-        return self._apply(self._held(batch_id))
 
     def _write_revocation(self, batch_id: str) -> None:
         batch = self._held(batch_id)

@@ -4,9 +4,12 @@ import json
 import os
 import platform
 import re
+import select
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +22,9 @@ _SHOWN_ARGUMENTS: Final = 6
 _INSTALL_TIMEOUT_SECONDS: Final = 900.0
 # Where `ip` and `wg` are, even if the caller's PATH has no sbin.
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# From scratch: with a LOG_LEVEL wireguard-go's daemon holds on to our end of stderr, and with
+# WG_PROCESS_FOREGROUND it doesn't become one. `wg` looks up an endpoint's name 15 times by itself.
+_ENVIRONMENT: Final = {"PATH": _SYSTEM_PATH, "LC_ALL": "C", "WG_ENDPOINT_RESOLUTION_RETRIES": "0"}
 # Debian's and Ubuntu's.
 _PACKAGES: Final = {"ip": "iproute2", "wg": "wireguard-tools", "wireguard-go": "wireguard-go"}
 _NOT_PERMITTED: Final = re.compile(r"not permitted|Permission denied")
@@ -49,29 +55,58 @@ def run(command: Sequence[str], stdin: bytes = b"", timeout: float = _TIMEOUT_SE
     """Run a program found by `find`; return what it printed, or raise ToolRefusedError."""
     shown = " ".join([Path(command[0]).name, *command[1:_SHOWN_ARGUMENTS]])
     try:
-        done = subprocess.run(  # absolute paths, no shell, arguments that Settings has checked
-            command,
-            input=stdin,
-            capture_output=True,
-            check=False,
-            timeout=timeout,
-            cwd="/",
-            # wireguard-go becomes a daemon, but stays in its caller's process group: Ctrl-C would end it.
-            start_new_session=True,
-            # From scratch: with a LOG_LEVEL wireguard-go's daemon holds on to our end of stderr, and with
-            # WG_PROCESS_FOREGROUND it doesn't become one.
-            env={"PATH": _SYSTEM_PATH, "LC_ALL": "C", "WG_ENDPOINT_RESOLUTION_RETRIES": "0"},
-        )
-    except subprocess.TimeoutExpired:
-        raise HubUpdateError(f"`{shown}` didn't end within {timeout:.0f} seconds") from None
+        status, printed, complaint = _execute(command, stdin, timeout)
+    except TimeoutError:
+        raise HubUpdateError(f"`{shown}` didn't end within {timeout:g} seconds") from None
     except OSError as exc:
         raise HubUpdateError(f"`{shown}` could not be started ({exc.strerror})") from exc
-    if done.returncode == 0:
-        return done.stdout.decode("utf-8", "replace")
-    said = " ".join((done.stderr.strip() or done.stdout.strip()).decode("utf-8", "replace").split())
-    reason = _QUOTED.sub("...", said)[:_LONGEST_REASON] or f"exit status {done.returncode}"
+    if status == 0:
+        return printed.decode("utf-8", "replace")
+    said = " ".join((complaint.strip() or printed.strip()).decode("utf-8", "replace").split())
+    reason = _QUOTED.sub("...", said)[:_LONGEST_REASON] or f"exit status {status}"
     remedy = "; run this as root" if _NOT_PERMITTED.search(reason) else ""
     raise ToolRefusedError(f"`{shown}` failed: {reason}{remedy}")
+
+
+def _execute(command: Sequence[str], stdin: bytes, timeout: float) -> tuple[int, bytes, bytes]:
+    """Run a program to its end; return its status and what it wrote. Raises TimeoutError and OSError.
+
+    In place of subprocess.run, which takes as long as a small program itself: posix_spawn(3) copies no page
+    tables, files in memory need nobody who reads along, and pidfd_open(2) tells the end when it comes, where
+    a wait with a timeout sleeps.
+    """
+    with ExitStack() as stack:
+        files = []
+        for name in ("stdin", "stdout", "stderr"):
+            files.append(os.memfd_create(name, os.MFD_CLOEXEC))
+            stack.callback(os.close, files[-1])
+        view = memoryview(stdin)
+        while view:
+            view = view[os.write(files[0], view) :]
+        os.lseek(files[0], 0, os.SEEK_SET)
+        # A session of its own: Ctrl-C is for us, and wireguard-go, which becomes a daemon, outlives us.
+        pid = os.posix_spawn(
+            command[0],
+            list(command),
+            _ENVIRONMENT,
+            file_actions=[(os.POSIX_SPAWN_DUP2, file, number) for number, file in enumerate(files)],
+            setsid=True,
+        )
+        ended = False
+        try:
+            end = os.pidfd_open(pid)
+            stack.callback(os.close, end)
+            poll = select.poll()
+            poll.register(end, select.POLLIN)
+            ended = bool(poll.poll(timeout * 1000))
+        finally:
+            if not ended:
+                os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+        if not ended:
+            raise TimeoutError
+        printed, said = (os.pread(file, os.fstat(file).st_size, 0) for file in files[1:])
+        return os.waitstatus_to_exitcode(status), printed, said
 
 
 def query(command: Sequence[str]) -> list[dict[str, Any]]:

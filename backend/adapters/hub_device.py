@@ -201,7 +201,8 @@ def _make_interface(ip: str, name: str) -> None:
         # which attaches itself to an existing tun of that name without a word.
         if exc.not_permitted or interface_exists(name):
             raise
-        run([find("wireguard-go"), name])
+        # In the root directory, or the daemon would keep the one that it was started in from being unmounted.
+        run(["/bin/sh", "-c", 'cd / && exec "$0" "$1"', find("wireguard-go"), name])
 
 
 def _set_up(ip: str, name: str) -> None:

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from backend.errors import (
@@ -98,7 +98,8 @@ def write_intent(session: Session, batch: Batch) -> list[Row]:
 
     A change that a constraint refuses gets its `refusal` and fails alone.
     """
-    advanced = session.execute(
+    connection = session.connection()
+    advanced = connection.execute(
         sa.update(hub_state)
         .where(hub_state.c.generation == batch.generation - 1)
         .values(generation=batch.generation, applied_generation=batch.reached)
@@ -107,8 +108,8 @@ def write_intent(session: Session, batch: Batch) -> list[Row]:
     if advanced.first() is None:
         raise OvertakenError
     changes = batch.accepted()
-    removed = _remove(session, [change for change in changes if change.action is Action.REMOVE])
-    _add(session, batch.generation, [change for change in changes if change.action is Action.ADD])
+    removed = _remove(connection, [change for change in changes if change.action is Action.REMOVE])
+    _add(connection, batch.generation, [change for change in changes if change.action is Action.ADD])
     return removed
 
 
@@ -134,12 +135,14 @@ def mark_applied(connection: sa.Connection, generation: int) -> None:
     )
 
 
-def _remove(session: Session, changes: Sequence[Change]) -> list[Row]:
+def _remove(connection: sa.Connection, changes: Sequence[Change]) -> list[Row]:
     if not changes:
         return []
     names = [change.peer.node_id for change in changes]
     rows = (
-        session.execute(sa.delete(peers).where(peers.c.node_id.in_(names)).returning(peers)).mappings().all()
+        connection.execute(sa.delete(peers).where(peers.c.node_id.in_(names)).returning(peers))
+        .mappings()
+        .all()
     )
     found = {row["node_id"] for row in rows}
     for change in changes:
@@ -148,21 +151,16 @@ def _remove(session: Session, changes: Sequence[Change]) -> list[Row]:
     return [dict(row) for row in rows]
 
 
-def _add(session: Session, generation: int, changes: Sequence[Change]) -> None:
+def _add(connection: sa.Connection, generation: int, changes: Sequence[Change]) -> None:
     rows = [_row(change, generation) for change in changes]
     if not rows:
         return
-    try:
-        with session.begin_nested():
-            session.execute(sa.insert(peers), rows)
-    except IntegrityError:
-        # Somebody in it collides; one by one it shows who.
-        for change, row in zip(changes, rows, strict=True):
-            try:
-                with session.begin_nested():
-                    session.execute(sa.insert(peers), [row])
-            except IntegrityError as exc:
-                change.refusal = _refusal(change.peer, exc)
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = insert(peers).on_conflict_do_nothing().returning(peers.c.node_id)
+    written = set(connection.scalars(statement, rows))
+    for change in changes:
+        if change.peer.node_id not in written:
+            change.refusal = _refusal(connection, change.peer)
 
 
 def _row(change: Change, generation: int) -> Row:
@@ -182,8 +180,13 @@ def _row(change: Change, generation: int) -> Row:
     }
 
 
-def _refusal(peer: Peer, exc: IntegrityError) -> ProvisioningError:
-    """Name what a constraint said: both name the column, SQLite as it is, PostgreSQL in a name."""
-    if "assigned_ip" in str(exc.orig):
+def _refusal(connection: sa.Connection, peer: Peer) -> ProvisioningError:
+    """Name the constraint that kept a peer out."""
+    address_taken = sa.select(peers.c.node_id).where(
+        peers.c.assigned_ip == str(peer.address),
+        peers.c.node_id != peer.node_id,
+        peers.c.wireguard_public_key != peer.wireguard_public_key,
+    )
+    if connection.scalar(address_taken) is not None:
         return AddressTakenError(str(peer.address))
     return DuplicatePeerError(peer.node_id, {})
