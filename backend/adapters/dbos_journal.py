@@ -2,10 +2,12 @@
 
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+import sqlalchemy as sa
 from dbos import DBOS, SQLAlchemyDatasource
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -13,13 +15,13 @@ from backend.adapters import records
 from backend.adapters.database import Database, said
 from backend.errors import RecordsUnavailableError, StartRefusedError
 from backend.services.hub_committer import run_sequence
-from backend.services.ports import Batch, RecordedState
+from backend.services.ports import Batch, NextBatch, RecordedState
 
 log = logging.getLogger(__name__)
 
 # Interrupted workflows are recovered only by the same version: change it with the shape of the sequence.
 APPLICATION_VERSION: Final = "1"
-_WORKFLOW: Final = "commit_batch"
+_WORKFLOW: Final = "commit_burst"
 # DBOS never deletes anything. What has ended is kept for a look, and then goes, a few at a time.
 _KEEP_FINISHED: Final = timedelta(minutes=5)
 _TIDY_INTERVAL_SECONDS: Final = 10.0
@@ -35,22 +37,29 @@ def _brief(record: logging.LogRecord) -> bool:
 
 
 class DbosJournal:
-    """Writes a batch's records, and has it applied, by one workflow.
+    """Takes each burst of batches through one workflow, whose steps are their transactions.
 
-    The intent is a transaction that is never run again. To apply it is no step: the desired state is brought
-    about, whether for the first time or again, and a step would only cost a commit.
+    An intent is a transactional step, which is never run again. To apply it is no step: the desired state is
+    brought about, whether for the first time or again, and a step would only cost a commit. It happens right
+    after the transaction's own commit. A batch waits for
+    nobody: a workflow goes on for as long as the next batch is there when the last one is done, so that what
+    it costs to begin and end one is shared under load.
 
-    The workflow's only argument is the batch's name: its changes stay in memory, because a process that
-    dies takes the clients who wait for them with it. What it leaves behind is either nothing, or records
-    that the next start brings to the hub.
+    The workflow's only argument is the burst's name: changes stay in memory, because a process that dies
+    takes the clients who wait for them with it. What it leaves behind is either nothing, or records that the
+    next start brings to the hub.
     """
 
     def __init__(self, database: Database, hub_name: str) -> None:
         self._database = database
         self._engine = database.engine
         self._hub_name = hub_name
+        self._burst = ""
+        self._next_batch: NextBatch = lambda: None
         self._batch: Batch | None = None
         self._removed: list[records.Row] = []
+        self._applied = False
+        self._failure: str | None = None
         self._launched = False
         self._tidied_at = time.monotonic()
 
@@ -75,10 +84,15 @@ class DbosJournal:
         self._datasource = SQLAlchemyDatasource.create(url, engine=self._engine)
 
         @DBOS.workflow(name=_WORKFLOW)
-        def commit_batch(batch_id: str) -> None:
-            run_sequence(self, batch_id)
+        def commit_burst(burst: str) -> None:
+            if burst == self._burst:
+                run_sequence(self)
+            else:
+                # An earlier process's. Every start reconciles the hub with all the records before anything
+                # else, so there is nothing left to do but to see that.
+                self._apply(None)
 
-        self._workflow = commit_batch
+        self._workflow = commit_burst
         DBOS(
             config={
                 "name": "wireguard-provisioning",
@@ -95,13 +109,14 @@ class DbosJournal:
         except Exception as exc:
             raise StartRefusedError(f"DBOS can't start on the database: {said(exc)}") from exc
 
-    def run(self, batch: Batch) -> None:
-        """Take a batch through its sequence, in this thread."""
-        self._batch, self._removed = batch, []
+    def run(self, next_batch: NextBatch) -> None:
+        """Take batches through their sequence, in this thread, until there is none."""
+        self._next_batch, self._batch = next_batch, None
+        self._burst = uuid.uuid4().hex
         try:
-            self._workflow(batch.batch_id)
+            self._workflow(self._burst)
         finally:
-            self._batch = None
+            self._burst = ""
 
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`, outside of any batch."""
@@ -144,33 +159,41 @@ class DbosJournal:
             DBOS.destroy(destroy_registry=True)
         self._database.close()
 
-    def intend(self, batch_id: str) -> None:
-        """Write the batch's records, in one transaction."""
-        self._datasource.run_tx_step({"name": "intend"}, self._write_intent, batch_id)
+    def intend(self) -> bool:
+        """Take the next batch and write its records, in one transaction."""
+        self._batch, self._applied = None, False
+        return self._datasource.run_tx_step({"name": "intend"}, self._write_intent)
 
-    def apply(self, batch_id: str) -> str | None:
-        """Bring the hub up to the records."""
-        return self._apply(self._held(batch_id))
+    def apply(self) -> str | None:
+        """Bring the hub up to the records, unless that was done as soon as they were durable."""
+        if not self._applied:
+            self._apply_batch()
+        return self._failure
 
-    def revoke(self, batch_id: str) -> None:
+    def revoke(self) -> None:
         """Take the intent back, in one transaction."""
-        self._datasource.run_tx_step({"name": "revoke"}, self._write_revocation, batch_id)
+        self._datasource.run_tx_step({"name": "revoke"}, self._write_revocation)
 
-    # A batch that this process doesn't hold was an earlier one's. Its steps find nothing to do, because
-    # every start reconciles the hub with all the records before anything else.
+    def _write_intent(self) -> bool:
+        # Waited for in here, before the transaction's first statement: what a step costs before that is then
+        # paid while nobody waits. A transaction that is tried again has its batch already.
+        if self._batch is None:
+            self._batch = self._next_batch()
+        if self._batch is None:
+            return False
+        session = self._datasource.sql_session()
+        self._removed = records.write_intent(session, self._batch)
+        # As soon as the records are durable, and before DBOS has noted that the step is done: whoever waits
+        # doesn't wait for that. What is interrupted in between is found by the next start as ever.
+        sa.event.listen(session, "after_commit", lambda _: self._apply_batch(), once=True)
+        return True
 
-    def _write_intent(self, batch_id: str) -> None:
-        batch = self._held(batch_id)
-        if batch is not None:
-            session = self._datasource.sql_session()
-            self._removed = records.write_intent(session, batch)
+    def _apply_batch(self) -> None:
+        self._applied = True
+        self._failure = self._apply(self._batch)
 
-    def _write_revocation(self, batch_id: str) -> None:
-        batch = self._held(batch_id)
-        if batch is not None:
-            session = self._datasource.sql_session()
-            records.revoke_intent(session, batch.generation, batch.accepted(), self._removed)
-
-    def _held(self, batch_id: str) -> Batch | None:
-        batch = self._batch
-        return batch if batch is not None and batch.batch_id == batch_id else None
+    def _write_revocation(self) -> None:
+        if self._batch is not None:
+            records.revoke_intent(
+                self._datasource.sql_session(), self._batch.generation, self._batch.accepted(), self._removed
+            )

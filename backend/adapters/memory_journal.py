@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from backend.services.hub_committer import run_sequence
-from backend.services.ports import Action, Batch, Peer, RecordedState
+from backend.services.ports import Action, Batch, NextBatch, Peer, RecordedState
 
 
 class MemoryJournal:
@@ -16,6 +16,7 @@ class MemoryJournal:
         self._records = {peer.node_id: peer for peer in peers}
         self._generation = 0
         self._applied_generation = 0
+        self._next_batch: NextBatch = lambda: None
         self._batch: Batch | None = None
         self._undo: dict[str, Peer] = {}
         self._apply: Callable[[Batch | None], str | None] = lambda _: None
@@ -28,11 +29,10 @@ class MemoryJournal:
         """Remember how a batch gets to the hub."""
         self._apply = apply
 
-    def run(self, batch: Batch) -> None:
-        """Take a batch through its sequence."""
-        self._batch = batch
-        run_sequence(self, batch.batch_id)
-        self._batch = None
+    def run(self, next_batch: NextBatch) -> None:
+        """Take batches through their sequence until there is none."""
+        self._next_batch = next_batch
+        run_sequence(self)
 
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`."""
@@ -47,9 +47,12 @@ class MemoryJournal:
     def close(self) -> None:
         """Nothing is to be closed."""
 
-    def intend(self, batch_id: str) -> None:
-        """Write the batch's records."""
-        batch = self._current(batch_id)
+    def intend(self) -> bool:
+        """Write the next batch's records."""
+        batch = self._next_batch()
+        if batch is None:
+            return False
+        self._batch = batch
         self._undo = dict(self._records)
         self._generation, self._applied_generation = batch.generation, batch.reached
         for change in batch.accepted():
@@ -57,17 +60,12 @@ class MemoryJournal:
                 self._records[change.peer.node_id] = change.peer
             else:
                 del self._records[change.peer.node_id]
+        return True
 
-    def apply(self, batch_id: str) -> str | None:
+    def apply(self) -> str | None:
         """Bring the batch to the hub."""
-        return self._apply(self._current(batch_id))
+        return self._apply(self._batch)
 
-    def revoke(self, batch_id: str) -> None:
+    def revoke(self) -> None:
         """Go back to what was there before the batch."""
-        self._current(batch_id)
         self._records = self._undo
-
-    def _current(self, batch_id: str) -> Batch:
-        if self._batch is None or self._batch.batch_id != batch_id:
-            raise RuntimeError("a batch of another process can't be in memory")
-        return self._batch

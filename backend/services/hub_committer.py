@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -30,19 +29,22 @@ HEAL_INTERVAL_SECONDS: Final = 1.0
 _FAILURE_SPEAKS_SECONDS: Final = 10.0
 # From when on a batch under way says that something is wrong: seconds.
 _LONG_BATCH_SECONDS: Final = 5.0
+# How long a workflow waits for more work before it ends, and how long it may go on: seconds.
+_LINGER_SECONDS: Final = 0.05
+_LONGEST_BURST_SECONDS: Final = 2.0
 # How long a stop waits for what was accepted: seconds.
 _STOP_SECONDS: Final = 10.0
 
 
-def run_sequence(steps: BatchSteps, batch_id: str) -> None:
-    """Take one batch through intent and apply; where apply fails for good, take it back.
+def run_sequence(steps: BatchSteps) -> None:
+    """Take batches through intent and apply, one after the other, for as long as they come at once.
 
-    That the hub has reached its generation is written with the next batch's intent, or when nothing else
-    is to do: it tells whoever reads the records, and no start relies on it.
+    Where apply fails for good the intent is taken back. How far the hub has come is written with the next
+    intent, or when nothing else is to do: it tells whoever reads the records, and no start relies on it.
     """
-    steps.intend(batch_id)
-    if steps.apply(batch_id) is not None:
-        steps.revoke(batch_id)
+    while steps.intend():
+        if steps.apply() is not None:
+            steps.revoke()
 
 
 class HubCommitter:
@@ -65,6 +67,11 @@ class HubCommitter:
         self._generation = 0
         self._reached = 0
         self._noted = 0
+        self._running = True
+        # The batch that is to be begun with, and the one that is under way.
+        self._first: Batch | None = None
+        self._batch: Batch | None = None
+        self._burst_until = 0.0
         # The batch whose outcome has to be looked up before anything else is written.
         self._doubtful: Batch | None = None
         self._failed: tuple[float, ProvisioningError] | None = None
@@ -130,26 +137,31 @@ class HubCommitter:
             raise failed[1]
 
     def _work(self) -> None:
-        running = True
-        while running:
-            changes, running = self._take()
-            if not running and not changes:
+        while self._running:
+            changes = self._take(HEAL_INTERVAL_SECONDS)
+            if not self._running and not changes:
                 return
-            self._busy_since = time.monotonic()
             try:
                 self._turn(changes)
             except OvertakenError as exc:
                 self._overtaken = exc
                 log.critical("overtaken", extra={"reason": str(exc)})
-                _settle([*changes, *(self._doubtful.changes if self._doubtful else ())], exc)
-                self._doubtful = None
+                _settle(changes, exc)
+                self._give_up(exc)
             except Exception:
                 # The thread must outlive whatever happened, or every later request would wait for ever.
                 log.exception("committer_failed")
-                _settle(
-                    changes, HubUpdateError("the change failed in an unforeseen way; see the service's log")
-                )
+                reason = HubUpdateError("the change failed in an unforeseen way; see the service's log")
+                _settle(changes, reason)
+                self._give_up(reason)
             self._busy_since = None
+
+    def _give_up(self, reason: ProvisioningError) -> None:
+        """Tell everybody who still waits for a batch."""
+        for batch in (self._first, self._batch, self._doubtful):
+            if batch is not None:
+                _settle(batch.changes, reason)
+        self._first = self._batch = self._doubtful = None
 
     def _turn(self, changes: list[Change]) -> None:
         """Do what is to be done next: find out what became of a batch, commit one, or see to the hub."""
@@ -168,53 +180,100 @@ class HubCommitter:
         with contextlib.suppress(RecordsUnavailableError):  # what is left over can wait
             self._journal.tidy()
 
-    def _take(self) -> tuple[list[Change], bool]:
-        """Wait for work; return everything that is waiting, and whether there will be more."""
+    def _take(self, patience: float) -> list[Change]:
+        """Wait for work, at most so many seconds; return everything that is waiting."""
         changes: list[Change] = []
-        try:
-            item = self._queue.get(timeout=HEAL_INTERVAL_SECONDS)
+        with contextlib.suppress(Empty):
+            item = self._queue.get(timeout=patience)
             while item is not None:
                 changes.append(item)
                 if len(changes) >= MAX_BATCH:
-                    return changes, True
+                    return changes
                 item = self._queue.get_nowait()
-        except Empty:
-            return changes, True
-        return changes, False
+            self._running = False
+        return changes
 
     def _commit(self, changes: list[Change]) -> None:
+        self._first = self._prepare(changes)
+        if self._first is None:
+            return
+        self._burst_until = time.monotonic() + _LONGEST_BURST_SECONDS
+        try:
+            self._journal.run(self._next)
+        except OvertakenError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - whatever it was, the records know what became of it
+            # Without the traceback: a driver's message may quote a row.
+            reason = str(exc) if isinstance(exc, ProvisioningError) else type(exc).__name__
+            log.error("burst_failed", extra={"reason": reason})  # noqa: TRY400 - see above
+            if self._first is not None:
+                # Nothing of it has been begun.
+                unwritten = RecordsUnavailableError("the records can't be written; nothing was changed")
+                self._failed = (time.monotonic(), unwritten)
+                self._give_up(unwritten)
+            elif self._batch is not None:
+                self._doubtful, self._batch = self._batch, None
+                self._resolve(self._doubtful)
+        else:
+            self._finish()
+
+    def _next(self) -> Batch | None:
+        """Return the burst's next batch, or None when there has been nothing to do for a moment.
+
+        What a burst shares is the cost of beginning and ending a workflow; it waits for nothing that isn't
+        there already, except after its last batch.
+        """
+        self._finish()
+        batch, self._first = self._first, None
+        while batch is None:
+            if time.monotonic() > self._burst_until:
+                return None
+            changes = self._take(_LINGER_SECONDS) if self._running else []
+            if not changes:
+                return None
+            batch = self._prepare(changes)
+        self._batch = batch
+        return batch
+
+    def _prepare(self, changes: list[Change]) -> Batch | None:
+        """Make a batch of what can be done, and refuse the rest at once."""
+        self._busy_since = time.monotonic()
         try:
             self._mirror.refresh()
             self._journal.check()
             self._heal()
+        except OvertakenError:
+            _settle(changes, OvertakenError())
+            raise
         except ProvisioningError as exc:
             self._failed = (time.monotonic(), exc)
             _settle(changes, exc)
-            return
+            return None
         for change in changes:
             if change.action is Action.ADD:
                 change.refusal = self._hand_made.conflict(change.peer)
-        batch = Batch(uuid.uuid4().hex, self._generation + 1, self._reached, changes)
+        batch = Batch(self._generation + 1, self._reached, changes)
         if batch.accepted():
-            try:
-                self._journal.run(batch)
-            except OvertakenError:
-                raise
-            except Exception as exc:  # noqa: BLE001 - whatever it was, the records know what became of it
-                # Without the traceback: a driver's message may quote a row.
-                reason = str(exc) if isinstance(exc, ProvisioningError) else type(exc).__name__
-                log.error("batch_in_doubt", extra={"batch": batch.batch_id, "reason": reason})  # noqa: TRY400 - see above
-                self._doubtful = batch
-                self._resolve(batch)
-                return
-            self._generation, self._noted = batch.generation, batch.reached
-            if batch.failure is None:
-                self._reached = batch.generation
-        failed = None if batch.failure is None else HubUpdateError(batch.failure)
+            return batch
+        for change in changes:
+            _settle([change], change.refusal)
+        return None
+
+    def _finish(self) -> None:
+        """End the batch that is under way, which has gone through its sequence."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        self._generation, self._noted = batch.generation, batch.reached
+        failed = None
+        if batch.failure is None:
+            self._reached = batch.generation
+        else:
+            failed = HubUpdateError(batch.failure)
+            log.error("batch_failed", extra={"changes": len(batch.changes), "reason": batch.failure})
         self._failed = None if failed is None else (time.monotonic(), failed)
-        if failed is not None:
-            log.error("batch_failed", extra={"changes": len(changes), "reason": batch.failure})
-        _settle(changes, failed)
+        _settle(batch.changes, failed)
+        self._busy_since = None
 
     def _heal(self) -> None:
         """See that the hub is in step before more is asked of it; raise HubUpdateError where it can't be."""

@@ -50,7 +50,6 @@ class Change:
 class Batch:
     """Changes that are committed together, under one generation of the hub."""
 
-    batch_id: str
     generation: int
     # How far the hub had come before, to be noted with this batch's intent.
     reached: int
@@ -72,16 +71,19 @@ class RecordedState:
     applied_generation: int
 
 
+NextBatch = Callable[[], Batch | None]
+
+
 class BatchSteps(Protocol):
     """The three things that happen to a batch. Each may be durable; `apply` may run more than once."""
 
-    def intend(self, batch_id: str) -> None:
-        """Write the batch's records under its generation, in one transaction."""
+    def intend(self) -> bool:
+        """Take the next batch and write its records in one transaction; return False when there is none."""
 
-    def apply(self, batch_id: str) -> str | None:
+    def apply(self) -> str | None:
         """Bring file and interface up to the records; return why it could not be done, or None."""
 
-    def revoke(self, batch_id: str) -> None:
+    def revoke(self) -> None:
         """Take the intent back, in one transaction."""
 
 
@@ -94,8 +96,11 @@ class Journal(Protocol):
     def launch(self, apply: Callable[[Batch | None], str | None]) -> None:
         """Take up work. `apply` is called for each batch, and with None for one of an earlier process."""
 
-    def run(self, batch: Batch) -> None:
-        """Take a batch through its sequence. On any exception the outcome is to be looked up by `load`."""
+    def run(self, next_batch: NextBatch) -> None:
+        """Take batches through their sequence until there is none.
+
+        On any exception the outcome of the last one is to be looked up by `load`.
+        """
 
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`, outside of any batch."""

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from backend.__main__ import app
+from backend.adapters import records
 from backend.adapters.dbos_journal import DbosJournal
 from backend.services.hub_mirror import HubMirror
 
 # Where the process dies: the method, and whether its work is done first.
-MOMENTS: Final[dict[str, tuple[type, str, bool]]] = {
-    "before-intent": (DbosJournal, "_write_intent", False),
-    "after-intent": (DbosJournal, "apply", False),
+MOMENTS: Final[dict[str, tuple[object, str, bool]]] = {
+    "before-intent": (records, "write_intent", False),
+    "after-intent": (DbosJournal, "_apply_batch", False),
     "after-apply": (HubMirror, "apply", True),
-    "before-revocation": (DbosJournal, "_write_revocation", False),
+    "before-revocation": (records, "revoke_intent", False),
 }
 
 
-def arrange(owner: type, method: str, *, afterwards: bool) -> None:
+def arrange(owner: object, method: str, *, afterwards: bool) -> None:
     """Have the process die in that method."""
     work = getattr(owner, method)
 

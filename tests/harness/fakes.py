@@ -6,7 +6,7 @@ from ipaddress import IPv4Address
 from backend.adapters.memory_journal import MemoryJournal
 from backend.errors import HubUpdateError, OvertakenError, RecordsUnavailableError
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.ports import Batch, Hub, Journal, RecordedState
+from backend.services.ports import Batch, Hub, Journal, NextBatch, RecordedState
 
 
 class FakeHub:
@@ -97,21 +97,34 @@ class FlakyJournal(MemoryJournal):
         self._fail("load")
         return super().load()
 
-    def intend(self, batch_id: str) -> None:
-        self._fail("intend")
-        if self._current(batch_id).generation != self._generation + 1:
-            raise OvertakenError
-        super().intend(batch_id)
-        self._fail("intended")
+    def intend(self) -> bool:
+        next_batch = self._next_batch
 
-    def apply(self, batch_id: str) -> str | None:
-        failure = super().apply(batch_id)
+        def checked() -> Batch | None:
+            batch = next_batch()
+            if batch is not None:
+                self._fail("intend")
+                if batch.generation != self._generation + 1:
+                    raise OvertakenError
+            return batch
+
+        self._next_batch = checked
+        try:
+            done = super().intend()
+        finally:
+            self._next_batch = next_batch
+        if done:
+            self._fail("intended")
+        return done
+
+    def apply(self) -> str | None:
+        failure = super().apply()
         self._fail("applied")
         return failure
 
-    def revoke(self, batch_id: str) -> None:
+    def revoke(self) -> None:
         self._fail("revoke")
-        super().revoke(batch_id)
+        super().revoke()
 
 
 class GatedJournal(MemoryJournal):
@@ -121,9 +134,14 @@ class GatedJournal(MemoryJournal):
         super().__init__()
         self._gate = gate
 
-    def run(self, batch: Batch) -> None:
-        self._gate(batch)
-        super().run(batch)
+    def run(self, next_batch: NextBatch) -> None:
+        def gated() -> Batch | None:
+            batch = next_batch()
+            if batch is not None:
+                self._gate(batch)
+            return batch
+
+        super().run(gated)
 
 
 _: tuple[type[Hub], type[Journal], type[Journal]] = (FakeHub, FlakyJournal, GatedJournal)
