@@ -3,7 +3,7 @@ PYTHON ?= python3
 PORT ?= 8000
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check format clean
+.PHONY: help run test lint check bench format clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -25,6 +25,9 @@ lint: $(STAMP) ## Check style, types and the direction of imports
 	$(BIN)/lint-imports
 
 check: lint test ## Both of these
+
+bench: $(STAMP) ## Measure the service against the limit, as root (ARGS=--quick or --json)
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 format: $(STAMP) ## Put the code into its canonical form
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -1,0 +1,1 @@
+"""Measurements of the whole, as commands. `make bench` runs them; the tests never do."""

@@ -1,0 +1,190 @@
+"""The things that are measured: processes, interfaces, and the floor below which nobody gets."""
+
+import contextlib
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from tests.benchmarks.load import Job, Result
+from tests.harness.hosts import LocalHost
+from tests.harness.requests import new_key, provision_body
+from tests.harness.service import ServiceProcess, free_port
+from tests.harness.three_places import settings_for
+from tests.harness.wireguard import HubInterface
+
+PROVISION: Final = "/api/v1/wireguard/provision"
+PEERS: Final = "/api/v1/wireguard/peers"
+ROOT: Final = Path(__file__).parents[2]
+
+
+def load(job: Job) -> Result:
+    """Run a load in a process of its own."""
+    with tempfile.TemporaryFile() as answers:
+        subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.load"],
+            input=json.dumps(asdict(job)).encode(),
+            stdout=answers,
+            stderr=subprocess.PIPE,
+            check=True,
+            cwd=ROOT,
+        )
+        answers.seek(0)
+        return Result(**json.load(answers))
+
+
+def adding(names: list[str]) -> list[dict[str, Any]]:
+    """Return the requests that provision these names, each with a key of its own."""
+    return [{"method": "POST", "path": PROVISION, "body": provision_body(name, new_key())} for name in names]
+
+
+@contextlib.contextmanager
+def noop_server() -> Iterator[int]:
+    """Serve the no-op app with the service's own server; yield its port."""
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "uvicorn", "tests.benchmarks.noop_app:app", "--port", str(port)),
+            *("--loop", "uvloop", "--http", "httptools", "--log-level", "warning", "--no-access-log"),
+        ],
+        cwd=ROOT,
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                load(Job(port, [{"method": "GET", "path": "/openapi.json"}], clients=1))
+                break
+            except subprocess.CalledProcessError:
+                if time.monotonic() > deadline:
+                    raise
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class Floor:
+    """What one durable, live peer costs at the least: a commit, the file replaced, one peer told to `wg`.
+
+    It has an interface and a file of its own, with as many peers as the service has.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self.hub = HubInterface(LocalHost(), "wgfloor", directory, listen_port=38001)
+        self.hub.start()
+        self._path = directory / "floor.conf"
+        self._text = self.hub.interface_section.encode()
+        self._number = 0
+        self._database = sqlite3.connect(directory / "floor.sqlite", isolation_level=None)
+        for pragma in ("journal_mode=WAL", "synchronous=FULL"):
+            self._database.execute(f"PRAGMA {pragma}")
+        self._database.execute("CREATE TABLE peers (node TEXT UNIQUE, key TEXT UNIQUE, address TEXT UNIQUE)")
+
+    def close(self) -> None:
+        """Take it all away."""
+        self._database.close()
+        self.hub.close()
+
+    def fill(self, count: int) -> None:
+        """Have this many peers."""
+        while self._number < count:
+            self._text += self._block(new_key())
+        self._path.write_bytes(self._text)
+        self.syncconf()
+
+    def _block(self, key: str) -> bytes:
+        self._number += 1
+        n = self._number
+        address = f"10.{1 + (n >> 16)}.{(n >> 8) & 255}.{n & 255}"
+        self._address = address
+        label = f"# wireguard-provisioning: managed peer bench-{n}"
+        return f"\n{label}\n[Peer]\nPublicKey = {key}\nAllowedIPs = {address}/32\n".encode()
+
+    def commit(self) -> None:
+        """Make one record durable."""
+        self._database.execute("BEGIN IMMEDIATE")
+        row = (f"node-{self._number}", new_key(), f"address-{self._number}-{time.time_ns()}")
+        self._database.execute("INSERT OR REPLACE INTO peers VALUES (?, ?, ?)", row)
+        self._database.execute("COMMIT")
+
+    def replace_file(self) -> None:
+        """Write, fsync, rename, fsync of the directory."""
+        temporary = self._path.with_suffix(".tmp")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.write(fd, self._text)
+        os.fsync(fd)
+        os.close(fd)
+        temporary.replace(self._path)
+        directory = os.open(self._path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+    def wg_set(self) -> None:
+        """Tell `wg` one peer."""
+        key = new_key()
+        self._text += self._block(key)
+        subprocess.run(
+            ["/usr/bin/wg", "set", self.hub.name, "peer", key, "allowed-ips", f"{self._address}/32"],
+            check=True,
+            close_fds=False,
+        )
+
+    def one_peer(self) -> None:
+        """Do the three that nobody can do without."""
+        self.commit()
+        self.replace_file()
+        self.wg_set()
+
+    def syncconf(self) -> None:
+        """Tell `wg` everything."""
+        subprocess.run(["/usr/bin/wg", "syncconf", self.hub.name, self._path], check=True, close_fds=False)
+
+
+class Bench:
+    """The service beside its hub, with a chosen number of peers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.hub = HubInterface(LocalHost(), "wgbench", directory, listen_port=38000)
+        self.hub.start()
+        settings = settings_for(self.hub, directory, WIREGUARD_IP_POOL="10.0.0.0/8", LOG_LEVEL="warning")
+        self.service = ServiceProcess(directory, settings)
+        self.service.start()
+        self.names: list[str] = []
+        self._number = 0
+
+    def close(self) -> None:
+        """Take it all away."""
+        self.service.close()
+        self.hub.close()
+
+    def new_names(self, count: int) -> list[str]:
+        """Return names that nobody has had."""
+        self._number += count
+        return [f"bench-{self._number - count + n}" for n in range(count)]
+
+    def fill(self, count: int) -> None:
+        """Have exactly this many peers."""
+        names = self.new_names(max(0, count - len(self.names)))
+        self.send(adding(names))
+        self.names += names
+        surplus, self.names = self.names[count:], self.names[:count]
+        self.send([{"method": "DELETE", "path": f"{PEERS}/{name}"} for name in surplus])
+
+    def send(self, requests: list[dict[str, Any]], clients: int = 64) -> Result | None:
+        """Send each of the requests once; all must succeed."""
+        if not requests:
+            return None
+        result = load(Job(self.service.port, requests, clients=min(clients, len(requests))))
+        if set(result.statuses) != {"200"}:
+            raise RuntimeError(f"unexpected answers: {result.statuses}")
+        return result
