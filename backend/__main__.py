@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from backend.settings import Settings
 
 _SHUTDOWN_SECONDS: Final = 5
-_SWITCH_INTERVAL_SECONDS: Final = 0.0005
 
 app = typer.Typer(
     add_completion=False,
@@ -195,8 +194,6 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
     # is no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
-    # A batch's end must not wait 5 ms for its answer's turn.
-    sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
     # Outside of uvicorn's lifespan, which would log a refused start as a traceback.
     with running_service(settings) as service:
         config = uvicorn.Config(
