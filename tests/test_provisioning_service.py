@@ -350,6 +350,25 @@ def test_a_failure_whose_cause_nobody_sees_keeps_readiness_red_for_a_while(
     world.service.check()
 
 
+def test_whoever_was_answered_finds_the_service_ready(make_world: MakeWorld, hub: FakeHub) -> None:
+    bookkeeping = threading.Event()
+
+    class Slow(MemoryJournal):
+        def apply(self) -> str | None:
+            failure = super().apply()
+            if failure is None:
+                bookkeeping.wait(WAIT)
+            return failure
+
+    world = make_world(Slow())
+    hub.failures = 3
+    with pytest.raises(errors.HubUpdateError):
+        world.provision("node-1")
+    world.provision("node-1")
+    world.service.check()  # although the batch that answered hasn't come to its end
+    bookkeeping.set()
+
+
 def test_a_full_disk_turns_readiness_red_before_anybody_asks(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

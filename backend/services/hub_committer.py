@@ -332,7 +332,9 @@ class HubCommitter:
             return self._mirror.apply(())
         batch.failure = self._mirror.apply(batch.accepted())
         if batch.failure is None:
-            # It's in all three: what is still to be written is the workflow's own bookkeeping.
+            # It's in all three: what is still to be written is the workflow's own bookkeeping. Whoever is
+            # told so and asks whether the service is ready must not hear of an earlier failure.
+            self._failed = None
             _settle(batch.changes, None)
         return batch.failure
 
