@@ -47,7 +47,7 @@ def main() -> None:
 def serve(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Run the service."""
     with _one_sentence():
-        from backend.settings import load_settings  # noqa: PLC0415 - see above
+        from backend.settings import load_settings
 
         settings = load_settings()
         with _listener(host, port) as listener:
@@ -58,8 +58,8 @@ def serve(host: Host = "127.0.0.1", port: Port = 8000) -> None:
 def run(port: Port = 8000) -> None:
     """Make a hub under the state directory if there is none, bring it up and run the service (`make run`)."""
     with _one_sentence():
-        from backend.quickstart import prepare, try_it  # noqa: PLC0415 - see above
-        from backend.settings import load_settings  # noqa: PLC0415 - see above
+        from backend.quickstart import prepare, try_it
+        from backend.settings import load_settings
 
         settings = load_settings()
         # First of all: where nothing can be served, nothing is made.
@@ -74,7 +74,7 @@ def run(port: Port = 8000) -> None:
 def init() -> None:
     """Write a config with a new key where WIREGUARD_CONFIG_PATH has none."""
     with _one_sentence():
-        from backend.adapters import hub_device  # noqa: PLC0415 - see above
+        from backend.adapters import hub_device
 
         settings = _settings()
         path = settings.wireguard_config_path
@@ -90,7 +90,7 @@ def init() -> None:
 def up() -> None:
     """Make the hub's interface from its config, or see that it is up."""
     with _one_sentence():
-        from backend.adapters import hub_device  # noqa: PLC0415 - see above
+        from backend.adapters import hub_device
 
         settings = _settings()
         raised = hub_device.up(settings.wireguard_config_path, _hub_address(settings))
@@ -103,7 +103,7 @@ def up() -> None:
 def down() -> None:
     """Take the hub's interface away, if it has the config's key."""
     with _one_sentence():
-        from backend.adapters import hub_device  # noqa: PLC0415 - see above
+        from backend.adapters import hub_device
 
         settings = _settings()
         taken = hub_device.down(settings.wireguard_config_path)
@@ -114,7 +114,7 @@ def down() -> None:
 def show() -> None:
     """Say what the hub is and has, without any secret."""
     with _one_sentence():
-        from backend.adapters import hub_device  # noqa: PLC0415 - see above
+        from backend.adapters import hub_device
 
         settings = _settings()
         state = hub_device.show(settings.wireguard_config_path)
@@ -133,13 +133,13 @@ def show() -> None:
 
 
 def _settings() -> "Settings":
-    from backend.settings import load_settings  # noqa: PLC0415 - see above
+    from backend.settings import load_settings
 
     return load_settings()
 
 
 def _hub_address(settings: "Settings") -> "IPv4Interface":
-    from ipaddress import IPv4Interface  # noqa: PLC0415 - see above
+    from ipaddress import IPv4Interface
 
     return IPv4Interface((settings.wireguard_hub_ip, settings.wireguard_ip_pool.prefixlen))
 
@@ -157,7 +157,7 @@ def _one_sentence() -> Iterator[None]:
 @contextmanager
 def _listener(host: str, port: int) -> Iterator["socket.socket"]:
     """Take the address before anything else is done; raise StartRefusedError where that can't be."""
-    import socket  # noqa: PLC0415 - see above
+    import socket
 
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -184,10 +184,10 @@ def _listener(host: str, port: int) -> Iterator["socket.socket"]:
 
 
 def _serve(settings: "Settings", listener: "socket.socket") -> None:
-    import uvicorn  # noqa: PLC0415 - see above
+    import uvicorn
 
-    from backend.adapters.logs import configure_logging  # noqa: PLC0415 - see above
-    from backend.main import create_app, running_service  # noqa: PLC0415 - see above
+    from backend.adapters.logs import configure_logging
+    from backend.main import create_app, running_service
 
     configure_logging(settings.log_level)
     # uvicorn handles both while it runs, and raises them again when it has shut down: that was asked for, and
