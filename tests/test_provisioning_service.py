@@ -729,6 +729,32 @@ def test_an_unforeseen_failure_is_answered_and_the_service_lives_on(
     world.provision("node-1")
 
 
+def test_an_unforeseen_failure_in_the_middle_of_a_burst_leaves_nobody_waiting(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    def enter(_: Batch) -> None:
+        entered.set()
+        gate.wait(WAIT)
+
+    world = make_world(GatedJournal(enter))
+    first = world.service.submit_provision(request("node-1"))
+    assert entered.wait(WAIT)
+    second = world.service.submit_provision(request("node-2"))
+
+    def explode(_: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.CRITICAL):
+        patch.setattr(world.service._hand_made, "conflict", explode)
+        gate.set()
+        first.result(WAIT)
+        with pytest.raises(errors.HubUpdateError, match="unforeseen"):
+            second.result(WAIT)
+    world.provision("node-2")
+
+
 def test_the_log_names_events_and_carries_no_key(world: World, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         world.provision("node-1")

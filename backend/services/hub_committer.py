@@ -35,6 +35,8 @@ _LONGEST_BURST_SECONDS: Final = 2.0
 # How long a stop waits for what was accepted: seconds.
 _STOP_SECONDS: Final = 10.0
 
+_UNFORESEEN: Final = "the change failed in an unforeseen way; see the service's log"
+
 
 def run_sequence(steps: BatchSteps) -> None:
     """Take batches through intent and apply, one after the other, for as long as they come at once.
@@ -151,7 +153,7 @@ class HubCommitter:
             except Exception:
                 # The thread must outlive whatever happened, or every later request would wait for ever.
                 log.exception("committer_failed")
-                reason = HubUpdateError("the change failed in an unforeseen way; see the service's log")
+                reason = HubUpdateError(_UNFORESEEN)
                 _settle(changes, reason)
                 self._give_up(reason)
             self._busy_since = None
@@ -242,6 +244,9 @@ class HubCommitter:
             self._mirror.refresh()
             self._journal.check()
             self._heal()
+            for change in changes:
+                if change.action is Action.ADD:
+                    change.refusal = self._hand_made.conflict(change.peer)
         except OvertakenError:
             _settle(changes, OvertakenError())
             raise
@@ -249,9 +254,11 @@ class HubCommitter:
             self._failed = (time.monotonic(), exc)
             _settle(changes, exc)
             return None
-        for change in changes:
-            if change.action is Action.ADD:
-                change.refusal = self._hand_made.conflict(change.peer)
+        except Exception:
+            # In the middle of a burst nobody else knows of these changes; and nothing of them is written.
+            log.exception("committer_failed")
+            _settle(changes, HubUpdateError(_UNFORESEEN))
+            return None
         batch = Batch(self._generation + 1, self._reached, changes)
         if batch.accepted():
             return batch
