@@ -354,8 +354,8 @@ def test_whoever_was_answered_finds_the_service_ready(make_world: MakeWorld, hub
     bookkeeping = threading.Event()
 
     class Slow(MemoryJournal):
-        def apply(self) -> str | None:
-            failure = super().apply()
+        def apply(self, batch: Batch) -> str | None:
+            failure = super().apply(batch)
             if failure is None:
                 bookkeeping.wait(WAIT)
             return failure

@@ -16,8 +16,6 @@ class MemoryJournal:
         self._records = {peer.node_id: peer for peer in peers}
         self._generation = 0
         self._applied_generation = 0
-        self._next_batch: NextBatch = lambda: None
-        self._batch: Batch | None = None
         self._undo: dict[str, Peer] = {}
         self._apply: Callable[[Batch | None], str | None] = lambda _: None
 
@@ -31,8 +29,7 @@ class MemoryJournal:
 
     def run(self, next_batch: NextBatch) -> None:
         """Take batches through their sequence until there is none."""
-        self._next_batch = next_batch
-        run_sequence(self)
+        run_sequence(next_batch, self)
 
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`."""
@@ -47,12 +44,8 @@ class MemoryJournal:
     def close(self) -> None:
         """Nothing is to be closed."""
 
-    def intend(self) -> bool:
-        """Write the next batch's records."""
-        batch = self._next_batch()
-        if batch is None:
-            return False
-        self._batch = batch
+    def intend(self, batch: Batch) -> None:
+        """Write the batch's records."""
         self._undo = dict(self._records)
         self._generation, self._applied_generation = batch.generation, batch.reached
         for change in batch.accepted():
@@ -60,12 +53,11 @@ class MemoryJournal:
                 self._records[change.peer.node_id] = change.peer
             else:
                 del self._records[change.peer.node_id]
-        return True
 
-    def apply(self) -> str | None:
+    def apply(self, batch: Batch) -> str | None:
         """Bring the batch to the hub."""
-        return self._apply(self._batch)
+        return self._apply(batch)
 
-    def revoke(self) -> None:
+    def revoke(self, batch: Batch) -> None:  # noqa: ARG002 - the port's
         """Go back to what was there before the batch."""
         self._records = self._undo

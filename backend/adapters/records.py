@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import Session
 
 from backend.errors import (
     AddressTakenError,
@@ -93,12 +92,11 @@ def load_state(connection: sa.Connection) -> RecordedState:
     return RecordedState(found, state.generation, state.applied_generation)
 
 
-def write_intent(session: Session, batch: Batch) -> list[Row]:
+def write_intent(connection: sa.Connection, batch: Batch) -> list[Row]:
     """Write one batch under its generation, and how far the hub had come; return the rows that it took out.
 
     A change that a constraint refuses gets its `refusal` and fails alone.
     """
-    connection = session.connection()
     advanced = connection.execute(
         sa.update(hub_state)
         .where(hub_state.c.generation == batch.generation - 1)
@@ -114,16 +112,16 @@ def write_intent(session: Session, batch: Batch) -> list[Row]:
 
 
 def revoke_intent(
-    session: Session, generation: int, changes: Iterable[Change], removed: Sequence[Row]
+    connection: sa.Connection, generation: int, changes: Iterable[Change], removed: Sequence[Row]
 ) -> None:
     """Take a batch's intent back, unless the hub has reached its generation since: then it stands."""
-    applied = session.scalar(sa.select(hub_state.c.applied_generation))
+    applied = connection.scalar(sa.select(hub_state.c.applied_generation))
     if applied is None or applied >= generation:
         return
     names = [change.peer.node_id for change in changes if change.action is Action.ADD]
-    session.execute(sa.delete(peers).where(peers.c.node_id.in_(names), peers.c.generation == generation))
+    connection.execute(sa.delete(peers).where(peers.c.node_id.in_(names), peers.c.generation == generation))
     if removed:
-        session.execute(sa.insert(peers), [dict(row) for row in removed])
+        connection.execute(sa.insert(peers), [dict(row) for row in removed])
 
 
 def mark_applied(connection: sa.Connection, generation: int) -> None:

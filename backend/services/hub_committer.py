@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Final
@@ -17,7 +18,7 @@ from backend.errors import (
 )
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_mirror import HubMirror
-from backend.services.ports import Action, Batch, BatchSteps, Change, Journal, Peer
+from backend.services.ports import Action, Batch, BatchSteps, Change, Journal, NextBatch, Peer
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +39,16 @@ _STOP_SECONDS: Final = 10.0
 _UNFORESEEN: Final = "the change failed in an unforeseen way; see the service's log"
 
 
-def run_sequence(steps: BatchSteps) -> None:
+def run_sequence(next_batch: NextBatch, steps: BatchSteps) -> None:
     """Take batches through intent and apply, one after the other, for as long as they come at once.
 
     Where apply fails for good the intent is taken back. How far the hub has come is written with the next
     intent, or when nothing else is to do: it tells whoever reads the records, and no start relies on it.
     """
-    while steps.intend():
-        if steps.apply() is not None:
-            steps.revoke()
+    while (batch := next_batch()) is not None:
+        steps.intend(batch)
+        if steps.apply(batch) is not None:
+            steps.revoke(batch)
 
 
 class HubCommitter:
@@ -90,10 +92,14 @@ class HubCommitter:
 
     def start(self, peers: Sequence[Peer]) -> None:
         """Bring the hub up to the records once, take up what an earlier process left, and begin."""
-        if self._mirror.replace(peers) is None:
+        self._mirror.assume(peers)
+        # `wg` takes as long for many peers as the journal for its launch, and neither needs the other.
+        with ThreadPoolExecutor(1, "hub-start") as executor:
+            reconciled = executor.submit(self._mirror.reconcile)
+            self._journal.launch(self._apply)
+        if reconciled.result() is None:
             self._reached = self._generation
             self._note_reached()
-        self._journal.launch(self._apply)
         self._open = True
         self._thread.start()
 
@@ -302,7 +308,8 @@ class HubCommitter:
             return exc
         if state.generation not in (batch.generation - 1, batch.generation):
             raise OvertakenError
-        problem = self._mirror.replace(state.peers)
+        self._mirror.assume(state.peers)
+        problem = self._mirror.reconcile()
         if problem is not None:
             return HubUpdateError(problem)
         self._generation = self._reached = state.generation

@@ -64,11 +64,11 @@ class HubMirror:
         """False where only the file is kept."""
         return self._hub.live
 
-    def replace(self, peers: Iterable[Peer]) -> str | None:
-        """Take these peers as the truth and reconcile; return why that failed, or None."""
+    def assume(self, peers: Iterable[Peer]) -> None:
+        """Take these peers as the truth from here on."""
         with self._lock:
             self._peers = {peer.node_id: managed(peer) for peer in peers}
-        return self.reconcile()
+            self._confirmed = None
 
     def reconcile(self) -> str | None:
         """Make file and interface equal to the peers, whatever they hold now; return the problem, or None."""

@@ -75,15 +75,15 @@ NextBatch = Callable[[], Batch | None]
 
 
 class BatchSteps(Protocol):
-    """The three things that happen to a batch. Each may be durable; `apply` may run more than once."""
+    """The three things that happen to a batch."""
 
-    def intend(self) -> bool:
-        """Take the next batch and write its records in one transaction; return False when there is none."""
+    def intend(self, batch: Batch) -> None:
+        """Write the batch's records in one transaction."""
 
-    def apply(self) -> str | None:
+    def apply(self, batch: Batch) -> str | None:
         """Bring file and interface up to the records; return why it could not be done, or None."""
 
-    def revoke(self) -> None:
+    def revoke(self, batch: Batch) -> None:
         """Take the intent back, in one transaction."""
 
 

@@ -17,7 +17,7 @@ from backend.services.hub_mirror import HubMirror
 # Where the process dies: the method, and whether its work is done first.
 MOMENTS: Final[dict[str, tuple[object, str, bool]]] = {
     "before-intent": (records, "write_intent", False),
-    "after-intent": (DbosJournal, "_apply_batch", False),
+    "after-intent": (DbosJournal, "apply", False),
     "after-apply": (HubMirror, "apply", True),
     "before-revocation": (records, "revoke_intent", False),
 }

@@ -97,34 +97,21 @@ class FlakyJournal(MemoryJournal):
         self._fail("load")
         return super().load()
 
-    def intend(self) -> bool:
-        next_batch = self._next_batch
+    def intend(self, batch: Batch) -> None:
+        self._fail("intend")
+        if batch.generation != self._generation + 1:
+            raise OvertakenError
+        super().intend(batch)
+        self._fail("intended")
 
-        def checked() -> Batch | None:
-            batch = next_batch()
-            if batch is not None:
-                self._fail("intend")
-                if batch.generation != self._generation + 1:
-                    raise OvertakenError
-            return batch
-
-        self._next_batch = checked
-        try:
-            done = super().intend()
-        finally:
-            self._next_batch = next_batch
-        if done:
-            self._fail("intended")
-        return done
-
-    def apply(self) -> str | None:
-        failure = super().apply()
+    def apply(self, batch: Batch) -> str | None:
+        failure = super().apply(batch)
         self._fail("applied")
         return failure
 
-    def revoke(self) -> None:
+    def revoke(self, batch: Batch) -> None:
         self._fail("revoke")
-        super().revoke()
+        super().revoke(batch)
 
 
 class GatedJournal(MemoryJournal):

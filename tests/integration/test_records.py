@@ -13,7 +13,6 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy.orm import Session
 
 from backend.adapters import dbos_journal, records
 from backend.adapters.database import Database
@@ -72,8 +71,8 @@ def rows(database: Database) -> list[sa.Row[tuple[object, ...]]]:
 
 
 def intend(database: Database, generation: int, *changes: Change) -> list[records.Row]:
-    with Session(database.engine) as session, session.begin():
-        return records.write_intent(session, Batch(generation, 0, list(changes)))
+    with database.engine.begin() as connection:
+        return records.write_intent(connection, Batch(generation, 0, list(changes)))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -199,8 +198,8 @@ def test_a_revoked_intent_leaves_the_rows_as_they_were(database: Database) -> No
     before = rows(database)
     changes = [removing("node-1"), adding("node-9", "10.0.0.9")]
     removed = intend(database, 2, *changes)
-    with Session(database.engine) as session, session.begin():
-        records.revoke_intent(session, 2, changes, removed)
+    with database.engine.begin() as connection:
+        records.revoke_intent(connection, 2, changes, removed)
     assert rows(database) == before
 
 
@@ -209,8 +208,8 @@ def test_an_intent_that_the_hub_has_reached_is_never_taken_back(database: Databa
     intend(database, 1, *changes)
     with database.engine.begin() as connection:
         records.mark_applied(connection, 1)
-    with Session(database.engine) as session, session.begin():
-        records.revoke_intent(session, 1, changes, [])
+    with database.engine.begin() as connection:
+        records.revoke_intent(connection, 1, changes, [])
     assert [peer.node_id for peer in state(database)[0]] == ["node-1"]
 
 
@@ -270,9 +269,9 @@ def test_whatever_is_written_the_records_are_what_a_dict_would_be(
                 if fits:
                     model[peer.node_id] = peer
         if generation in revoked:
-            with Session(database.engine) as session, session.begin():
+            with database.engine.begin() as connection:
                 accepted = [change for change in changes if change.refusal is None]
-                records.revoke_intent(session, generation, accepted, removed)
+                records.revoke_intent(connection, generation, accepted, removed)
             model = before
         found = {peer.node_id: peer for peer in state(database)[0]}
         assert found == model
@@ -317,7 +316,7 @@ def test_a_burst_of_batches_is_one_workflow_that_ends_and_is_forgotten(
             return [(row[0], row[1], row[2]) for row in rows]
 
         # Whoever comes next recovers what has the same two names.
-        assert workflows() == [("SUCCESS", "wg0", "1")] * 2
+        assert workflows() == [("SUCCESS", "wg0", "2")] * 2
         journal.tidy()
         assert len(workflows()) == 2
         monkeypatch.setattr(dbos_journal, "_TIDY_INTERVAL_SECONDS", 0.0)
