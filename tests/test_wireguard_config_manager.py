@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from backend.services import wireguard_config_manager
+from backend.services import wireguard_config_manager, wireguard_config_text
 from backend.services.wireguard_config_manager import ForeignPeer, ManagedPeer, WireGuardConfigManager
 from backend.services.wireguard_config_text import InvalidConfigError, parse, render, strip
 from tests.harness.requirements import require
@@ -551,6 +551,40 @@ def test_taking_apart_and_putting_together_changes_nothing_more(text: bytes, num
         assert again.foreign_peers == once.foreign_peers
         assert again.managed_peers == peers
         assert again.private_key.reveal() == once.private_key.reveal()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=_SLOW)
+@given(
+    text=_texts(),
+    numbers=st.lists(st.integers(0, 39), max_size=3),
+    tail=st.sampled_from([b"", b"", b"\n", b"# x\n"]),
+    position=st.none() | st.integers(0, 600),
+    odd=_ODD_BYTES,
+)
+def test_blocks_that_are_taken_off_at_once_are_what_they_are_line_by_line(  # noqa: PLR0913, PLR0917 - each is drawn
+    monkeypatch: pytest.MonkeyPatch,
+    text: bytes,
+    numbers: list[int],
+    tail: bytes,
+    position: int | None,
+    odd: bytes,
+) -> None:
+    text = render(text, map(_peer, numbers)) + tail
+    if position is not None:
+        text = text[:position] + odd + text[position:]
+
+    def outcome() -> object:
+        try:
+            found = parse(text)
+        except InvalidConfigError as exc:
+            return str(exc)
+        read = (found.foreign, found.foreign_stripped, found.foreign_peers, found.managed_peers)
+        return read, found.private_key.reveal()
+
+    at_once = outcome()
+    with monkeypatch.context() as patch:
+        patch.setattr(wireguard_config_text, "_take_off_blocks", lambda text: (text, []))
+        assert at_once == outcome()
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=_SLOW)

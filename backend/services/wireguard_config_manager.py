@@ -289,22 +289,24 @@ class WireGuardConfigManager:
             if text == known.text:
                 return False
             try:
-                identity = self._replace(text, known.identity)
-                if identity is None:
+                replaced = self._replace(text, known.identity)
+                if replaced is None:
                     continue
+                identity, settled = replaced
                 # Noted before the directory is made durable: the file is the new one from here on.
                 config = replace(known.config, managed_peers=peers)
-                self._version = _Version(
-                    text, identity, settled=False, config=config, hub_public_key=known.hub_public_key
-                )
+                self._version = _Version(text, identity, settled, config, known.hub_public_key)
                 self._sync_directory()
             except OSError as exc:
                 raise HubUpdateError(f"{self.path} could not be replaced: {_reason(exc)}") from exc
             return True
         raise HubUpdateError(f"{self.path} could not be replaced: somebody keeps changing it")
 
-    def _replace(self, text: bytes, expected: _Identity) -> _Identity | None:
-        """Replace the file as a whole; return the new version's identity, or None if it isn't `expected`."""
+    def _replace(self, text: bytes, expected: _Identity) -> tuple[_Identity, bool] | None:
+        """Replace the file as a whole; return the new version's identity and whether that is settled.
+
+        None, and nothing is done, if the file isn't `expected` any more.
+        """
         fd, temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".tmp", dir=self.path.parent)
         try:
             with os.fdopen(fd, "wb") as file:
@@ -315,6 +317,7 @@ class WireGuardConfigManager:
                 os.fchmod(fd, stat.S_IMODE(old.st_mode))
                 file.write(text)
                 file.flush()
+                settled = _mark(fd)
                 os.fsync(fd)
                 identity = _Identity.of(os.fstat(fd))
             now = self.path.stat()
@@ -325,7 +328,7 @@ class WireGuardConfigManager:
             # Somebody is replacing the file in two steps, or took it away: the next look tells.
             return None
         else:
-            return identity
+            return identity, settled
         finally:
             # Whatever happened, Ctrl-C included; after the replacement there is nothing of that name.
             with suppress(OSError):
@@ -342,6 +345,18 @@ class WireGuardConfigManager:
 def _open_at_once(path: str, flags: int) -> int:
     """Open a file; a named pipe would otherwise wait for somebody to write into it."""
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _mark(fd: int) -> bool:
+    """Give a file a time of modification that no later change can have; return whether that could be done.
+
+    A nanosecond after the clock's tick: whoever changes the file within that tick brings it back to the
+    tick, whoever does later to a later one.
+    """
+    moment = os.fstat(fd).st_mtime_ns + 1
+    with suppress(OSError):
+        os.utime(fd, ns=(moment, moment))
+    return os.fstat(fd).st_mtime_ns == moment
 
 
 def _access(status: os.stat_result) -> tuple[int, int, int]:

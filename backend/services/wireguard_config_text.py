@@ -33,6 +33,11 @@ _MARKER: Final = re.compile(re.escape(_MARKER_START) + rb"([A-Za-z0-9_-]{1,128})
 _LABEL: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _KEY: Final = re.compile(KEY_PATTERN)
 _KEY_BYTES: Final = re.compile(KEY_PATTERN.encode())
+_BLOCK: Final = re.compile(
+    rb"\n%s([A-Za-z0-9_-]{1,128})\n\[Peer\]\nPublicKey = (%s)\nAllowedIPs = ([0-9.]{7,15})/32\n"
+    rb"(?:PersistentKeepalive = (0|[1-9][0-9]{0,4})\n)?"
+    % (re.escape(_MARKER_START), KEY_PATTERN[1:-1].encode())
+)
 _NO_KEY: Final = b"A" * 43 + b"="
 # wg-quick(8), CONFIGURATION: these are its own, and `wg` would refuse them.
 _QUICK_KEYS: Final = frozenset(
@@ -129,8 +134,9 @@ def parse(text: bytes) -> ParsedConfig:
     if nul >= 0:
         line = text.count(b"\n", 0, nul) + 1
         raise InvalidConfigError(f"line {line}: there is a NUL byte in it", "Take the byte out")
+    head, behind = _take_off_blocks(text)
     splitter = _Splitter()
-    splitter.split(text)
+    splitter.split(head)
     reader = _ForeignReader()
     for number, raw, compact in splitter.foreign_lines:
         try:
@@ -144,7 +150,7 @@ def parse(text: bytes) -> ParsedConfig:
         foreign_stripped=b"".join(reader.stripped),
         private_key=private_key,
         foreign_peers=foreign_peers,
-        managed_peers=tuple(peer for peer in managed if peer is not None),
+        managed_peers=(*(peer for peer in managed if peer is not None), *behind),
     )
 
 
@@ -157,6 +163,33 @@ def strip(text: bytes) -> bytes:
     """Return the text for `wg syncconf`, as `wg-quick strip` would; raise InvalidConfigError."""
     parsed = parse(text)
     return render(parsed.foreign_stripped, parsed.managed_peers)
+
+
+def _take_off_blocks(text: bytes) -> tuple[bytes, list[ManagedPeer]]:
+    """Tell the foreign text from our blocks where the file is just as we write it.
+
+    It nearly always is, and then there is nothing to be looked at line by line. Where anything else stands
+    between or behind our blocks, all of the text is returned as it is.
+    """
+    peers: list[ManagedPeer] = []
+    start = position = text.find(b"\n" + _MARKER_START)
+    while 0 <= position < len(text):
+        block = _BLOCK.match(text, position)
+        if block is None:
+            return text, []
+        label, key, address, keepalive = block.groups()
+        try:
+            peer = ManagedPeer(
+                label.decode(),
+                WireGuardKey.parse(key.decode()),
+                IPv4Address(address.decode()),
+                None if keepalive is None else int(keepalive),
+            )
+        except ValueError:
+            return text, []
+        peers.append(peer)
+        position = block.end()
+    return (text[:start] if peers else text), peers
 
 
 def _compact(line: bytes) -> bytes:
