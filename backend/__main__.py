@@ -184,6 +184,8 @@ def _listener(host: str, port: int) -> Iterator["socket.socket"]:
 
 
 def _serve(settings: "Settings", listener: "socket.socket") -> None:
+    # Until all is there: what a start makes stays, and there are thousands of peers in it.
+    gc.disable()
     import uvicorn
 
     from backend.adapters.logs import configure_logging
@@ -210,6 +212,7 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
         )
         # Whatever was made until here stays: nothing of it is looked at again by the garbage collector.
         gc.freeze()
+        gc.enable()
         host, port = listener.getsockname()[:2]
         logging.getLogger(__name__).info("serving", extra={"host": host, "port": port})
         uvicorn.Server(config).run(sockets=[listener])

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Final, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -34,15 +34,32 @@ async def outcome(future: Future[T]) -> T:
 
     The change itself goes on: whoever asks again learns how it ended.
     """
+    loop = asyncio.get_running_loop()
+    decided = loop.create_future()
+    future.add_done_callback(lambda _: _tell(loop, decided))
+    deadline = loop.call_later(ANSWER_TIMEOUT_SECONDS, _wake, decided)
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(future), ANSWER_TIMEOUT_SECONDS)
+        await decided
     except asyncio.CancelledError:
         # The server gives its requests up when it stops; uncaught that would be a 500.
         raise OutcomeUnknownError("the service is stopping; ask again to learn how it ended") from None
-    except TimeoutError:
+    finally:
+        deadline.cancel()
+    if not future.done():
         raise OutcomeUnknownError(
             f"no outcome within {ANSWER_TIMEOUT_SECONDS:.0f} s; it goes on, ask again to learn how it ended"
-        ) from None
+        )
+    return future.result()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, decided: "asyncio.Future[None]") -> None:
+    with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+        loop.call_soon_threadsafe(_wake, decided)
+
+
+def _wake(decided: "asyncio.Future[None]") -> None:
+    if not decided.done():
+        decided.set_result(None)
 
 
 @asynccontextmanager

@@ -42,10 +42,11 @@ class Scale:
     load_turns: int
     batch: int
     repeats: int
+    quick: bool = False
 
 
 FULL: Final = Scale((100, 1000, 5000, 10000), 60, (1000, 5000), 5, 1500, 3)
-QUICK: Final = Scale((100, 1000, 10000), 20, (1000,), 2, 800, 1)
+QUICK: Final = Scale((100, 1000, 10000), 20, (1000,), 2, 800, 1, quick=True)
 
 
 @dataclass
@@ -198,6 +199,51 @@ def start(bench: Bench, directory: Path, repeats: int) -> dict[str, float]:
     return {name: median(found) for name, found in values.items()}
 
 
+# What lies between two boundaries of tests.benchmarks.timeline, in the order of one request.
+_STRETCHES: Final = {
+    "submitted": "HTTP in, body checked, address reserved",
+    "taken": "the committer's thread wakes",
+    "prepared": "file and interface looked at, batch made",
+    "committed": "records: statements, commit, fsync",
+    "told": "the new file's peers put together",
+    "written": "wg0.conf written, synced, renamed",
+    "changed": "wg set",
+    "settled": "settled",
+    "answering": "the event loop wakes",
+    "answered": "answer rendered and sent",
+}
+
+
+def breakdown(directory: Path, size: int, requests: int) -> dict[str, float]:
+    """Measure where the time of one request goes; means in milliseconds, which add up to `one request`.
+
+    The slowest tenth of the requests is left out: a machine that was elsewhere says nothing of ours.
+    """
+    bench = Bench(directory, module="tests.benchmarks.timeline")
+    try:
+        bench.fill(size)
+        result = bench.send(adding(bench.new_names(requests)), clients=1)
+    finally:
+        bench.close()
+    assert result is not None
+    passed: list[tuple[float, str]] = json.loads((directory / "timeline.json").read_text())
+    starts = [number for number, (_, what) in enumerate(passed) if what == "received"][-requests:]
+    found = []
+    for start, end, latency in zip(starts, [*starts[1:], len(passed)], result.latencies_ms, strict=True):
+        stretches, last = {}, passed[start][0]
+        for moment, what in passed[start + 1 : end]:
+            if what in _STRETCHES:
+                stretches[_STRETCHES[what]] = (moment - last) * 1000
+                last = moment
+        # The connection's first request pays for the connection.
+        if start != starts[0] and len(stretches) == len(_STRETCHES):
+            sockets = latency - sum(stretches.values())
+            found.append({**stretches, "sockets and client": sockets, "one request": latency})
+    found.sort(key=lambda stretches: stretches["one request"])
+    kept = found[: max(1, len(found) * 9 // 10)]
+    return {name: statistics.fmean(one[name] for one in kept) for name in kept[0]}
+
+
 def resident_kib(service: ServiceProcess) -> int:
     """Return the service's resident set."""
     for line in Path(f"/proc/{service.pid}/status").read_text().splitlines():
@@ -208,7 +254,7 @@ def resident_kib(service: ServiceProcess) -> int:
 
 def measure(scale: Scale, say: Callable[[str], object]) -> tuple[dict[str, Any], list[Goal]]:
     """Measure everything; return the figures and the verdict."""
-    figures: dict[str, Any] = {"sequential": {}, "shared": {}}
+    figures: dict[str, Any] = {"sequential": {}, "shared": {}, "breakdown": {}}
     goals: list[Goal] = []
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir=os.environ.get("BENCH_DIRECTORY")) as name,
@@ -235,9 +281,12 @@ def measure(scale: Scale, say: Callable[[str], object]) -> tuple[dict[str, Any],
             figures["start"] = start(bench, directory, scale.repeats)
             figures["resident KiB"][scale.sizes[-1]] = resident_kib(bench.service)
             bench.service.restart()
+            say("where the time goes")
         finally:
             bench.close()
             floor.close()
+        for size in (scale.sizes[0], scale.sizes[-1]) if not scale.quick else scale.sizes[:1]:
+            figures["breakdown"][size] = breakdown(directory / f"breakdown-{size}", size, scale.turns * 2)
     goals += verdict(figures, scale)
     return figures, goals
 
@@ -294,6 +343,9 @@ def table(figures: dict[str, Any], goals: list[Goal]) -> str:
         lines.append(f"{size:>9}  {rates}  (generator's CPU {found['generator']:.2f})")
     for part in ("storm", "start", "resident KiB"):
         lines += ["", part, "  ".join(f"{name}: {value:.1f}" for name, value in figures[part].items())]
+    for size, found in figures["breakdown"].items():
+        lines += ["", f"one request at {size} peers, ms"]
+        lines += [f"{value:>9.2f}  {name}" for name, value in found.items()]
     lines.append("")
     for goal in goals:
         sign = "<=" if goal.at_most else ">="

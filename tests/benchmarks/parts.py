@@ -152,12 +152,13 @@ class Floor:
 class Bench:
     """The service beside its hub, with a chosen number of peers."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, module: str = "backend") -> None:
+        directory.mkdir(exist_ok=True)
         self.directory = directory
         self.hub = HubInterface(LocalHost(), "wgbench", directory, listen_port=38000)
         self.hub.start()
         settings = settings_for(self.hub, directory, WIREGUARD_IP_POOL="10.0.0.0/8", LOG_LEVEL="warning")
-        self.service = ServiceProcess(directory, settings)
+        self.service = ServiceProcess(directory, settings, module=(module,))
         self.service.start()
         self.names: list[str] = []
         self._number = 0
