@@ -8,9 +8,15 @@
     ├── AddressTakenError           an operator's hand-made peer took the address meanwhile
     ├── HubUpdateError              wg0.conf or the interface could not be brought up to date
     │   └── ConfigFileError         wg0.conf itself is unusable, and only an operator can mend it
-    └── RecordsUnavailableError     the records could not be read or written
-        ├── OvertakenError          another process writes them; this one must not any more
-        └── OutcomeUnknownError     nobody can say yet whether the change happened
+    ├── RecordsUnavailableError     the records could not be read or written
+    │   ├── OvertakenError          another process writes them; this one must not any more
+    │   └── OutcomeUnknownError     nobody can say yet whether the change happened
+    └── ProofError                  the sender hasn't proved to be who it says
+        ├── ProofMissingError       it didn't try
+        ├── ClockError              it signed at another time than now
+        ├── SignatureError          the signature isn't that of the identity's key for this request
+        ├── NonceError              it signed with a nonce that was used before
+        └── ChallengeError          the WireGuard key's challenge isn't answered
 
     StartRefusedError               the process must not start; the message says what to do
 
@@ -18,6 +24,7 @@ Every error survives ``pickle``: its arguments are positional and are the ones o
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 
 class ProvisioningError(Exception):
@@ -122,3 +129,46 @@ class OutcomeUnknownError(RecordsUnavailableError):
 
 class StartRefusedError(Exception):
     """The service must not start. The message is one sentence that says what to do."""
+
+
+class ProofError(ProvisioningError):
+    """The sender hasn't proved to be who it says; `reason` is one word for the audit log."""
+
+    reason: ClassVar[str] = "proof"
+
+
+class ProofMissingError(ProofError):
+    """A header of the proof isn't there."""
+
+    reason = "missing"
+
+    def __init__(self, header: str) -> None:
+        super().__init__(header)
+        self.header = header
+
+    def __str__(self) -> str:
+        return f"{self.header} is missing: this hub asks for proof of the node's identity and WireGuard key"
+
+
+class ClockError(ProofError):
+    """X-Node-Timestamp must be Unix seconds: sign again with a clock within 60 s of the hub's."""
+
+    reason = "clock"
+
+
+class SignatureError(ProofError):
+    """X-Node-Signature isn't public_key's for this request: sign what is sent, send 64 bytes in base64."""
+
+    reason = "signature"
+
+
+class NonceError(ProofError):
+    """X-Node-Nonce must be new, of 16 to 64 letters, digits, dashes and underscores: sign with another."""
+
+    reason = "nonce"
+
+
+class ChallengeError(ProofError):
+    """X-WireGuard-Proof doesn't answer the challenge, which is good for one try in 60 s: ask for another."""
+
+    reason = "challenge"

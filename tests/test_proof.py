@@ -1,0 +1,484 @@
+"""What is signed is one request, for one hub, now; and a challenge is answered by one key, once."""
+
+import base64
+import hashlib
+import pickle
+import threading
+from dataclasses import replace
+from typing import Any, Final
+
+import pytest
+from cryptography.hazmat.primitives import hashes, hmac
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backend.errors import (
+    ChallengeError,
+    ClockError,
+    NonceError,
+    ProofError,
+    ProofMissingError,
+    ProvisioningError,
+    SignatureError,
+)
+from backend.models.identity import NodeIdentity
+from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from backend.services.proof import (
+    CHALLENGE_SECONDS,
+    WINDOW_SECONDS,
+    Challenge,
+    IdentityProof,
+    WireGuardChallenges,
+    WireGuardProof,
+    answer_challenge,
+    check_identity,
+    sign,
+    signed_message,
+)
+
+NOW: Final = 1_800_000_000
+BODY: Final = hashlib.sha256(b'{"node_id":"a"}').digest()
+HUB: Final = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
+REQUEST: Final[dict[str, Any]] = {
+    "method": "POST",
+    "path": "/api/v1/wireguard/provision",
+    "audience": HUB,
+    "body_sha256": BODY,
+}
+SIGNATURE: Final = base64.b64encode(bytes(range(192, 256))).decode()
+
+
+class Clock:
+    """Shows what it is set to."""
+
+    def __init__(self, now: float = NOW) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def owner() -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.generate()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def identity_of(owner: Ed25519PrivateKey) -> NodeIdentity:
+    return NodeIdentity(owner.public_key().public_bytes_raw())
+
+
+requests = st.fixed_dictionaries(
+    {
+        "method": st.text(max_size=4),
+        "path": st.text(max_size=4),
+        "audience": st.text(max_size=4),
+        "body_sha256": st.binary(max_size=4),
+        "timestamp": st.integers(0, 10**15 - 1),
+        "nonce": st.text("a0-_1", max_size=4),
+    }
+)
+
+
+@given(requests, requests)
+def test_no_two_requests_are_signed_as_the_same_bytes(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert (signed_message(**one) == signed_message(**other)) == (one == other)
+
+
+@given(requests, st.sampled_from(["method", "path", "audience"]), st.text(min_size=1, max_size=3))
+def test_what_moves_from_one_field_to_its_neighbour_changes_what_is_signed(
+    request_: dict[str, Any], field: str, moved: str
+) -> None:
+    after = {"method": "path", "path": "audience", "audience": "nonce"}[field]
+    here = {**request_, field: request_[field] + moved}
+    there = {**request_, after: moved + request_[after]}
+    assert signed_message(**here) != signed_message(**there)
+
+
+def test_what_is_signed_is_what_the_documentation_says() -> None:
+    fields = [
+        b"wireguard-provisioning/identity/1",
+        b"POST",
+        b"/api/v1/wireguard/provision",
+        HUB.encode(),
+        BODY,
+        b"1800000000",
+        b"n" * 16,
+    ]
+    expected = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+    assert signed_message(**REQUEST, timestamp=NOW, nonce="n" * 16) == expected
+
+
+def test_a_signed_request_is_its_owners(owner: Ed25519PrivateKey, clock: Clock) -> None:
+    proof = sign(owner, **REQUEST, timestamp=NOW)
+    check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+    headers = proof.headers()
+    assert IdentityProof.parse(*headers.values()) == proof
+    assert list(headers) == ["X-Node-Timestamp", "X-Node-Nonce", "X-Node-Signature"]
+    with pytest.raises(SignatureError):
+        check_identity(identity_of(Ed25519PrivateKey.generate()), proof, **REQUEST, clock=clock)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "DELETE"},
+        {"path": "/api/v1/wireguard/provision/"},
+        {"audience": "mGqzHhYUtLHdQwJXu1lU5FLJ3yTyD5RcFr8ZGVPp0Gc="},
+        {"body_sha256": hashlib.sha256(b'{"node_id":"b"}').digest()},
+    ],
+)
+def test_a_signature_is_good_for_no_other_request(
+    owner: Ed25519PrivateKey, clock: Clock, change: dict[str, Any]
+) -> None:
+    proof = sign(owner, **REQUEST, timestamp=NOW)
+    with pytest.raises(SignatureError):
+        check_identity(identity_of(owner), proof, **{**REQUEST, **change}, clock=clock)
+
+
+@pytest.mark.parametrize("change", [{"timestamp": NOW + 1}, {"nonce": "another-nonce-of-mine"}])
+def test_time_and_nonce_are_signed_too(
+    owner: Ed25519PrivateKey, clock: Clock, change: dict[str, Any]
+) -> None:
+    proof = replace(sign(owner, **REQUEST, timestamp=NOW), **change)
+    with pytest.raises(SignatureError):
+        check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+
+
+@pytest.mark.parametrize(
+    ("off", "passes"),
+    [(0, True), (60, True), (-60, True), (60.01, False), (-60.01, False), (1e9, False), (-NOW, False)],
+)
+def test_the_clock_may_be_a_minute_off_either_way(
+    owner: Ed25519PrivateKey, clock: Clock, off: float, passes: bool
+) -> None:
+    proof = sign(owner, **REQUEST, timestamp=NOW)
+    clock.now = NOW + off
+    if passes:
+        check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+        assert clock.now <= proof.valid_until
+    else:
+        with pytest.raises(ClockError):
+            check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+
+
+def test_a_nonce_is_needed_until_the_clock_refuses_the_request_anyway(
+    owner: Ed25519PrivateKey, clock: Clock
+) -> None:
+    # Signed by a clock that is as fast as it may be: good for two minutes.
+    proof = sign(owner, **REQUEST, timestamp=NOW + WINDOW_SECONDS)
+    check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+    clock.now = proof.valid_until
+    check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+    clock.now = proof.valid_until + 0.01
+    with pytest.raises(ClockError):
+        check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+
+
+def test_every_signature_has_a_nonce_of_its_own(owner: Ed25519PrivateKey) -> None:
+    assert len({sign(owner, **REQUEST, timestamp=NOW).nonce for _ in range(100)}) == 100
+
+
+@pytest.mark.parametrize(
+    ("headers", "error"),
+    [
+        ((None, "n" * 16, SIGNATURE), ProofMissingError),
+        (("1", None, SIGNATURE), ProofMissingError),
+        (("1", "n" * 16, None), ProofMissingError),
+        *[
+            ((text, "n" * 16, SIGNATURE), ClockError)
+            for text in ("", "-1", "+1", "01", "1.0", "1e3", " 1", "1\n", "1" * 16, "\u0661", "now")
+        ],
+        *[
+            (("1", text, SIGNATURE), NonceError)
+            for text in (
+                "",
+                "n" * 15,
+                "n" * 65,
+                "n" * 15 + " ",
+                "n" * 16 + "\n",
+                "n" * 15 + "\xe9",
+                "n" * 15 + "+",
+            )
+        ],
+        *[
+            (("1", "n" * 16, text), SignatureError)
+            for text in (
+                "",
+                SIGNATURE[:-1],
+                SIGNATURE[:-2],
+                SIGNATURE + "\n",
+                SIGNATURE[:-3] + "x==",
+                SIGNATURE.replace("/", "_"),
+                "\xe9" * 88,
+                base64.b64encode(bytes(63)).decode(),
+                base64.b64encode(bytes(65)).decode(),
+                bytes(64).hex(),
+            )
+        ],
+    ],
+)
+def test_headers_in_another_spelling_are_refused(
+    headers: tuple[str | None, str | None, str | None], error: type[ProofError]
+) -> None:
+    with pytest.raises(error):
+        IdentityProof.parse(*headers)
+
+
+@pytest.mark.parametrize("text", ["0", "1", str(NOW), "9" * 15])
+def test_a_timestamp_is_unix_seconds(text: str) -> None:
+    assert IdentityProof.parse(text, "n" * 64, SIGNATURE).timestamp == int(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "says"),
+    [
+        (ProofMissingError("X-Node-Nonce"), "missing", "X-Node-Nonce is missing"),
+        (ClockError(), "clock", "within 60 s"),
+        (SignatureError(), "signature", "public_key"),
+        (NonceError(), "nonce", "must be new"),
+        (ChallengeError(), "challenge", "ask for another"),
+    ],
+)
+def test_each_refusal_has_a_word_for_the_log_and_a_sentence_for_the_caller(
+    error: ProofError, reason: str, says: str
+) -> None:
+    assert isinstance(error, ProvisioningError)
+    assert error.reason == reason
+    assert says in str(error)
+    assert "\n" not in str(error)
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - made here
+    assert (type(again), str(again)) == (type(error), str(error))
+
+
+# The WireGuard key.
+
+
+@pytest.fixture
+def private() -> WireGuardPrivateKey:
+    return WireGuardPrivateKey.generate()
+
+
+@pytest.fixture
+def challenges(clock: Clock) -> WireGuardChallenges:
+    return WireGuardChallenges(clock)
+
+
+def answered(private: WireGuardPrivateKey, challenge: Challenge, body: bytes = BODY) -> tuple[str, bytes]:
+    proof = WireGuardProof(challenge.challenge_id, answer_challenge(private, challenge, body))
+    assert WireGuardProof.parse(*proof.headers().values()) == proof
+    return proof.challenge_id, proof.mac
+
+
+def test_the_holder_of_the_key_answers(private: WireGuardPrivateKey, challenges: WireGuardChallenges) -> None:
+    challenge = challenges.issue(private.public_key())
+    assert challenge.expires_in == CHALLENGE_SECONDS
+    challenge_id, mac = answered(private, challenge)
+    challenges.redeem(challenge_id, private.public_key(), mac, BODY)
+
+
+def test_the_answer_is_what_the_documentation_says(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges
+) -> None:
+    def framed(*fields: bytes) -> bytes:
+        return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+
+    challenge = challenges.issue(private.public_key())
+    domain, challenge_id = b"wireguard-provisioning/wireguard-key/1", challenge.challenge_id.encode()
+    server = base64.b64decode(challenge.server_public_key)
+    own = X25519PrivateKey.from_private_bytes(base64.b64decode(private.reveal()))
+    shared = own.exchange(X25519PublicKey.from_public_bytes(server))
+    info = framed(domain, server, own.public_key().public_bytes_raw(), challenge_id)
+    mac = hmac.HMAC(HKDF(hashes.SHA256(), 32, None, info).derive(shared), hashes.SHA256())
+    mac.update(framed(domain, challenge_id, base64.b64decode(challenge.challenge), BODY))
+    challenges.redeem(challenge.challenge_id, private.public_key(), mac.finalize(), BODY)
+
+
+def test_a_challenge_is_good_for_one_try(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges
+) -> None:
+    key = private.public_key()
+    challenge_id, mac = answered(private, challenges.issue(key))
+    challenges.redeem(challenge_id, key, mac, BODY)
+    with pytest.raises(ChallengeError):
+        challenges.redeem(challenge_id, key, mac, BODY)
+
+    challenge_id, mac = answered(private, challenges.issue(key))
+    with pytest.raises(ChallengeError):
+        challenges.redeem(challenge_id, key, bytes(32), BODY)
+    with pytest.raises(ChallengeError):
+        challenges.redeem(challenge_id, key, mac, BODY)
+
+
+@pytest.mark.parametrize(
+    ("part", "spoilt"),
+    [
+        (0, "0" * 32),
+        (0, "\ud800"),
+        (1, HUB),
+        (2, b""),
+        (2, bytes(31)),
+        (2, bytes(32)),
+        (3, hashlib.sha256(b"other").digest()),
+    ],
+)
+def test_an_answer_is_good_for_its_challenge_its_key_and_its_body_alone(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges, part: int, spoilt: Any
+) -> None:
+    challenge_id, mac = answered(private, challenges.issue(private.public_key()))
+    proof: list[Any] = [challenge_id, private.public_key(), mac, BODY]
+    proof[part] = spoilt
+    with pytest.raises(ChallengeError):
+        challenges.redeem(*proof)
+
+
+def test_who_does_not_hold_the_key_has_no_answer(challenges: WireGuardChallenges) -> None:
+    """It has the challenge and the public key, and can only put a private key of its own in."""
+    victim, thief = WireGuardPrivateKey.generate().public_key(), WireGuardPrivateKey.generate()
+    challenge_id, mac = answered(thief, challenges.issue(victim))
+    with pytest.raises(ChallengeError):
+        challenges.redeem(challenge_id, victim, mac, BODY)
+    challenge_id, mac = answered(thief, challenges.issue(victim))
+    with pytest.raises(ChallengeError):
+        challenges.redeem(challenge_id, thief.public_key(), mac, BODY)
+
+
+@pytest.mark.parametrize(("after", "passes"), [(60, True), (60.01, False)])
+def test_a_challenge_lives_for_a_minute(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges, clock: Clock, after: float, passes: bool
+) -> None:
+    challenge_id, mac = answered(private, challenges.issue(private.public_key()))
+    clock.now += after
+    if passes:
+        challenges.redeem(challenge_id, private.public_key(), mac, BODY)
+    else:
+        with pytest.raises(ChallengeError):
+            challenges.redeem(challenge_id, private.public_key(), mac, BODY)
+        assert len(challenges) == 0
+
+
+def test_expired_challenges_are_forgotten_when_the_next_is_made(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges, clock: Clock
+) -> None:
+    for _ in range(5):
+        challenges.issue(private.public_key())
+    clock.now += 30
+    challenges.issue(private.public_key())
+    assert len(challenges) == 6
+    clock.now += 31
+    challenges.issue(private.public_key())
+    assert len(challenges) == 2
+
+
+def test_when_there_is_no_room_the_oldest_goes_and_nobody_is_refused(clock: Clock) -> None:
+    challenges = WireGuardChallenges(clock, limit=3)
+    nodes = [WireGuardPrivateKey.generate() for _ in range(4)]
+    given_ = [challenges.issue(node.public_key()) for node in nodes]
+    assert len(challenges) == 3
+    outcomes = []
+    for node, challenge in zip(nodes, given_, strict=True):
+        challenge_id, mac = answered(node, challenge)
+        try:
+            challenges.redeem(challenge_id, node.public_key(), mac, BODY)
+        except ChallengeError:
+            outcomes.append(False)
+        else:
+            outcomes.append(True)
+    assert outcomes == [False, True, True, True]
+
+
+def test_another_challenge_for_a_key_leaves_the_first_alone(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges
+) -> None:
+    """Anybody may know a public key: whoever asks for a challenge for it must not lock its holder out."""
+    first = challenges.issue(private.public_key())
+    for _ in range(100):
+        challenges.issue(private.public_key())
+    challenge_id, mac = answered(private, first)
+    challenges.redeem(challenge_id, private.public_key(), mac, BODY)
+
+
+@pytest.mark.parametrize("u", [0, 1, 2**255 - 20, 2**255 - 19, 2**255 - 18])
+def test_a_key_agreement_that_everybody_knows_is_refused_on_both_sides(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges, u: int
+) -> None:
+    nobodys = base64.b64encode(u.to_bytes(32, "little")).decode()
+    with pytest.raises(ChallengeError):
+        # The parser would refuse it; even so.
+        challenges.issue(WireGuardKey.trusted(nobodys))
+    with pytest.raises(ChallengeError):
+        answer_challenge(private, Challenge("id", nobodys, HUB), BODY)
+
+
+@pytest.mark.parametrize("challenge", [Challenge("id", "no key", HUB), Challenge("id", HUB, "no base64")])
+def test_a_challenge_that_is_none_is_not_answered(private: WireGuardPrivateKey, challenge: Challenge) -> None:
+    with pytest.raises(ChallengeError):
+        answer_challenge(private, challenge, BODY)
+
+
+@pytest.mark.parametrize(
+    ("headers", "error"),
+    [
+        ((None, HUB), ProofMissingError),
+        (("id", None), ProofMissingError),
+        (("id", ""), ChallengeError),
+        (("id", HUB[:-1]), ChallengeError),
+        (("id", HUB[:-2] + "9="), ChallengeError),
+        (("id", base64.b64encode(bytes(31)).decode()), ChallengeError),
+    ],
+)
+def test_headers_of_an_answer_in_another_spelling_are_refused(
+    headers: tuple[str | None, str | None], error: type[ProofError]
+) -> None:
+    with pytest.raises(error):
+        WireGuardProof.parse(*headers)
+
+
+def test_of_many_threads_with_the_same_answer_one_gets_through(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges
+) -> None:
+    key = private.public_key()
+    for _ in range(20):
+        challenge_id, mac = answered(private, challenges.issue(key))
+        together = threading.Barrier(8)
+        let_in: list[int] = []
+
+        def redeem(
+            number: int, *, proof: tuple[str, bytes], start: threading.Barrier, into: list[int]
+        ) -> None:
+            start.wait()
+            try:
+                challenges.redeem(proof[0], key, proof[1], BODY)
+            except ChallengeError:
+                return
+            into.append(number)
+
+        threads = [
+            threading.Thread(
+                target=redeem,
+                args=(number,),
+                kwargs={"proof": (challenge_id, mac), "start": together, "into": let_in},
+            )
+            for number in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(let_in) == 1
+
+
+def test_nothing_shows_the_key_that_answers_are_checked_with(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges
+) -> None:
+    challenge = challenges.issue(private.public_key())
+    kept = challenges._outstanding[challenge.challenge_id]
+    assert repr(kept.mac_key) not in repr(kept)
+    assert private.reveal() not in repr(kept) + repr(challenge)
