@@ -59,6 +59,8 @@ peers: Final = sa.Table(
     sa.Column("metadata", sa.JSON(none_as_null=True), nullable=True),
     # The hub's generation that brought the peer.
     sa.Column("generation", sa.BigInteger(), nullable=False),
+    # The enrolment token that let the node in, if one did.
+    sa.Column("token_id", sa.String(16), nullable=True),
 )
 
 # One row: what has been decided, and how far the hub has followed.

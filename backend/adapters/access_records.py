@@ -1,0 +1,441 @@
+"""The tables of credentials, audit, answers and nonces, and all the SQL that touches them.
+
+Every function runs in its caller's transaction. Rows are locked in one order everywhere, credentials
+(by id) before `access_state`, so that no two transactions wait for each other.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from ipaddress import ip_network
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from backend.adapters.records import UtcDateTime, metadata
+from backend.models.access.answers import Answer
+from backend.models.access.audit import (
+    AuditAction,
+    AuditEvent,
+    AuditOutcome,
+    AuditRecord,
+    chain_hash,
+    timestamp,
+)
+from backend.models.access.credentials import Credential, CredentialKind, Role
+
+_ROWS_AT_A_TIME: Final = 1000
+
+credentials: Final = sa.Table(
+    "credentials",
+    metadata,
+    sa.Column("id", sa.String(16), primary_key=True),
+    sa.Column("kind", sa.String(8), nullable=False),
+    sa.Column("role", sa.String(8), nullable=True),
+    sa.Column("secret_hash", sa.String(64), nullable=False),
+    sa.Column("note", sa.String(256), nullable=False),
+    sa.Column("created_at", UtcDateTime(), nullable=False),
+    sa.Column("created_by", sa.String(256), nullable=False),
+    sa.Column("expires_at", UtcDateTime(), nullable=True),
+    sa.Column("max_uses", sa.Integer(), nullable=True),
+    sa.Column("uses", sa.Integer(), nullable=False),
+    sa.Column("node_id_pattern", sa.String(128), nullable=True),
+    sa.Column("source_cidr", sa.String(43), nullable=True),
+    sa.Column("ephemeral", sa.Boolean(), nullable=False),
+    sa.Column("revoked_at", UtcDateTime(), nullable=True),
+    sa.Column("last_used_at", UtcDateTime(), nullable=True),
+    # A token is counted and a key has a role; what is neither lets nobody in.
+    sa.CheckConstraint(
+        "(kind = 'token' AND role IS NULL AND max_uses IS NOT NULL) OR "
+        "(kind = 'key' AND role IS NOT NULL AND role IN ('read', 'operate', 'admin') AND max_uses IS NULL)",
+        name="kind",
+    ),
+    # The last word on how often a token is used.
+    sa.CheckConstraint("uses >= 0 AND (max_uses IS NULL OR uses <= max_uses)", name="uses"),
+)
+
+# One row: whether the credentials are still those that were read, and where the audit log ends.
+access_state: Final = sa.Table(
+    "access_state",
+    metadata,
+    sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1", name="single"), primary_key=True),
+    sa.Column("credentials_version", sa.BigInteger(), nullable=False),
+    sa.Column("audit_sequence", sa.BigInteger(), nullable=False),
+    sa.Column("audit_hash", sa.String(64), nullable=False),
+)
+
+# Append-only: triggers refuse anything else.
+audit: Final = sa.Table(
+    "audit",
+    metadata,
+    sa.Column(
+        "sequence",
+        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    # The text that is hashed: a column of dates would give it back in whatever spelling it has.
+    sa.Column("at", sa.String(32), nullable=False),
+    sa.Column("action", sa.String(32), nullable=False),
+    sa.Column("outcome", sa.String(16), nullable=False),
+    sa.Column("actor", sa.Text(), nullable=False),
+    sa.Column("subject", sa.Text(), nullable=True),
+    sa.Column("source", sa.Text(), nullable=True),
+    sa.Column("request_id", sa.Text(), nullable=True),
+    sa.Column("reason", sa.Text(), nullable=True),
+    sa.Column("count", sa.Integer(), nullable=False),
+    sa.Column("previous_hash", sa.String(64), nullable=False),
+    sa.Column("hash", sa.String(64), nullable=False),
+)
+
+answers: Final = sa.Table(
+    "answers",
+    metadata,
+    sa.Column("scope", sa.String(128), primary_key=True),
+    sa.Column("key_hash", sa.String(64), primary_key=True),
+    sa.Column("body_hash", sa.String(64), nullable=False),
+    sa.Column("node_id", sa.String(128), nullable=False),
+    sa.Column("body", sa.LargeBinary(), nullable=False),
+    sa.Column("created_at", UtcDateTime(), nullable=False),
+    sa.Index("ix_answers_node_id", "node_id"),
+    sa.Index("ix_answers_created_at", "created_at"),
+)
+
+nonces: Final = sa.Table(
+    "nonces",
+    metadata,
+    sa.Column("identity", sa.String(128), primary_key=True),
+    sa.Column("nonce", sa.String(128), primary_key=True),
+    sa.Column("expires_at", UtcDateTime(), nullable=False),
+    sa.Index("ix_nonces_expires_at", "expires_at"),
+    # The key is nearly the whole row; a second tree beside it would cost each request a page.
+    sqlite_with_rowid=False,
+)
+
+Nonce = tuple[str, str]
+
+# Made once: building a statement costs more than running it.
+_TOKENS: Final = sa.and_(
+    credentials.c.id.in_(sa.bindparam("tokens", expanding=True)),
+    credentials.c.kind == CredentialKind.TOKEN.value,
+    credentials.c.revoked_at.is_(None),
+    sa.or_(
+        credentials.c.expires_at.is_(None),
+        credentials.c.expires_at > sa.bindparam("now", type_=UtcDateTime()),
+    ),
+)
+_LOCK_TOKENS: Final = (
+    sa.select(credentials.c.id, credentials.c.max_uses - credentials.c.uses)
+    .where(_TOKENS)
+    .order_by(credentials.c.id)
+    .with_for_update()
+)
+_COUNT_USES: Final = (
+    sa.update(credentials)
+    .where(_TOKENS, credentials.c.uses + sa.bindparam("number") <= credentials.c.max_uses)
+    .values(
+        uses=credentials.c.uses + sa.bindparam("number"),
+        last_used_at=sa.bindparam("now", type_=UtcDateTime()),
+    )
+    .returning(credentials.c.id)
+)
+_RETURN_USES: Final = (
+    sa.update(credentials)
+    .where(credentials.c.id == sa.bindparam("token"), credentials.c.kind == CredentialKind.TOKEN.value)
+    .values(
+        uses=sa.case(
+            (credentials.c.uses > sa.bindparam("number"), credentials.c.uses - sa.bindparam("number")),
+            else_=0,
+        )
+    )
+)
+_NOTE_USED: Final = (
+    sa.update(credentials)
+    .where(
+        credentials.c.id == sa.bindparam("credential"),
+        sa.or_(
+            credentials.c.last_used_at.is_(None),
+            credentials.c.last_used_at < sa.bindparam("moment", type_=UtcDateTime()),
+        ),
+    )
+    .values(last_used_at=sa.bindparam("moment", type_=UtcDateTime()))
+)
+_BUMP_VERSION: Final = sa.update(access_state).values(
+    credentials_version=access_state.c.credentials_version + 1
+)
+_EXTEND_LOG: Final = (
+    sa.update(access_state)
+    .values(audit_sequence=access_state.c.audit_sequence + sa.bindparam("number"))
+    .returning(access_state.c.audit_sequence, access_state.c.audit_hash)
+)
+_NOTE_HEAD: Final = sa.update(access_state).values(audit_hash=sa.bindparam("head"))
+# For the driver as it is: SQLAlchemy takes as long for the values of a row as SQLite for the row.
+_INSERT_AUDIT: Final = {
+    dialect: f"INSERT INTO audit ({', '.join(audit.columns.keys())}) "  # noqa: S608 - the table's own names
+    f"VALUES ({', '.join([place] * len(audit.columns))})"
+    for dialect, place in (("sqlite", "?"), ("postgresql", "%s"))
+}
+
+
+def load_credentials(connection: sa.Connection) -> list[Credential]:
+    """Read every credential, revoked and expired ones too, the oldest first."""
+    rows = connection.execute(
+        sa.select(credentials).order_by(credentials.c.created_at, credentials.c.id)
+    ).mappings()
+    return [_credential(row) for row in rows]
+
+
+def credentials_version(connection: sa.Connection) -> int:
+    """Return a number that is another one after each credential that was made or revoked."""
+    version: int = connection.execute(sa.select(access_state.c.credentials_version)).scalar_one()
+    return version
+
+
+def any_credential(connection: sa.Connection) -> bool:
+    """Say whether a credential was ever made."""
+    return connection.scalar(sa.select(credentials.c.id).limit(1)) is not None
+
+
+def insert_credential(connection: sa.Connection, credential: Credential) -> None:
+    """Keep a new credential."""
+    values = {column.name: getattr(credential, column.name) for column in credentials.columns}
+    network = credential.source_cidr
+    values["source_cidr"] = None if network is None else str(network)
+    connection.execute(sa.insert(credentials), [values])
+    connection.execute(_BUMP_VERSION)
+
+
+def revoke_credential(connection: sa.Connection, credential_id: str, at: datetime) -> Credential | None:
+    """Revoke a credential and return it, or None if there is none; what was revoked before stays so."""
+    revoked = (
+        connection.execute(
+            sa.update(credentials)
+            .where(credentials.c.id == credential_id, credentials.c.revoked_at.is_(None))
+            .values(revoked_at=at)
+            .returning(credentials)
+        )
+        .mappings()
+        .one_or_none()
+    )
+    if revoked is not None:
+        connection.execute(_BUMP_VERSION)
+        return _credential(revoked)
+    found = (
+        connection.execute(sa.select(credentials).where(credentials.c.id == credential_id))
+        .mappings()
+        .one_or_none()
+    )
+    return None if found is None else _credential(found)
+
+
+def note_used(connection: sa.Connection, used: Mapping[str, datetime]) -> None:
+    """Note when credentials were used last; a later note stays."""
+    if used:
+        rows = [{"credential": name, "moment": used[name]} for name in sorted(used)]
+        connection.execute(_NOTE_USED, rows)
+
+
+def count_uses(connection: sa.Connection, wanted: Mapping[str, int], now: datetime) -> dict[str, int]:
+    """Count uses of tokens and return how many of those wanted each one had left.
+
+    A token that is unknown, revoked or expired by now has none.
+    """
+    granted = dict.fromkeys(wanted, 0)
+    by_number: dict[int, list[str]] = {}
+    for token, number in wanted.items():
+        if number > 0:
+            by_number.setdefault(number, []).append(token)
+    if len(wanted) > 1 and connection.dialect.name == "postgresql":
+        # One UPDATE locks its rows in any order, and could wait for another that waits for it.
+        connection.execute(_LOCK_TOKENS, {"tokens": list(wanted), "now": now})
+    for number, tokens in by_number.items():
+        values = {"tokens": tokens, "number": number, "now": now}
+        for token in connection.scalars(_COUNT_USES, values):
+            granted[token] = number
+    short = [token for token, number in wanted.items() if number > 1 and not granted[token]]
+    if short:
+        # The UPDATE above has the write lock of SQLite, and this has the rows' of PostgreSQL: what is
+        # left now is left until the end of the transaction.
+        for token, left in connection.execute(_LOCK_TOKENS, {"tokens": short, "now": now}).all():
+            if left > 0:
+                connection.execute(_COUNT_USES, {"tokens": [token], "number": left, "now": now}).one()
+                granted[token] = left
+    return granted
+
+
+def return_uses(connection: sa.Connection, counts: Mapping[str, int]) -> None:
+    """Give uses back that `count_uses` has counted, where what they were for did not happen."""
+    rows = [{"token": token, "number": counts[token]} for token in sorted(counts) if counts[token] > 0]
+    if rows:
+        connection.execute(_RETURN_USES, rows)
+
+
+def append_audit(connection: sa.Connection, events: Sequence[AuditEvent]) -> int:
+    """Append to the audit log, in this order, and return the sequence of its last row."""
+    if not events:
+        return audit_head(connection)[0]
+    # First, because it makes whoever else appends wait until this transaction ends.
+    last, previous = connection.execute(_EXTEND_LOG, {"number": len(events)}).one()
+    rows = []
+    for sequence, given in enumerate(events, start=last - len(events) + 1):
+        event = given.storable()
+        own = chain_hash(previous, sequence, event)
+        # In the order of the table's columns.
+        rows.append(
+            (
+                sequence,
+                timestamp(event.at),
+                event.action.value,
+                event.outcome.value,
+                event.actor,
+                event.subject,
+                event.source,
+                event.request_id,
+                event.reason,
+                event.count,
+                previous,
+                own,
+            )
+        )
+        previous = own
+    connection.exec_driver_sql(_INSERT_AUDIT[connection.dialect.name], rows)
+    connection.execute(_NOTE_HEAD, {"head": previous})
+    return int(last)
+
+
+def list_audit(  # noqa: PLR0913 - a page, and what it is to be filtered by
+    connection: sa.Connection,
+    before: int | None,
+    limit: int,
+    *,
+    action: AuditAction | None = None,
+    actor: str | None = None,
+    subject: str | None = None,
+) -> list[AuditRecord]:
+    """Return the newest rows, the newest first; only those below a sequence where `before` gives one."""
+    statement = sa.select(audit).order_by(audit.c.sequence.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(audit.c.sequence < before)
+    if action is not None:
+        statement = statement.where(audit.c.action == action.value)
+    if actor is not None:
+        statement = statement.where(audit.c.actor == actor)
+    if subject is not None:
+        statement = statement.where(audit.c.subject == subject)
+    return [_record(row) for row in connection.execute(statement).mappings()]
+
+
+def hold_still(connection: sa.Connection) -> None:
+    """Let everything that this transaction reads be of one moment. Only reads, and nothing before it.
+
+    Without it the log's end may have moved on between its head and its rows.
+    """
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN")
+    else:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+
+
+def audit_head(connection: sa.Connection) -> tuple[int, str]:
+    """Return the sequence and the hash of the audit log's last row, as they are kept apart from it."""
+    row = connection.execute(sa.select(access_state.c.audit_sequence, access_state.c.audit_hash)).one()
+    return row.audit_sequence, row.audit_hash
+
+
+def iterate_audit(connection: sa.Connection) -> Iterator[AuditRecord]:
+    """Read the whole audit log in order, some rows at a time.
+
+    What was changed into something that is never written comes as UNREADABLE, and so isn't missing.
+    """
+    statement = sa.select(audit).order_by(audit.c.sequence)
+    # Closed also where whoever reads has seen enough: the server keeps the rest of it open.
+    with connection.execute(statement.execution_options(yield_per=_ROWS_AT_A_TIME)) as result:
+        yield from map(_record, result.mappings())
+
+
+def save_answers(connection: sa.Connection, given: Iterable[Answer]) -> None:
+    """Keep answers. The first of a key stays, until it is forgotten."""
+    rows = [{column.name: getattr(answer, column.name) for column in answers.columns} for answer in given]
+    if rows:
+        connection.execute(_insert(connection, answers).on_conflict_do_nothing(), rows)
+
+
+def find_answer(connection: sa.Connection, scope: str, key_hash: str) -> Answer | None:
+    """Return the answer that was given for a key, however long ago, if it's still there."""
+    row = connection.execute(
+        sa.select(answers).where(answers.c.scope == scope, answers.c.key_hash == key_hash)
+    ).one_or_none()
+    return None if row is None else Answer(**row._mapping)  # noqa: SLF001 - a Row's public attribute
+
+
+def forget_answers_of(connection: sa.Connection, node_ids: Collection[str]) -> None:
+    """Forget what nodes were told that are no more."""
+    if node_ids:
+        connection.execute(sa.delete(answers).where(answers.c.node_id.in_(node_ids)))
+
+
+def forget_answers_before(connection: sa.Connection, moment: datetime) -> int:
+    """Forget the answers that were given before a moment, and return how many there were."""
+    return connection.execute(sa.delete(answers).where(answers.c.created_at < moment)).rowcount
+
+
+def burn_nonces(connection: sa.Connection, given: Iterable[tuple[str, str, datetime]]) -> set[Nonce]:
+    """Keep (identity, nonce, expires_at) and return those (identity, nonce) that nobody had used before.
+
+    One that is given twice is burnt once: which of the two it was for is the caller's to decide.
+    """
+    rows = [
+        {"identity": identity, "nonce": nonce, "expires_at": expires_at}
+        # In one order, or two transactions could wait for each other.
+        for identity, nonce, expires_at in sorted(given)
+    ]
+    if not rows:
+        return set()
+    statement = (
+        _insert(connection, nonces).on_conflict_do_nothing().returning(nonces.c.identity, nonces.c.nonce)
+    )
+    return {(row.identity, row.nonce) for row in connection.execute(statement, rows)}
+
+
+def forget_nonces_before(connection: sa.Connection, moment: datetime) -> int:
+    """Forget the nonces that expired before a moment, and return how many there were."""
+    return connection.execute(sa.delete(nonces).where(nonces.c.expires_at < moment)).rowcount
+
+
+def _insert(connection: sa.Connection, table: sa.Table) -> "sqlite.Insert | postgresql.Insert":
+    return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
+
+
+def _credential(row: sa.RowMapping) -> Credential:
+    values: dict[str, Any] = {column.name: row[column.name] for column in credentials.columns}
+    values["kind"] = CredentialKind(values["kind"])
+    values["role"] = None if values["role"] is None else Role(values["role"])
+    values["source_cidr"] = None if values["source_cidr"] is None else ip_network(values["source_cidr"])
+    return Credential(**values)
+
+
+def _record(row: sa.RowMapping) -> AuditRecord:
+    return AuditRecord(
+        row["sequence"], _event(row) or _UNREADABLE, str(row["previous_hash"]), str(row["hash"])
+    )
+
+
+def _event(row: sa.RowMapping) -> AuditEvent | None:
+    """Read a row as `append_audit` writes it, or return None: SQLite takes any type in any column."""
+    texts = (row["actor"], row["subject"], row["source"], row["request_id"], row["reason"])
+    actor, subject, source, request_id, reason = texts
+    if type(row["count"]) is not int or not all(text is None or type(text) is str for text in texts):
+        return None
+    try:
+        at = datetime.fromisoformat(row["at"])
+        action, outcome = AuditAction(row["action"]), AuditOutcome(row["outcome"])
+    except (TypeError, ValueError):
+        return None
+    if timestamp(at) != row["at"]:
+        return None
+    return AuditEvent(at, action, outcome, actor, subject, source, request_id, reason, row["count"])
+
+
+_UNREADABLE: Final = AuditEvent(
+    datetime.fromisoformat("1970-01-01T00:00Z"), AuditAction.UNREADABLE, AuditOutcome.NOTED, "nobody"
+)

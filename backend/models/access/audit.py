@@ -1,0 +1,222 @@
+"""The audit log's entries, and the chain of hashes that holds them together."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from hashlib import sha256
+from json.encoder import encode_basestring_ascii
+from typing import Annotated, Final, Self
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+
+# What the first row follows.
+GENESIS: Final = "0" * 64
+_VERSION: Final = "wireguard-provisioning audit 1"
+_TEXT_MAX_CHARACTERS: Final = 512
+
+
+class AuditAction(StrEnum):
+    """What was done, or tried."""
+
+    PROVISION = "provision"
+    DEPROVISION = "deprovision"
+    # A change taken back, because the hub could not be updated.
+    REVERT = "revert"
+    AUTHENTICATE = "authenticate"
+    CHALLENGE = "challenge"
+    TOKEN_MADE = "token_made"  # noqa: S105 - no secret
+    TOKEN_REVOKED = "token_revoked"  # noqa: S105 - see above
+    KEY_MADE = "key_made"
+    KEY_REVOKED = "key_revoked"
+    # An operator's edit of the config file was noticed.
+    CONFIG_EDITED = "config_edited"
+    HUB_FAILED = "hub_failed"
+    # Never written: stands for a row that was changed into what can't be read any more.
+    UNREADABLE = "unreadable"
+
+
+class AuditOutcome(StrEnum):
+    """How it ended. What merely happened, with nobody asking, is noted."""
+
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    NOTED = "noted"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEvent:
+    """Who did what, when, and how it ended; never a secret. `at` is aware."""
+
+    at: datetime
+    action: AuditAction
+    outcome: AuditOutcome
+    # `loopback`, `token:<id>`, `key:<id>`, `cli:<os user>`, `service`, or `nobody`.
+    actor: str
+    # The node or the credential that it was done to.
+    subject: str | None = None
+    source: str | None = None
+    request_id: str | None = None
+    reason: str | None = None
+    # More than one where equal ones were counted together.
+    count: int = 1
+
+    def storable(self) -> Self:
+        """Return what any database can keep of it.
+
+        What isn't printable (PostgreSQL refuses NUL, UTF-8 lone surrogates) is written as an escape, and
+        long text is cut, so that no caller can keep a refusal out of the log by what they send.
+        """
+        texts = (self.actor, self.subject, self.source, self.request_id, self.reason)
+        if all(text is None or _fits(text) for text in texts):
+            return self
+        actor, subject, source, request_id, reason = (_storable(text) for text in texts)
+        return replace(
+            self, actor=actor or "", subject=subject, source=source, request_id=request_id, reason=reason
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRecord:
+    """One row of the log. `hash` is the row's own, over everything before it."""
+
+    sequence: int
+    event: AuditEvent
+    previous_hash: str
+    hash: str
+
+
+def timestamp(moment: datetime) -> str:
+    """Return the one spelling of a moment that is stored and hashed: UTC, to the microsecond."""
+    # Without its zone, because Python takes three times as long to write one.
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+
+
+def chain_hash(previous_hash: str, sequence: int, event: AuditEvent) -> str:
+    """Return the SHA-256 of a row and of the hash before it, in hexadecimal.
+
+    Of a compact JSON array in ASCII: two rows have the same text only if they are the same, for all that
+    is Unicode (and so for whatever came from a database).
+    """
+    # Put together here, because a general encoder takes twice as long and this is done for every request.
+    members = (
+        _quoted(_VERSION),
+        _quoted(previous_hash),
+        str(sequence),
+        _quoted(timestamp(event.at)),
+        _quoted(event.action),
+        _quoted(event.outcome),
+        _quoted(event.actor),
+        _quoted(event.subject),
+        _quoted(event.source),
+        _quoted(event.request_id),
+        _quoted(event.reason),
+        str(event.count),
+    )
+    return sha256(f"[{','.join(members)}]".encode("ascii")).hexdigest()
+
+
+def _quoted(text: str | None) -> str:
+    return "null" if text is None else encode_basestring_ascii(text)
+
+
+def verify(records: Iterable[AuditRecord], head: tuple[int, str]) -> str | None:
+    """Return a sentence that names the first row that isn't as it was written, or None.
+
+    `records` is the whole log in order, read once; `head` is the sequence and the hash of its last row as
+    noted apart from it, (0, GENESIS) for an empty log. Whoever can write both the log and the head can
+    write another log; a copy of the head that is kept elsewhere finds them out.
+    """
+    sequence, previous = 0, GENESIS
+    for record in records:
+        wrong = _wrong(record, sequence, previous)
+        if wrong is not None:
+            return wrong
+        sequence, previous = record.sequence, record.hash
+        if sequence > head[0]:
+            return f"Row {sequence} was inserted: the log ends at row {head[0]}."
+    if sequence < head[0]:
+        return f"Row {sequence + 1} is missing: the log goes on to row {head[0]}."
+    if previous != head[1]:
+        return f"Row {sequence} was replaced: it isn't the one that the log ends with."
+    return None
+
+
+def _wrong(record: AuditRecord, sequence: int, previous: str) -> str | None:
+    """Say what is wrong with a row that stands behind another of this sequence and hash, or return None."""
+    found, expected = record.sequence, sequence + 1
+    if found > expected:
+        return f"Row {expected} is missing: row {found} stands in its place."
+    if found < expected:
+        return f"Row {found} stands where row {expected} belongs."
+    if chain_hash(record.previous_hash, found, record.event) != record.hash:
+        return f"Row {found} was changed after it was written."
+    if record.previous_hash != previous:
+        if sequence == 0:
+            return "Row 1 was replaced: it doesn't begin the log."
+        return f"Row {sequence} was replaced: it isn't the one that row {found} was written after."
+    return None
+
+
+def _fits(text: str) -> bool:
+    return len(text) <= _TEXT_MAX_CHARACTERS and text.isprintable()
+
+
+def _storable(text: str | None) -> str | None:
+    if text is None or _fits(text):
+        return text
+    escaped = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text[:_TEXT_MAX_CHARACTERS]
+    )
+    return escaped[:_TEXT_MAX_CHARACTERS]
+
+
+class AuditEntry(BaseModel):
+    """One row of the audit log."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sequence: int
+    # To the microsecond: the hash can be computed again from an entry.
+    at: Annotated[AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC))] = Field(
+        description="RFC 3339, UTC."
+    )
+    action: AuditAction
+    outcome: AuditOutcome
+    actor: str = Field(examples=["key:3f1c0e5a9b7d2468"])
+    subject: str | None = Field(description="The node or the credential that it was done to.")
+    source: str | None = Field(description="The caller's address.")
+    request_id: str | None
+    reason: str | None
+    count: int = Field(description="More than one where equal ones were counted together.")
+    previous_hash: str
+    hash: str
+
+    @classmethod
+    def of(cls, record: AuditRecord) -> Self:
+        """Show a row."""
+        event = record.event
+        return cls(
+            sequence=record.sequence,
+            at=event.at,
+            action=event.action,
+            outcome=event.outcome,
+            actor=event.actor,
+            subject=event.subject,
+            source=event.source,
+            request_id=event.request_id,
+            reason=event.reason,
+            count=event.count,
+            previous_hash=record.previous_hash,
+            hash=record.hash,
+        )
+
+
+class AuditPage(BaseModel):
+    """Entries of the audit log, the newest first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    entries: list[AuditEntry]
+    next: int | None = Field(description="Ask for those `before` this sequence to go on; null at the end.")

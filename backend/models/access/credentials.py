@@ -1,0 +1,360 @@
+"""Enrolment tokens and operator keys: what is kept of them, and their shapes over HTTP."""
+
+import hmac
+import re
+import secrets
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from hashlib import sha256
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Annotated, Any, Final, NoReturn, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+)
+
+from backend.models.access.node_patterns import NODE_ID_GLOB, parse_pattern, pattern_matches
+from backend.models.wireguard.provisioning import UtcSecond
+
+CREDENTIAL_ID_PATTERN: Final = r"^[0-9a-f]{16}$"
+_TEXT: Final = re.compile(r"ocw_([0-9a-f]{16})_([0-9a-f]{64})")
+_HOUR: Final = 3600
+_YEAR: Final = 365 * 24 * _HOUR
+_MAPPED: Final = IPv6Network("::ffff:0:0/96")
+
+Network = IPv4Network | IPv6Network
+
+
+class Role(StrEnum):
+    """What an operator's key is for. Each role covers the ones before it; as text they don't compare so."""
+
+    READ = "read"
+    OPERATE = "operate"
+    ADMIN = "admin"
+
+    def covers(self, other: "Role") -> bool:
+        """Say whether who has this role may do what the other one is for."""
+        order = list(Role)
+        return order.index(self) >= order.index(other)
+
+
+class Permission(StrEnum):
+    """What an endpoint asks for."""
+
+    PROVISION = "provision"
+    READ = "read"
+    OPERATE = "operate"
+    ADMINISTER = "administer"
+
+    @property
+    def role(self) -> Role:
+        """The least role that has it."""
+        return _LEAST_ROLE[self]
+
+
+_LEAST_ROLE: Final = {
+    Permission.PROVISION: Role.OPERATE,
+    Permission.READ: Role.READ,
+    Permission.OPERATE: Role.OPERATE,
+    Permission.ADMINISTER: Role.ADMIN,
+}
+
+
+class CredentialKind(StrEnum):
+    """A token lets nodes in; a key is an operator's."""
+
+    TOKEN = "token"  # noqa: S105 - a kind, no secret
+    KEY = "key"
+
+
+class CredentialState(StrEnum):
+    """What has become of a credential. Where two apply, it is the first of revoked, expired, used up."""
+
+    ACTIVE = "active"
+    USED_UP = "used_up"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secret:
+    """The text `ocw_<id>_<secret>` that a caller shows. It shows itself to nobody but by `reveal`."""
+
+    id: str
+    _secret: str
+
+    @classmethod
+    def generate(cls) -> Self:
+        """Make a new one, of 256 random bits."""
+        return cls(secrets.token_hex(8), secrets.token_hex(32))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what a caller sent; raise a ValueError that doesn't repeat it."""
+        found = _TEXT.fullmatch(text)
+        if found is None:
+            raise ValueError("a credential is ocw_, 16 hexadecimal digits, _, and 64 more, in lower case")
+        return cls(found[1], found[2])
+
+    @property
+    def digest(self) -> str:
+        """What is stored: the SHA-256 of the secret's 64 characters, in hexadecimal.
+
+        A slow hash is for what people choose; nobody tries 2^256.
+        """
+        return sha256(self._secret.encode("ascii")).hexdigest()
+
+    def reveal(self) -> str:
+        """Return the whole text, for the one answer that shows it."""
+        return f"ocw_{self.id}_{self._secret}"
+
+    def __repr__(self) -> str:
+        return f"Secret(ocw_{self.id}_***)"
+
+    def __reduce__(self) -> NoReturn:
+        # Workflow arguments are pickled into the database, where no secret may come.
+        raise TypeError("a secret is not pickled")
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """One credential as it is stored. A token has `max_uses` and no role, a key the other way round."""
+
+    id: str
+    kind: CredentialKind
+    role: Role | None
+    secret_hash: str = field(repr=False)
+    note: str
+    created_at: datetime
+    # An audit name: `key:<id>`, `cli:<os user>`, `loopback`.
+    created_by: str
+    # None: never.
+    expires_at: datetime | None = None
+    max_uses: int | None = None
+    uses: int = 0
+    node_id_pattern: str | None = None
+    source_cidr: Network | None = None
+    ephemeral: bool = False
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+    @property
+    def used_up(self) -> bool:
+        """Whether no use is left. The database decides each use; this may be behind it."""
+        return self.max_uses is not None and self.uses >= self.max_uses
+
+    def matches(self, secret: Secret) -> bool:
+        """Say whether this is the credential that the secret is of, in constant time."""
+        return hmac.compare_digest(self.id + self.secret_hash, secret.id + secret.digest)
+
+    def may(self, permission: Permission) -> bool:
+        """Say whether it gives the permission, to whom `refusal` has nothing against."""
+        if self.role is None:
+            return permission is Permission.PROVISION
+        return self.role.covers(permission.role)
+
+    def refusal(self, now: datetime, source: str | None, node_id: str | None) -> str | None:
+        """Return why it lets nobody in, as a word for the audit log, or None.
+
+        `source` is an IP address, or None for a UNIX socket, which is in no network. Without a `node_id`
+        only the rest is asked. Whether a use is left is not asked here: `used_up`, and the database.
+        """
+        if self.revoked_at is not None:
+            return "revoked"
+        if self.expires_at is not None and self.expires_at <= now:
+            return "expired"
+        if self.source_cidr is not None and not _within(source, self.source_cidr):
+            return "source"
+        if self.node_id_pattern is not None and node_id is not None:
+            return None if pattern_matches(self.node_id_pattern, node_id) else "node_id"
+        return None
+
+    def state(self, now: datetime) -> CredentialState:
+        """Say what has become of it."""
+        if self.revoked_at is not None:
+            return CredentialState.REVOKED
+        if self.expires_at is not None and self.expires_at <= now:
+            return CredentialState.EXPIRED
+        return CredentialState.USED_UP if self.used_up else CredentialState.ACTIVE
+
+
+def _within(source: str | None, network: Network) -> bool:
+    try:
+        address = ip_address(source or "")
+    except ValueError:
+        return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        # A socket for both families sees IPv4 callers so.
+        address = address.ipv4_mapped
+    return address in network
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("only printable characters are allowed")
+    return text
+
+
+def _network(value: Any) -> Network:
+    if isinstance(value, IPv4Network | IPv6Network):
+        return value
+    if not isinstance(value, str) or "%" in value:
+        raise ValueError("a network is written like 192.0.2.0/24 or 2001:db8::/32, without a zone")
+    network = ip_network(value)
+    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
+        raise ValueError("IPv4 callers count as IPv4; write the network as such, like 192.0.2.0/24")
+    return network
+
+
+Note = Annotated[
+    str,
+    StringConstraints(max_length=256),
+    AfterValidator(_printable),
+    Field(description="What the operator wants to remember."),
+]
+NodeIdPattern = Annotated[
+    str,
+    StringConstraints(max_length=128),
+    AfterValidator(parse_pattern),
+    Field(
+        description="Only nodes of such a name are let in: `*` is any run of characters, `?` any one.",
+        examples=["swarm-node-*"],
+        json_schema_extra={"pattern": NODE_ID_GLOB},
+    ),
+]
+SourceNetwork = Annotated[
+    Network,
+    PlainValidator(_network, json_schema_input_type=str),
+    Field(description="Only callers from this network are let in.", examples=["192.0.2.0/24"]),
+]
+
+
+class _Strict(BaseModel):
+    """Refuses unknown fields and does not turn one type into another."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TokenRequest(_Strict):
+    """What an operator asks of a new enrolment token."""
+
+    max_uses: int = Field(default=1, ge=1, le=1_000_000, description="How many nodes it lets in.")
+    expires_in: int = Field(default=_HOUR, ge=1, le=_YEAR, description="Seconds from now.")
+    node_id_pattern: NodeIdPattern | None = None
+    source_cidr: SourceNetwork | None = None
+    ephemeral: bool = Field(default=False, description="Whether its nodes are here for a while only.")
+    note: Note = ""
+
+    def make(self, created_by: str, now: datetime) -> tuple[Credential, Secret]:
+        """Make the token; the secret is nowhere else."""
+        secret = Secret.generate()
+        token = Credential(
+            id=secret.id,
+            kind=CredentialKind.TOKEN,
+            role=None,
+            secret_hash=secret.digest,
+            note=self.note,
+            created_at=now,
+            created_by=created_by,
+            expires_at=now + timedelta(seconds=self.expires_in),
+            max_uses=self.max_uses,
+            node_id_pattern=self.node_id_pattern,
+            source_cidr=self.source_cidr,
+            ephemeral=self.ephemeral,
+        )
+        return token, secret
+
+
+class KeyRequest(_Strict):
+    """What an operator asks of a new key."""
+
+    # A role comes as its text, which a strict model takes from JSON alone.
+    role: Annotated[Role, Field(strict=False)]
+    expires_in: int | None = Field(
+        default=None, ge=1, le=10 * _YEAR, description="Seconds from now; null for never."
+    )
+    note: Note = ""
+
+    def make(self, created_by: str, now: datetime) -> tuple[Credential, Secret]:
+        """Make the key; the secret is nowhere else."""
+        secret = Secret.generate()
+        key = Credential(
+            id=secret.id,
+            kind=CredentialKind.KEY,
+            role=self.role,
+            secret_hash=secret.digest,
+            note=self.note,
+            created_at=now,
+            created_by=created_by,
+            expires_at=None if self.expires_in is None else now + timedelta(seconds=self.expires_in),
+        )
+        return key, secret
+
+
+class _Info(BaseModel):
+    """What both kinds tell of themselves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(examples=["3f1c0e5a9b7d2468"])
+    note: str
+    created_at: UtcSecond = Field(description="RFC 3339, UTC.")
+    created_by: str = Field(examples=["cli:root"])
+    expires_at: UtcSecond | None
+    revoked_at: UtcSecond | None
+    last_used_at: UtcSecond | None
+    state: CredentialState
+
+    @classmethod
+    def of(cls, credential: Credential, now: datetime) -> Self:
+        """Tell of a credential everything but its hash."""
+        return cls(**cls._values(credential, now))
+
+    @classmethod
+    def _values(cls, credential: Credential, now: datetime) -> dict[str, Any]:
+        stored = [name for name in cls.model_fields if name in Credential.__dataclass_fields__]
+        return {name: getattr(credential, name) for name in stored} | {"state": credential.state(now)}
+
+
+class TokenInfo(_Info):
+    """An enrolment token, without its secret."""
+
+    max_uses: int
+    uses: int
+    node_id_pattern: str | None
+    source_cidr: Network | None
+    ephemeral: bool
+
+
+class KeyInfo(_Info):
+    """An operator's key, without its secret."""
+
+    role: Role
+
+
+class MadeToken(TokenInfo):
+    """A token that was just made, with its secret, which is never shown again."""
+
+    secret: str = Field(repr=False, description="Shown this once: ocw_<id>_<secret>.")
+
+    @classmethod
+    def made(cls, token: Credential, secret: Secret, now: datetime) -> Self:
+        """Tell of a token, once with its secret."""
+        return cls(**cls._values(token, now), secret=secret.reveal())
+
+
+class MadeKey(KeyInfo):
+    """A key that was just made, with its secret, which is never shown again."""
+
+    secret: str = Field(repr=False, description="Shown this once: ocw_<id>_<secret>.")
+
+    @classmethod
+    def made(cls, key: Credential, secret: Secret, now: datetime) -> Self:
+        """Tell of a key, once with its secret."""
+        return cls(**cls._values(key, now), secret=secret.reveal())
