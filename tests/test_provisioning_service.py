@@ -128,9 +128,9 @@ def test_the_json_of_a_configuration_is_that_of_the_model(world: World) -> None:
         assert world.service.get_peer_json(node_id) == config.model_dump_json()
     for number in range(600):
         world.service._by_node[f"more-{number}"] = world.service._by_node["node-1"]
-    listed = "".join(world.service.list_json())
+    listed = b"".join(world.service.list_json())
     assert json.loads(listed)["-"] == configs["-"].model_dump(mode="json")
-    assert listed.count('"assigned_ip":"10.0.0.2"') == 601
+    assert listed.count(b'"assigned_ip":"10.0.0.2"') == 601
 
 
 def test_the_hub_gets_no_keepalive_of_its_own(world: World) -> None:

@@ -659,6 +659,24 @@ def test_first_look_is_taken_when_somebody_asks(config: Path, manager: WireGuard
     assert WireGuardConfigManager(str(config)).refresh()
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=_SLOW)
+@given(
+    turns=st.lists(st.lists(st.integers(0, 5), unique=True), min_size=1, max_size=8),
+    comes_to_the_end=st.booleans(),
+)
+def test_the_file_is_rendered_the_same_whatever_came_and_went(
+    tmp_path_factory: pytest.TempPathFactory, turns: list[list[int]], comes_to_the_end: bool
+) -> None:
+    config = tmp_path_factory.mktemp("hub") / "wg0.conf"
+    config.write_bytes(_OPERATORS)
+    manager = WireGuardConfigManager(config)
+    for numbers in turns:
+        peers = list(map(_peer, sorted(numbers) if comes_to_the_end else numbers))
+        manager.write(peers)
+        assert config.read_bytes() == render(_OPERATORS, peers)
+        assert manager.managed_peers == tuple(peers)
+
+
 @pytest.mark.parametrize("settle", [True, False])
 def test_operators_edit_between_two_writes_is_kept(
     config: Path, manager: WireGuardConfigManager, settle: bool

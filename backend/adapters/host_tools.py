@@ -53,60 +53,79 @@ def find(name: str) -> str:
 
 def run(command: Sequence[str], stdin: bytes = b"", timeout: float = _TIMEOUT_SECONDS) -> str:
     """Run a program found by `find`; return what it printed, or raise ToolRefusedError."""
-    shown = " ".join([Path(command[0]).name, *command[1:_SHOWN_ARGUMENTS]])
+    return start(command, stdin, timeout).output()
+
+
+def start(command: Sequence[str], stdin: bytes = b"", timeout: float = _TIMEOUT_SECONDS) -> "Running":
+    """Start a program found by `find`; raise HubUpdateError where that can't be done."""
     try:
-        status, printed, complaint = _execute(command, stdin, timeout)
-    except TimeoutError:
-        raise HubUpdateError(f"`{shown}` didn't end within {timeout:g} seconds") from None
+        return Running(command, stdin, timeout)
     except OSError as exc:
-        raise HubUpdateError(f"`{shown}` could not be started ({exc.strerror})") from exc
-    if status == 0:
-        return printed.decode("utf-8", "replace")
-    said = " ".join((complaint.strip() or printed.strip()).decode("utf-8", "replace").split())
-    reason = _QUOTED.sub("...", said)[:_LONGEST_REASON] or f"exit status {status}"
-    remedy = "; run this as root" if _NOT_PERMITTED.search(reason) else ""
-    raise ToolRefusedError(f"`{shown}` failed: {reason}{remedy}")
+        raise HubUpdateError(f"`{_shown(command)}` could not be started ({exc.strerror})") from exc
 
 
-def _execute(command: Sequence[str], stdin: bytes, timeout: float) -> tuple[int, bytes, bytes]:
-    """Run a program to its end; return its status and what it wrote. Raises TimeoutError and OSError.
+def _shown(command: Sequence[str]) -> str:
+    return " ".join([Path(command[0]).name, *command[1:_SHOWN_ARGUMENTS]])
+
+
+class Running:
+    """A program that has been started. `output` must be called once; until then its end is not looked at.
 
     In place of subprocess.run, which takes as long as a small program itself: posix_spawn(3) copies no page
     tables, files in memory need nobody who reads along, and pidfd_open(2) tells the end when it comes, where
     a wait with a timeout sleeps.
     """
-    with ExitStack() as stack:
-        files = []
-        for name in ("stdin", "stdout", "stderr"):
-            files.append(os.memfd_create(name, os.MFD_CLOEXEC))
-            stack.callback(os.close, files[-1])
-        view = memoryview(stdin)
-        while view:
-            view = view[os.write(files[0], view) :]
-        os.lseek(files[0], 0, os.SEEK_SET)
-        # A session of its own: Ctrl-C is for us, and wireguard-go, which becomes a daemon, outlives us.
-        pid = os.posix_spawn(
-            command[0],
-            list(command),
-            _ENVIRONMENT,
-            file_actions=[(os.POSIX_SPAWN_DUP2, file, number) for number, file in enumerate(files)],
-            setsid=True,
-        )
+
+    def __init__(self, command: Sequence[str], stdin: bytes, timeout: float) -> None:
+        self._command = command
+        self._timeout = timeout
+        with ExitStack() as stack:
+            self._files = []
+            for name in ("stdin", "stdout", "stderr"):
+                self._files.append(os.memfd_create(name, os.MFD_CLOEXEC))
+                stack.callback(os.close, self._files[-1])
+            view = memoryview(stdin)
+            while view:
+                view = view[os.write(self._files[0], view) :]
+            os.lseek(self._files[0], 0, os.SEEK_SET)
+            # A session of its own: Ctrl-C is for us, and wireguard-go, which becomes a daemon, outlives us.
+            self._pid = os.posix_spawn(
+                command[0],
+                list(command),
+                _ENVIRONMENT,
+                file_actions=[(os.POSIX_SPAWN_DUP2, file, number) for number, file in enumerate(self._files)],
+                setsid=True,
+            )
+            self._stack = stack.pop_all()
+
+    def output(self) -> str:
+        """Wait for its end; return what it printed, or raise ToolRefusedError, HubUpdateError if it hangs."""
+        with self._stack:
+            status = self._wait()
+            printed, complaint = (os.pread(file, os.fstat(file).st_size, 0) for file in self._files[1:])
+        if status is None:
+            raise HubUpdateError(f"`{_shown(self._command)}` didn't end within {self._timeout:g} seconds")
+        if status == 0:
+            return printed.decode("utf-8", "replace")
+        said = " ".join((complaint.strip() or printed.strip()).decode("utf-8", "replace").split())
+        reason = _QUOTED.sub("...", said)[:_LONGEST_REASON] or f"exit status {status}"
+        remedy = "; run this as root" if _NOT_PERMITTED.search(reason) else ""
+        raise ToolRefusedError(f"`{_shown(self._command)}` failed: {reason}{remedy}")
+
+    def _wait(self) -> int | None:
+        """Return its status; None where it had to be killed, because it didn't end in time."""
         ended = False
         try:
-            end = os.pidfd_open(pid)
-            stack.callback(os.close, end)
+            end = os.pidfd_open(self._pid)
+            self._stack.callback(os.close, end)
             poll = select.poll()
             poll.register(end, select.POLLIN)
-            ended = bool(poll.poll(timeout * 1000))
+            ended = bool(poll.poll(self._timeout * 1000))
         finally:
             if not ended:
-                os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-        if not ended:
-            raise TimeoutError
-        printed, said = (os.pread(file, os.fstat(file).st_size, 0) for file in files[1:])
-        return os.waitstatus_to_exitcode(status), printed, said
+                os.kill(self._pid, signal.SIGKILL)
+            _, status = os.waitpid(self._pid, 0)
+        return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def query(command: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The live interface, by `wg` (wg(8)); and the stand-in for where only the file is kept."""
 
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from ipaddress import IPv4Address
 from typing import Final
 
@@ -22,14 +22,17 @@ class WgInterface:
         self._name = name
         self._wg = host_tools.find("wg")
 
-    def change(self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]) -> None:
-        """Run one `wg set`: it costs what the change costs, and disturbs nobody else."""
+    def change(
+        self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
+    ) -> Callable[[], None]:
+        """Start one `wg set`: it costs what the change costs, and disturbs nobody else."""
         arguments: list[str] = []
         for key in removed:
             arguments += ["peer", key, "remove"]
         for key, address in added.items():
             arguments += ["peer", key, "allowed-ips", f"{address}/32"]
-        self._run("set", self._name, *arguments)
+        running = host_tools.start([self._wg, "set", self._name, *arguments], timeout=_TIMEOUT_SECONDS)
+        return lambda: _end(running)
 
     def sync(self, stripped: bytes) -> None:
         """Run `wg syncconf`: peers that haven't changed keep their sessions.
@@ -57,13 +60,22 @@ class WgInterface:
         return host_tools.run([self._wg, *arguments], stdin, timeout=_TIMEOUT_SECONDS)
 
 
+def _end(running: host_tools.Running) -> None:
+    running.output()
+
+
 class FileOnly:
     """No interface at all, for WIREGUARD_RELOAD=off."""
 
     live: Final = False
 
-    def change(self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]) -> None:
+    def change(
+        self,
+        added: Mapping[WireGuardKey, IPv4Address],  # noqa: ARG002 - the port's
+        removed: Collection[WireGuardKey],  # noqa: ARG002 - the port's
+    ) -> Callable[[], None]:
         """Leave it to whoever reads the file."""
+        return lambda: None
 
     def sync(self, stripped: bytes) -> None:
         """Leave it to whoever reads the file."""

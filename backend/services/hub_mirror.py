@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Address
 from threading import Lock
 from typing import Final
@@ -25,6 +26,19 @@ _VERIFY_INTERVAL_SECONDS: Final = 10.0
 def managed(peer: Peer) -> ManagedPeer:
     """Return a peer as the file knows it: without keepalive, for it's the node behind NAT that must send."""
     return ManagedPeer(peer.node_id, peer.wireguard_public_key, peer.address)
+
+
+def _told(end: Callable[[], None]) -> bool:
+    try:
+        end()
+    except HubUpdateError as exc:
+        return _not_told(exc)
+    return True
+
+
+def _not_told(exc: HubUpdateError) -> bool:
+    log.warning("change_failed", extra={"reason": str(exc), "next": "syncconf"})
+    return False
 
 
 _NONE: Final[Mapping[WireGuardKey, IPv4Address]] = {}
@@ -170,25 +184,41 @@ class HubMirror:
         with all the peers, and tells it everything where they differ.
         """
         peers = self._peers.values()
-        self._config.write(peers)
+        changed = self._change(added, removed)
+        try:
+            self._config.write(peers)
+        finally:
+            told = changed()
         self._note_foreign()
         self._require_interface()
         if not self._hub.live:
             return
         present = _Seen(self._hub.incarnation(), self._config.foreign_stripped)
-        if self._confirmed == present and not self._hand_made.share(removed):
-            try:
-                if added or removed:
-                    self._verified_at = None
-                    self._hub.change(added, removed.keys())
-            except HubUpdateError as exc:
-                log.warning("change_failed", extra={"reason": str(exc), "next": "syncconf"})
-            else:
-                return
+        if told and self._confirmed == present:
+            return
         self._confirmed = None
         self._hub.sync(self._config.render_stripped(peers))
         self._verify()
         self._confirmed = present
+
+    def _change(
+        self, added: Mapping[WireGuardKey, IPv4Address], removed: Mapping[WireGuardKey, IPv4Address]
+    ) -> Callable[[], bool]:
+        """Begin to tell the interface what is new, if that is all it needs; what is returned waits for it.
+
+        It goes on while the file is written, which takes as long. What that returns is whether the interface
+        needs nothing more.
+        """
+        if self._confirmed is None or self._hand_made.share(removed):
+            return lambda: False
+        if not (added or removed):
+            return lambda: True
+        self._verified_at = None
+        try:
+            end = self._hub.change(added, removed.keys())
+        except HubUpdateError as exc:
+            return partial(_not_told, exc)
+        return partial(_told, end)
 
     def _verify(self) -> None:
         """Look at the interface itself: `wg` answers 0 to several things that it doesn't do."""

@@ -122,10 +122,13 @@ class Hub(Protocol):
     def live(self) -> bool:
         """False where only the file is kept, so that nothing is said about an interface."""
 
-    def change(self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]) -> None:
-        """Bring peers in, each with its one address, and take others out; touch nothing else.
+    def change(
+        self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
+    ) -> Callable[[], None]:
+        """Begin to bring peers in, each with its one address, and to take others out; touch nothing else.
 
-        Raises HubUpdateError. It may be asked for what is so already.
+        It may be asked for what is so already. What is returned waits for the end, and has to be called once;
+        it and this raise HubUpdateError.
         """
 
     def sync(self, stripped: bytes) -> None:

@@ -9,6 +9,7 @@ import re
 import stat
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,8 @@ class _Version:
     settled: bool
     config: ParsedConfig
     hub_public_key: WireGuardKey
+    # Whether the text is the config's foreign part and its peers of ours, and nothing else.
+    as_rendered: bool = False
 
 
 class WireGuardConfigManager:
@@ -285,7 +288,7 @@ class WireGuardConfigManager:
     def _write(self, peers: tuple[ManagedPeer, ...]) -> bool:
         for _ in range(_ATTEMPTS):
             known = self._refresh()
-            text = render(known.config.foreign, peers)
+            text = _rendered(known, peers)
             if text == known.text:
                 return False
             try:
@@ -295,7 +298,9 @@ class WireGuardConfigManager:
                 identity, settled = replaced
                 # Noted before the directory is made durable: the file is the new one from here on.
                 config = replace(known.config, managed_peers=peers)
-                self._version = _Version(text, identity, settled, config, known.hub_public_key)
+                self._version = _Version(
+                    text, identity, settled, config, known.hub_public_key, as_rendered=True
+                )
                 self._sync_directory()
             except OSError as exc:
                 raise HubUpdateError(f"{self.path} could not be replaced: {_reason(exc)}") from exc
@@ -345,6 +350,19 @@ class WireGuardConfigManager:
 def _open_at_once(path: str, flags: int) -> int:
     """Open a file; a named pipe would otherwise wait for somebody to write into it."""
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _rendered(known: _Version, peers: tuple[ManagedPeer, ...]) -> bytes:
+    """Return the file's text with these peers of ours; by what is there, where some only came or one went."""
+    before = known.config.managed_peers
+    if known.as_rendered and peers[: len(before)] == before:
+        return b"".join([known.text, *(peer.block for peer in peers[len(before) :])])
+    if known.as_rendered and len(peers) == len(before) - 1:
+        # Slices of the same objects are compared in microseconds, so twice the logarithm of them is nothing.
+        gone = bisect_left(range(len(peers)), 1, key=lambda n: peers[: n + 1] != before[: n + 1])
+        if peers[gone:] == before[gone + 1 :]:
+            return known.text.replace(before[gone].block, b"", 1)
+    return render(known.config.foreign, peers)
 
 
 def _mark(fd: int) -> bool:

@@ -60,6 +60,14 @@ class _Entry:
     decided: Future[None] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """Everybody's configuration as JSON, which holds for one key of the hub."""
+
+    hub_key: WireGuardKey
+    text: bytes
+
+
 class WireGuardProvisioningService:
     """Provisions and deprovisions peers of one hub.
 
@@ -80,10 +88,13 @@ class WireGuardProvisioningService:
         self._hand_made = hand_made
         self._committer = committer
         self._configurations = configurations
-        # Guards _by_node and _by_key; never held across I/O. The pool's own lock is taken inside.
+        # Guards the four below; never held across I/O. The pool's own lock is taken inside.
         self._lock = Lock()
         self._by_node: dict[str, _Entry] = {}
         self._by_key: dict[WireGuardKey, _Entry] = {}
+        # Counts what the list shows; and the list of this count, once somebody has asked for it.
+        self._revision = 0
+        self._listed: _Listed | None = None
 
     def start(self) -> None:
         """Fill memory from the records, bring the hub up to them, and begin to take changes."""
@@ -143,9 +154,22 @@ class WireGuardProvisioningService:
         """Return every live peer's configuration by node_id, in the order they came."""
         return {peer.node_id: self._configurations.model(peer) for peer in self._live_peers()}
 
-    def list_json(self) -> Iterator[str]:
+    def list_json(self) -> Iterator[bytes]:
         """Return the same as JSON, in pieces, so that others may go on in between."""
-        return self._configurations.json_by_node(self._live_peers())
+        listed = self._listed
+        if listed is not None and listed.hub_key == self._hand_made.hub_key:
+            yield listed.text
+            return
+        hub_key = self._hand_made.hub_key
+        with self._lock:
+            revision = self._revision
+        pieces = []
+        for piece in self._configurations.json_by_node(self._live_peers()):
+            pieces.append(piece.encode())
+            yield pieces[-1]
+        with self._lock:
+            if revision == self._revision:
+                self._listed = _Listed(hub_key, b"".join(pieces))
 
     def get_pool_stats(self) -> dict[str, int]:
         """Return the pool's figures; see IPPoolManager.get_pool_stats."""
@@ -283,6 +307,8 @@ class WireGuardProvisioningService:
             if forget:
                 self._forget(entry)
             decided = _decide(entry)
+            self._revision += 1
+            self._listed = None
         decided.set_result(None)
         return True
 

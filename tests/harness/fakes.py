@@ -34,13 +34,19 @@ class FakeHub:
         """Make the interface anew, without peers."""
         self._up, self.table, self._index = True, {}, self._index + 1
 
-    def change(self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]) -> None:
+    def change(
+        self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
+    ) -> Callable[[], None]:
         self.changes += 1
         self._fail_if_it_must()
-        self.table = {key: allowed for key, allowed in self.table.items() if key not in set(removed)}
-        self.table |= {key: frozenset({f"{address}/32"}) for key, address in added.items()}
-        if self.takes_it_but_fails:
-            raise HubUpdateError("killed")
+
+        def end() -> None:
+            self.table = {key: allowed for key, allowed in self.table.items() if key not in set(removed)}
+            self.table |= {key: frozenset({f"{address}/32"}) for key, address in added.items()}
+            if self.takes_it_but_fails:
+                raise HubUpdateError("killed")
+
+        return end
 
     def sync(self, stripped: bytes) -> None:
         self.syncs += 1

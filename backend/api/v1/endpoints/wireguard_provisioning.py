@@ -103,7 +103,7 @@ _INVALID: dict[str, Any] = {
 }
 
 
-def _json(text: str) -> Response:
+def _json(text: str | bytes) -> Response:
     """Send JSON as it is: what a model would make of it is known, and is tested against the model."""
     return Response(text, media_type="application/json")
 
@@ -146,7 +146,7 @@ async def list_peers(service: Service) -> Response:
     for piece in service.list_json():
         pieces.append(piece)
         await asyncio.sleep(0)
-    return _json("".join(pieces))
+    return _json(b"".join(pieces))
 
 
 @router.get(
