@@ -102,22 +102,20 @@ class HubMirror:
         It may be called again with changes that are there already, and with none at all.
         """
         with self._lock:
-            before = self._peers
-            after = dict(before)
+            peers, before = self._peers, tuple(self._peers.values())
             added: dict[WireGuardKey, IPv4Address] = {}
             removed: dict[WireGuardKey, IPv4Address] = {}
             for change in changes:
                 peer = change.peer
                 if change.action is Action.ADD:
-                    after[peer.node_id] = managed(peer)
+                    peers[peer.node_id] = managed(peer)
                     added[peer.wireguard_public_key] = peer.address
                 else:
-                    after.pop(peer.node_id, None)
+                    peers.pop(peer.node_id, None)
                     removed[peer.wireguard_public_key] = peer.address
             try:
                 # Asked before the file is touched, or it would be written twice for nothing.
                 self._require_interface()
-                self._peers = after
                 self._update(added, removed)
             except HubUpdateError as exc:
                 self._put_back(before)
@@ -233,8 +231,8 @@ class HubMirror:
             raise HubUpdateError(f"the interface kept {len(surplus)} peer(s) that are not in the file")
         self._verified_at = time.monotonic()
 
-    def _put_back(self, before: dict[str, ManagedPeer]) -> None:
-        self._peers = before
+    def _put_back(self, before: Sequence[ManagedPeer]) -> None:
+        self._peers = {peer.label: peer for peer in before}
         try:
             self._confirmed = None
             self._update()

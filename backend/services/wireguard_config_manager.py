@@ -9,12 +9,11 @@ import re
 import stat
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
-from itertools import compress, count
-from operator import is_not
 from pathlib import Path
 from threading import Lock
 from typing import Final
@@ -359,8 +358,9 @@ def _rendered(known: _Version, peers: tuple[ManagedPeer, ...]) -> bytes:
     if known.as_rendered and peers[: len(before)] == before:
         return b"".join([known.text, *(peer.block for peer in peers[len(before) :])])
     if known.as_rendered and len(peers) == len(before) - 1:
-        gone = next(compress(count(), map(is_not, peers, before)), len(peers))
-        if peers[gone:] == before[gone + 1 :]:
+        # Up to the one that went they are the same, and from there on none is.
+        gone = bisect_left(range(len(peers)), 1, key=lambda n: peers[n] is not before[n])
+        if peers[:gone] == before[:gone] and peers[gone:] == before[gone + 1 :]:
             return known.text.replace(before[gone].block, b"", 1)
     return render(known.config.foreign, peers)
 

@@ -103,6 +103,7 @@ def sequential(bench: Bench, floor: Floor, noop: int, turns: int) -> dict[str, f
             note("commit", timed(floor.commit))
             note("file", timed(floor.replace_file))
             note("wg set", timed(floor.wg_set))
+            note("wg remove", timed(floor.wg_remove))
         if turn % 2 == 0:
             note("syncconf", timed(floor.syncconf))
         # The service looks at the interface again after a burst; that is not what this is about.
@@ -205,9 +206,9 @@ _STRETCHES: Final = {
     "taken": "the committer's thread wakes",
     "prepared": "file and interface looked at, batch made",
     "committed": "records: statements, commit, fsync",
-    "told": "the new file's peers put together",
-    "written": "wg0.conf written, synced, renamed",
-    "changed": "wg set",
+    "started": "wg set started",
+    "written": "wg0.conf written, synced, renamed, while wg set runs",
+    "changed": "wg set waited for",
     "settled": "settled",
     "answering": "the event loop wakes",
     "answered": "answer rendered and sent",
@@ -333,7 +334,7 @@ def verdict(figures: dict[str, Any], scale: Scale) -> list[Goal]:
 def table(figures: dict[str, Any], goals: list[Goal]) -> str:
     """Return the figures and the verdict for a person."""
     lines = ["", "sequential, p50 in ms"]
-    columns = ["add", "delete", "floor", "commit", "file", "wg set", "syncconf", "noop"]
+    columns = ["add", "delete", "floor", "commit", "file", "wg set", "wg remove", "syncconf", "noop"]
     lines.append(" ".join(f"{title:>9}" for title in ["peers", *columns]))
     for size, found in figures["sequential"].items():
         lines.append(" ".join([f"{size:>9}", *(f"{found[column]:>9.2f}" for column in columns)]))

@@ -138,6 +138,15 @@ class Floor:
             close_fds=False,
         )
 
+    def wg_remove(self) -> None:
+        """Have `wg` forget the newest peer."""
+        block = self._text[self._text.rindex(b"\n#") :]
+        self._text = self._text.removesuffix(block)
+        key = block.split(b"PublicKey = ")[1].split(b"\n")[0].decode()
+        subprocess.run(
+            ["/usr/bin/wg", "set", self.hub.name, "peer", key, "remove"], check=True, close_fds=False
+        )
+
     def one_peer(self) -> None:
         """Do the three that nobody can do without."""
         self.commit()

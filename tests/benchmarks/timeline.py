@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from backend.__main__ import app
 from backend.adapters import records
+from backend.adapters.host_tools import Running
 from backend.adapters.wg_interface import WgInterface
 from backend.services.hub_committer import HubCommitter
 from backend.services.wireguard_config_manager import WireGuardConfigManager
@@ -24,9 +25,9 @@ BOUNDARIES: Final[tuple[tuple[object, str, str, bool], ...]] = (
     (HubCommitter, "_prepare", "taken", False),
     (records, "write_intent", "prepared", False),
     (HubCommitter, "_apply", "committed", False),
-    (WireGuardConfigManager, "write", "told", False),
+    (WgInterface, "change", "started", True),
     (WireGuardConfigManager, "write", "written", True),
-    (WgInterface, "change", "changed", True),
+    (Running, "output", "changed", True),
     (HubCommitter, "_apply", "settled", True),
 )
 
