@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from backend.settings import Settings
 
 _SHUTDOWN_SECONDS: Final = 5
+_HOST: Final = "127.0.0.1"
+_PORT: Final = 8000
 
 app = typer.Typer(
     add_completion=False,
@@ -35,6 +38,10 @@ app.add_typer(hub, name="hub")
 
 Host = Annotated[str, typer.Option(help="The address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="The TCP port to listen on; 0 takes a free one.")]
+UnixSocket = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help="Listen on a UNIX socket here, in place of an address and a port."),
+]
 
 
 @app.callback()
@@ -44,18 +51,22 @@ def main() -> None:
 
 
 @app.command()
-def serve(host: Host = "127.0.0.1", port: Port = 8000) -> None:
+def serve(host: Host = _HOST, port: Port = _PORT, unix_socket: UnixSocket = None) -> None:
     """Run the service."""
     with _one_sentence():
+        from backend.adapters.unix_socket import listening_at
         from backend.settings import load_settings
 
+        if unix_socket is not None and (host, port) != (_HOST, _PORT):
+            raise StartRefusedError("--unix-socket takes the place of --host and --port; leave those out")
         settings = load_settings()
-        with _listener(host, port) as listener:
+        listening = _listener(host, port) if unix_socket is None else listening_at(unix_socket)
+        with listening as listener:
             _serve(settings, listener)
 
 
 @app.command()
-def run(port: Port = 8000) -> None:
+def run(port: Port = _PORT) -> None:
     """Make a hub under the state directory if there is none, bring it up and run the service (`make run`)."""
     with _one_sentence():
         from backend.quickstart import prepare, try_it
@@ -63,7 +74,7 @@ def run(port: Port = 8000) -> None:
 
         settings = load_settings()
         # First of all: where nothing can be served, nothing is made.
-        with _listener("127.0.0.1", port) as listener:
+        with _listener(_HOST, port) as listener:
             settings = prepare(settings, typer.echo)
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             typer.echo(f"\nTo try it, in another terminal:\n{try_it(url)}\n")
@@ -188,6 +199,7 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
     gc.disable()
     import uvicorn
 
+    from backend.adapters.http_protocol import BoundedProtocol
     from backend.adapters.logs import configure_logging
     from backend.main import create_app, running_service
 
@@ -201,7 +213,7 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
         config = uvicorn.Config(
             create_app(settings, service),
             loop="uvloop",
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -213,8 +225,9 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
         # Whatever was made until here stays: nothing of it is looked at again by the garbage collector.
         gc.freeze()
         gc.enable()
-        host, port = listener.getsockname()[:2]
-        logging.getLogger(__name__).info("serving", extra={"host": host, "port": port})
+        name = listener.getsockname()
+        where = {"socket": name} if isinstance(name, str) else {"host": name[0], "port": name[1]}
+        logging.getLogger(__name__).info("serving", extra=where)
         uvicorn.Server(config).run(sockets=[listener])
 
 

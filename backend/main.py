@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from backend.adapters.database import Database
 from backend.adapters.dbos_journal import DbosJournal
 from backend.adapters.lock_file import LockFile
 from backend.adapters.memory_journal import MemoryJournal
+from backend.adapters.trusted_paths import require_trusted, require_trusted_file
 from backend.adapters.wg_interface import FileOnly, WgInterface
 from backend.api.health import router as health_router
 from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
@@ -40,6 +42,9 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
     with ExitStack() as stack:
         stack.callback(log.info, "service_stopped")
         path = settings.wireguard_config_path
+        # Before anything is made in them.
+        require_trusted(settings.state_directory, "STATE_DIRECTORY")
+        require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
         hub = _hub(settings)
         config = WireGuardConfigManager(path, reload=hub.sync)
         lock = LockFile(config.path.with_name(f".{config.path.name}.lock"), f"The hub's config {path}")
@@ -112,6 +117,13 @@ def _read(config: WireGuardConfigManager, settings: Settings) -> None:
         config.refresh()
     except ConfigFileError as exc:
         raise StartRefusedError(str(exc)) from exc
+    mode = stat.S_IMODE(config.path.stat().st_mode)
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
+        # wg-quick(8) warns, too: the group may be there on purpose.
+        log.warning(
+            "private_key_readable",
+            extra={"path": config.path, "mode": f"{mode:04o}", "remedy": f"chmod go-r {config.path}"},
+        )
     stated = settings.wireguard_hub_public_key
     if stated is not None and stated != config.hub_public_key:
         raise StartRefusedError(

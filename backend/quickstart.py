@@ -12,6 +12,7 @@ from typing import Final
 
 from backend.adapters import hub_device
 from backend.adapters.host_tools import install_missing, obstacles
+from backend.adapters.trusted_paths import make_private_directory, require_trusted
 from backend.errors import StartRefusedError
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.settings import ReloadMode, Settings
@@ -25,11 +26,12 @@ _PORTS_TO_TRY: Final = 100
 def prepare(settings: Settings, say: Callable[[str], None]) -> Settings:
     """Make the hub and bring it up as far as this host allows; return the settings to serve with."""
     try:
-        settings.state_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_directory(settings.state_directory)
     except OSError as exc:
         raise StartRefusedError(
             f"{settings.state_directory} can't be made ({exc.strerror}); set STATE_DIRECTORY to another one"
         ) from exc
+    require_trusted(settings.state_directory, "STATE_DIRECTORY")
     config_path = _choose_config(settings, say)
     endpoint = _choose_endpoint(settings, config_path)
     settings = settings.model_copy(

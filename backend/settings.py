@@ -5,22 +5,24 @@ from enum import StrEnum
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from backend.errors import StartRefusedError
+from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey
+from backend.services.ports import LimitKind
 
 _LONGEST_PREFIX: Final = 30
 _SHORTEST_PREFIX: Final = 8
 _LARGEST_PORT: Final = 65535
 _LONGEST_HOST_NAME: Final = 253
+_DAY_SECONDS: Final = 24 * 60 * 60
 
-# wg-quick(8): "INTERFACE [...] must be 15 characters or less and match [a-zA-Z0-9_=+.-]".  A leading dash
-# would be an option to `ip` and `wg`, a leading dot a hidden file, or `..`.
-_INTERFACE: Final = re.compile(r"(?![-.])[A-Za-z0-9_=+.-]{1,15}")
 _HOST_LABEL: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+_REDIS_DATABASE: Final = re.compile(r"(/[0-9]{0,9})?")
 _PORT: Final = re.compile(r"[1-9][0-9]{0,4}")
 
 
@@ -108,11 +110,13 @@ def _parse_hub_ip(value: Any) -> IPv4Address:
 
 def _parse_config_path(value: Any) -> Path:
     path = Path(str(value).strip())
-    if path.suffix != ".conf" or not _INTERFACE.fullmatch(path.stem):
-        raise ValueError(
-            "must end in INTERFACE.conf, where INTERFACE has 1 to 15 of the characters A-Z a-z 0-9 _ = + . - "
-            "and starts with neither a dash nor a dot; write one like /etc/wireguard/wg0.conf"
-        )
+    example = "write one like /etc/wireguard/wg0.conf"
+    if path.suffix != ".conf":
+        raise ValueError(f"must end in INTERFACE.conf; {example}")
+    try:
+        InterfaceName.parse(path.stem)
+    except ValueError as exc:
+        raise ValueError(f"must end in INTERFACE.conf, and {exc}; {example}") from None
     return _absolute(path)
 
 
@@ -175,6 +179,47 @@ def _parse_database_url(value: Any) -> str:
     return text
 
 
+def _parse_rate_limit(value: Any) -> str:
+    # Here, as above.
+    from limits import parse_many  # noqa: PLC0415
+
+    text = str(value).strip()
+    try:
+        limit, *others = parse_many(text)
+    except ValueError:
+        others = []
+        limit = None
+    if limit is None or others:
+        raise ValueError("is not one rate limit; write one like 30/minute or 1000 per 2 hours")
+    if limit.amount < 1:
+        raise ValueError("allows nothing at all; write one like 30/minute")
+    if limit.get_expiry() > _DAY_SECONDS:
+        raise ValueError("counts for longer than a day; write one like 1000/day")
+    return text
+
+
+def _parse_rate_limit_storage(value: Any) -> str:
+    """Check the URL. No message repeats any of it: there may be a password inside."""
+    text = str(value).strip()
+    if text == "memory://":
+        return text
+    try:
+        url = urlsplit(text)
+        readable = url.port != 0 and bool(url.hostname) and not (url.query or url.fragment)
+    except ValueError:
+        url = None
+    if url is not None and url.scheme not in {"redis", "rediss"}:
+        raise ValueError(
+            "is of a kind that isn't supported; write memory:// or redis://user:password@host:6379/0"
+        )
+    if url is None or not readable or not _REDIS_DATABASE.fullmatch(url.path):
+        raise ValueError(
+            "can't be read as redis://user:password@host:port/number; percent-encode special characters in "
+            "the user name and the password"
+        )
+    return text
+
+
 class Settings(BaseSettings):
     """The service's settings, checked once. Field names in capitals are the variables' names."""
 
@@ -203,12 +248,31 @@ class Settings(BaseSettings):
     state_directory: Annotated[Path, BeforeValidator(_parse_state_directory)] = Path("var")
     database_url: Annotated[str, BeforeValidator(_parse_database_url)] = Field(default="", repr=False)
     enable_dbos: bool = True
+    wireguard_rate_limit_storage: Annotated[str, BeforeValidator(_parse_rate_limit_storage)] = Field(
+        default="memory://", repr=False
+    )
+    wireguard_rate_limit_source: Annotated[str, BeforeValidator(_parse_rate_limit)] = "60000/minute"
+    wireguard_rate_limit_token: Annotated[str, BeforeValidator(_parse_rate_limit)] = "60000/minute"  # noqa: S105
+    wireguard_rate_limit_key: Annotated[str, BeforeValidator(_parse_rate_limit)] = "60000/minute"
+    wireguard_rate_limit_failed_authentication: Annotated[str, BeforeValidator(_parse_rate_limit)] = (
+        "30/minute"
+    )
     log_level: Annotated[LogLevel, BeforeValidator(_parse_log_level)] = LogLevel.INFO
 
     @property
-    def interface(self) -> str:
+    def rate_limits(self) -> dict[LimitKind, str]:
+        """How often is allowed for each kind, in the notation of the library `limits`."""
+        return {
+            LimitKind.SOURCE: self.wireguard_rate_limit_source,
+            LimitKind.TOKEN: self.wireguard_rate_limit_token,
+            LimitKind.KEY: self.wireguard_rate_limit_key,
+            LimitKind.FAILED_AUTHENTICATION: self.wireguard_rate_limit_failed_authentication,
+        }
+
+    @property
+    def interface(self) -> InterfaceName:
         """The WireGuard interface's name, as wg-quick(8) takes it from the file's."""
-        return self.wireguard_config_path.stem
+        return InterfaceName.parse(self.wireguard_config_path.stem)
 
     @property
     def listen_port(self) -> int:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.errors import StartRefusedError
+from backend.services.ports import LimitKind
 from backend.settings import LogLevel, ReloadMode, Settings, load_settings
 
 KEY = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
@@ -43,6 +44,13 @@ def test_nothing_set_gives_the_documented_defaults(tmp_path: Path) -> None:
     assert settings.database_url == f"sqlite:///{tmp_path}/var/provisioning.sqlite"
     assert settings.enable_dbos is True
     assert settings.log_level is LogLevel.INFO
+    assert settings.wireguard_rate_limit_storage == "memory://"
+    assert settings.rate_limits == {
+        LimitKind.SOURCE: "60000/minute",
+        LimitKind.TOKEN: "60000/minute",
+        LimitKind.KEY: "60000/minute",
+        LimitKind.FAILED_AUTHENTICATION: "30/minute",
+    }
     assert (settings.interface, settings.listen_port) == ("wg0", 51820)
 
 
@@ -139,6 +147,22 @@ WRONG = [
     ),
     ("WIREGUARD_RELOAD", "restart", "is neither syncconf nor off; write one of the two."),
     ("ENABLE_DBOS", "perhaps", "is neither true nor false; write one of the two."),
+    (
+        "WIREGUARD_RATE_LIMIT_SOURCE",
+        "many",
+        "is not one rate limit; write one like 30/minute or 1000 per 2 hours.",
+    ),
+    (
+        "WIREGUARD_RATE_LIMIT_TOKEN",
+        "1/second; 30/minute",
+        "is not one rate limit; write one like 30/minute or 1000 per 2 hours.",
+    ),
+    ("WIREGUARD_RATE_LIMIT_KEY", "0/minute", "allows nothing at all; write one like 30/minute."),
+    (
+        "WIREGUARD_RATE_LIMIT_FAILED_AUTHENTICATION",
+        "5/month",
+        "counts for longer than a day; write one like 1000/day.",
+    ),
     ("LOG_LEVEL", "loud", "is unknown; write one of critical, error, warning, info, debug."),
     (
         "STATE_DIRECTORY",
@@ -273,8 +297,45 @@ def test_a_refused_database_url_is_not_repeated(
     assert "hunter2" not in sentence
 
 
+@pytest.mark.parametrize("limit", ["1/second", "10 per 2 hours", "1000/day", " 5 / 3 minutes "])
+def test_rate_limits_are_taken_in_the_librarys_notation(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setenv("WIREGUARD_RATE_LIMIT_SOURCE", limit)
+    assert load_settings().rate_limits[LimitKind.SOURCE] == limit.strip()
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://cache", "redis://u:p%40@[2001:db8::1]:6379/3", "rediss://:p@cache/"]
+)
+def test_redis_may_count(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("WIREGUARD_RATE_LIMIT_STORAGE", url)
+    assert load_settings().wireguard_rate_limit_storage == url
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("memcached://u:hunter2@cache", "is of a kind that isn't supported"),
+        ("hunter2", "is of a kind that isn't supported"),
+        ("redis://:hunter2@", "can't be read as"),
+        ("redis://:hunter2@cache:port", "can't be read as"),
+        ("redis://:hunter2@[cache", "can't be read as"),
+        ("redis://:hunter2#1@cache", "can't be read as"),
+        ("redis://:hunter2@cache/zero", "can't be read as"),
+        ("redis://cache/0?password=hunter2", "can't be read as"),
+    ],
+)
+def test_a_refused_storage_url_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, url: str, reason: str
+) -> None:
+    monkeypatch.setenv("WIREGUARD_RATE_LIMIT_STORAGE", url)
+    sentence = refusal()
+    assert sentence.startswith(f"WIREGUARD_RATE_LIMIT_STORAGE {reason}")
+    assert "hunter2" not in sentence
+
+
 def test_the_password_is_not_in_the_representation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgresql://u:hunter2@db/x")
+    monkeypatch.setenv("WIREGUARD_RATE_LIMIT_STORAGE", "redis://:hunter2@cache")
     settings = load_settings()
     assert "hunter2" in settings.database_url
     assert "hunter2" not in f"{settings!r} {settings}"

@@ -4,7 +4,7 @@ import os
 import sqlite3
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
@@ -18,6 +18,7 @@ from alembic.util import CommandError
 from sqlalchemy.exc import SQLAlchemyError
 
 from backend.adapters.lock_file import LockFile
+from backend.adapters.trusted_paths import make_private_directory, require_trusted_file
 from backend.errors import OvertakenError, StartRefusedError
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
@@ -85,10 +86,13 @@ class Database:
             )
         path = Path(self.url.database).absolute()
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_directory(path.parent)
+            require_trusted_file(path, f"the database {path} (DATABASE_URL, or STATE_DIRECTORY)")
             # From birth: SQLite gives its -wal and -shm the mode of the database.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            path.chmod(0o600)
+            for made in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
+                with suppress(FileNotFoundError):
+                    made.chmod(0o600)
         except OSError as exc:
             raise StartRefusedError(
                 f"the database {path} can't be made or written ({exc.strerror}); "

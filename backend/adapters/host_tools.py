@@ -5,14 +5,14 @@ import os
 import platform
 import re
 import select
-import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+from backend.adapters.trusted_paths import is_trusted
 from backend.errors import HubUpdateError
 
 _TIMEOUT_SECONDS: Final = 15.0
@@ -44,11 +44,18 @@ class ToolRefusedError(HubUpdateError):
 
 
 def find(name: str) -> str:
-    """Return a program's absolute path; raise HubUpdateError that names the package if there is none."""
+    """Return a program's absolute path; raise HubUpdateError that names the package if there is none.
+
+    What other users could change is passed over: it would run with this process's privileges.
+    """
     found = _which(name)
-    if found is None:
-        raise HubUpdateError(f"`{name}` isn't installed; install the package {_PACKAGES.get(name, name)}")
-    return found
+    if found is not None:
+        return found
+    passed_over = next(_installed(name), None)
+    problem = f"isn't installed; install the package {_PACKAGES.get(name, name)}"
+    if passed_over is not None:
+        problem = f"is there only as {passed_over}, which other users could change; take that from them"
+    raise HubUpdateError(f"`{name}` {problem}")
 
 
 def run(command: Sequence[str], stdin: bytes = b"", timeout: float = _TIMEOUT_SECONDS) -> str:
@@ -179,7 +186,17 @@ def _apt(command: Sequence[str]) -> bool:
 
 
 def _which(name: str) -> str | None:
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}")
+    return next((str(path) for path in _installed(name) if is_trusted(path)), None)
+
+
+def _installed(name: str) -> Iterator[Path]:
+    # The caller's PATH comes first: some distributions have no other place. What is relative in it, "" and
+    # "." included, would depend on the directory that we were started in. It may name some that this user
+    # can't enter, for which Path.is_file raises, so access(2) is asked first.
+    for directory in f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}".split(":"):
+        path = Path(directory, name)
+        if path.is_absolute() and os.access(path, os.X_OK) and path.is_file():
+            yield path
 
 
 def _missing_tools() -> list[str]:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Final
 
 from backend.adapters.host_tools import ToolRefusedError, find, query, run
+from backend.adapters.trusted_paths import make_private_directory, require_trusted_file
 from backend.errors import HubUpdateError
+from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 
@@ -76,7 +78,8 @@ def init(config_path: Path, address: IPv4Interface, port: int) -> bool:
         f"ListenPort = {port}\n"
     )
     try:
-        _make_private_directory(config_path.parent)
+        make_private_directory(config_path.parent)
+        require_trusted_file(config_path, "WIREGUARD_CONFIG_PATH")
         return _create(config_path, text.encode("ascii"))
     except OSError as exc:
         raise HubUpdateError(f"{config_path} could not be written ({exc.strerror})") from exc
@@ -84,6 +87,7 @@ def init(config_path: Path, address: IPv4Interface, port: int) -> bool:
 
 def up(config_path: Path, address: IPv4Interface) -> Raised:
     """Make the hub's interface from its config, or see that it has its address and is up."""
+    require_trusted_file(config_path, "WIREGUARD_CONFIG_PATH")
     manager = _read(config_path)
     name = manager.interface
     ip, wg = find("ip"), find("wg")
@@ -181,7 +185,7 @@ def _read(config_path: Path) -> WireGuardConfigManager:
     return manager
 
 
-def _state(name: str, public_key: WireGuardKey) -> InterfaceState:
+def _state(name: InterfaceName, public_key: WireGuardKey) -> InterfaceState:
     if not interface_exists(name):
         return InterfaceState.ABSENT
     try:
@@ -193,7 +197,7 @@ def _state(name: str, public_key: WireGuardKey) -> InterfaceState:
     return InterfaceState.OURS if found == public_key else InterfaceState.FOREIGN
 
 
-def _make_interface(ip: str, name: str) -> None:
+def _make_interface(ip: str, name: InterfaceName) -> None:
     try:
         run([ip, "link", "add", "dev", name, "type", "wireguard"])
     except ToolRefusedError as exc:
@@ -205,11 +209,13 @@ def _make_interface(ip: str, name: str) -> None:
         run(["/bin/sh", "-c", 'cd / && exec "$0" "$1"', find("wireguard-go"), name])
 
 
-def _set_up(ip: str, name: str) -> None:
+def _set_up(ip: str, name: InterfaceName) -> None:
     run([ip, "link", "set", "dev", name, "mtu", str(_MTU), "up"])
 
 
-def _give_address(ip: str, name: str, address: IPv4Interface, routes: Sequence[_Route]) -> tuple[str, ...]:
+def _give_address(
+    ip: str, name: InterfaceName, address: IPv4Interface, routes: Sequence[_Route]
+) -> tuple[str, ...]:
     """Add the hub's address unless it is there, without taking any of the host's own traffic."""
     pool = address.network
     overlapping = sorted(
@@ -316,15 +322,6 @@ def _create(path: Path, content: bytes) -> bool:
         Path(temporary).unlink()
     _sync_directory(path.parent)
     return True
-
-
-def _make_private_directory(directory: Path) -> None:
-    """Make the directory and those above it, 0700; what is there already stays as it is."""
-    if directory.is_dir():
-        return
-    if directory.parent != directory:
-        _make_private_directory(directory.parent)
-    directory.mkdir(mode=0o700, exist_ok=True)
 
 
 def _sync_directory(directory: Path) -> None:

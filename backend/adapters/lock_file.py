@@ -2,10 +2,13 @@
 
 import fcntl
 import os
+import stat
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from backend.errors import StartRefusedError
+
+_MODE: Final = 0o600
 
 
 class LockFile:
@@ -19,11 +22,15 @@ class LockFile:
     def acquire(self) -> Self:
         """Take the lock; raise StartRefusedError when another process has it."""
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
         except OSError as exc:
             raise StartRefusedError(
                 f"{self._path} can't be made ({exc.strerror}); let this process write to its directory"
             ) from exc
+        status = os.fstat(descriptor)
+        if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != _MODE:
+            # An earlier one, made otherwise: whoever may read it may also lock it, and keep us from starting.
+            os.fchmod(descriptor, _MODE)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,6 +6,7 @@ from ipaddress import IPv4Address
 from typing import Final
 
 from backend.adapters import host_tools
+from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey
 
 # A batch may need three of them before it is given up: together less than a request waits for its answer.
@@ -18,8 +19,8 @@ class WgInterface:
     live: Final = True
 
     def __init__(self, name: str) -> None:
-        """Find `wg`; raise HubUpdateError where it isn't installed."""
-        self._name = name
+        """Find `wg`; raise HubUpdateError where it isn't installed, ValueError for what can't be a name."""
+        self._name = InterfaceName.parse(name)
         self._wg = host_tools.find("wg")
 
     def change(

@@ -1,9 +1,12 @@
-"""The one table from the domain's errors to HTTP, and the route class that applies it and bounds the body.
+"""The one table from the domain's errors to HTTP, and the route class that applies it.
 
-It works for a router that is included in any app: nothing has to be registered there.
+The class also bounds the body, reads JSON strictly, and gives every answer its request ID. It works for a
+router that is included in any app: nothing has to be registered there.
 """
 
-from collections.abc import Callable, Coroutine, Sequence
+import re
+import secrets
+from collections.abc import Callable, Coroutine, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -14,6 +17,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Message, Receive
 
+from backend.api.strict_json import StrictRequest
 from backend.errors import (
     AddressTakenError,
     DuplicatePeerError,
@@ -46,8 +50,11 @@ RETRY_AFTER: Final[dict[type[ProvisioningError], int]] = {
     ProvisioningError: 5,
 }
 
-
 MAX_BODY_BYTES: Final = 64 * 1024
+_MAX_LENGTH_DIGITS: Final = 20
+
+# What a caller may choose: it goes into logs, records and headers as it is.
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 def _nearest(table: dict[type[ProvisioningError], int], error: ProvisioningError) -> int:
@@ -75,12 +82,7 @@ def invalid(error: RequestValidationError) -> JSONResponse:
 
     What was sent may be a secret, may be nested too deep to be sent back, or no valid Unicode.
     """
-    return _unprocessable(
-        [{"type": e["type"], "loc": _location(e["loc"]), "msg": _message(e)} for e in error.errors()]
-    )
-
-
-def _unprocessable(errors: list[dict[str, Any]]) -> JSONResponse:
+    errors = [{"type": e["type"], "loc": _location(e["loc"]), "msg": _message(e)} for e in error.errors()]
     return JSONResponse({"detail": errors}, status_code=422)
 
 
@@ -99,33 +101,47 @@ def _text(text: str) -> str:
 
 
 class DomainErrorRoute(APIRoute):
-    """A route whose endpoint may raise the domain's errors."""
+    """A route whose endpoint may raise the domain's errors.
+
+    Every answer carries `X-Request-ID`, the caller's own where it has the right form, and
+    `Cache-Control: no-store`. The endpoint finds the ID in `request.state.request_id`.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap the handler in the table."""
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
+            request_id = _identify(request.scope)
             try:
-                return await handle(Request(request.scope, _bounded(request)))
+                response = await handle(StrictRequest(request.scope, _bounded(request)))
             except ProvisioningError as error:
-                return answer(error)
+                response = answer(error)
             except RequestValidationError as error:
-                return invalid(error)
+                response = invalid(error)
             except StarletteHTTPException as error:
-                if error.status_code != HTTPStatus.BAD_REQUEST:
-                    raise
-                # What FastAPI says of a body that is no JSON in a way that it has no list of errors for.
-                reason = "not readable as JSON: send UTF-8, nested less deeply, with shorter numbers"
-                return _unprocessable([{"type": "json_invalid", "loc": ["body"], "msg": reason}])
+                # As the app's own handler would, which knows nothing of the headers below.
+                response = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+            response.raw_headers += [(b"x-request-id", request_id), (b"cache-control", b"no-store")]
+            return response
 
         return guarded
+
+
+def _identify(scope: MutableMapping[str, Any]) -> bytes:
+    """Return the caller's own ID for the request if it is fit to be passed on, or else a new one."""
+    request_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    if not _REQUEST_ID.fullmatch(request_id):
+        request_id = secrets.token_hex(16).encode()
+    scope.setdefault("state", {})["request_id"] = request_id.decode()
+    return request_id
 
 
 def _bounded(request: Request) -> Receive:
     """Count the body while it comes in, so that no more of it than is allowed is ever kept."""
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+    # Its length first: int() refuses thousands of digits.
+    if declared.isdecimal() and (len(declared) > _MAX_LENGTH_DIGITS or int(declared) > MAX_BODY_BYTES):
         raise _too_large()
     received = 0
 

@@ -139,3 +139,25 @@ class Hub(Protocol):
 
     def incarnation(self) -> int | None:
         """Return a number that is another one whenever the interface was made anew; None if there is none."""
+
+
+class LimitKind(StrEnum):
+    """What is counted: each kind has a limit and counts of its own."""
+
+    SOURCE = "source"
+    TOKEN = "token"  # noqa: S105 - a kind
+    KEY = "key"
+    FAILED_AUTHENTICATION = "failed_authentication"
+
+
+class RateLimiter(Protocol):
+    """Counts what callers do. Never fails: without its storage it goes on with what this process knows."""
+
+    async def hit(self, kind: LimitKind, who: str) -> int | None:
+        """Count one more for `who`; return None if that is within the limit, else seconds to wait (>= 1).
+
+        `who` is a source address for SOURCE and FAILED_AUTHENTICATION, a credential's id for the others.
+        """
+
+    async def check(self, kind: LimitKind, who: str) -> int | None:
+        """Return what `hit` would, and count nothing."""

@@ -19,6 +19,7 @@ from threading import Lock
 from typing import Final
 
 from backend.errors import ConfigFileError, HubUpdateError
+from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.wireguard_config_text import (
     ForeignPeer,
@@ -77,10 +78,20 @@ class WireGuardConfigManager:
         """Read nothing yet. `reload` is what `reload_config` calls with the text for `wg syncconf`."""
         # A symbolic link stays one: the file that it leads to is what is replaced.
         self.path: Final = Path(config_path).resolve()
-        self.interface: Final = Path(config_path).stem
+        self._stem: Final = Path(config_path).stem
         self._reload = reload
         self._lock = Lock()  # guards the file against our own threads, and _version; held across file I/O
         self._version: _Version | None = None
+
+    @property
+    def interface(self) -> InterfaceName:
+        """The interface's name, which is the file's (wg-quick(8)); ConfigFileError if it can't be one."""
+        try:
+            return InterfaceName.parse(self._stem)
+        except ValueError as exc:
+            raise ConfigFileError(
+                str(self.path), f"{exc}, which it gets from the file's", "Give the file another name"
+            ) from None
 
     @property
     def foreign_peers(self) -> tuple[ForeignPeer, ...]:

@@ -15,6 +15,8 @@ PACKAGES: Final = {
     "wireguard-go": "wireguard-go",
     "initdb": "postgresql",
     "postgres": "postgresql",
+    "redis-server": "redis-server",
+    "systemd-analyze": "systemd",
 }
 
 

@@ -45,7 +45,8 @@ class ServiceProcess:
     """`python -m backend serve`, its environment made from `settings` and little else.
 
     `directory` is its working directory and takes its log. `ready` is the path whose 200 `start` waits for;
-    with None it doesn't wait. `module` takes the place of `backend`, `path_prefix` comes first in PATH.
+    with None it doesn't wait. `module` takes the place of `backend`, `path_prefix` comes first in PATH,
+    `unix_socket` takes the place of address and port.
     """
 
     def __init__(  # noqa: PLR0913 - each is a thing that one test or another varies
@@ -58,6 +59,7 @@ class ServiceProcess:
         ready: str | None = "/readyz",
         module: tuple[str, ...] = ("backend",),
         path_prefix: Path | None = None,
+        unix_socket: Path | None = None,
     ) -> None:
         self._host = host or LocalHost()
         self.directory = directory
@@ -67,6 +69,7 @@ class ServiceProcess:
         self.ready = ready
         self._module = module
         self._path_prefix = path_prefix
+        self._unix_socket = unix_socket
         self._process: subprocess.Popen[bytes] | None = None
         self._log_path = directory / "service.log"
         # trust_env: a proxy of the machine has no business between a test and its service.
@@ -154,6 +157,9 @@ class ServiceProcess:
 
     def _new_client(self) -> httpx.Client:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        if self._unix_socket is not None:
+            transport = httpx.HTTPTransport(uds=str(self._unix_socket), limits=limits)
+            return httpx.Client(base_url="http://localhost", timeout=30.0, transport=transport)
         return httpx.Client(base_url=self.url, timeout=30.0, trust_env=False, limits=limits)
 
     def _environment(self) -> dict[str, str]:
@@ -167,21 +173,17 @@ class ServiceProcess:
             inherited["PATH"] = f"{self._path_prefix}{os.pathsep}{inherited['PATH']}"
         return inherited | {"LANG": "C.UTF-8", "PYTHONPATH": str(_ROOT)} | self.settings
 
+    def _listening(self) -> list[str]:
+        if self._unix_socket is not None:
+            return ["--unix-socket", str(self._unix_socket)]
+        return ["--host", self._address, "--port", str(self.port)]
+
     def _spawn(self) -> None:
         if self._process is not None:
             raise ServiceFailedError("the service is already running")
         with self._log_path.open("ab") as log:
             self._process = self._host.popen(
-                [
-                    sys.executable,
-                    "-m",
-                    *self._module,
-                    "serve",
-                    "--host",
-                    self._address,
-                    "--port",
-                    str(self.port),
-                ],
+                [sys.executable, "-m", *self._module, "serve", *self._listening()],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
@@ -202,6 +204,7 @@ class ServiceProcess:
                     self._with_log(f"the service ended with status {process.returncode}")
                 )
             try:
+                self._probe()
                 response = self.client.get(self.ready, timeout=5.0)
             except httpx.TransportError as exc:
                 answer = repr(exc)
@@ -213,6 +216,13 @@ class ServiceProcess:
         self._end(signal.SIGKILL)
         problem = f"not ready after {_START_SECONDS:g} s, {self.ready}: {answer}"
         raise ServiceFailedError(self._with_log(problem))
+
+    def _probe(self) -> None:
+        # httpcore doesn't close its socket where nobody listens on a UNIX one.
+        if self._unix_socket is not None:
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(str(self._unix_socket)) != 0:
+                    raise httpx.ConnectError("nobody listens")
 
     def _end(self, number: signal.Signals) -> int:
         process, self._process = self._process, None

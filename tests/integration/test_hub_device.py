@@ -353,6 +353,57 @@ def test_a_tool_that_is_missing_is_named_with_its_package(
         host_tools.find("wg")
 
 
+def test_a_tool_that_others_could_change_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for directory in (theirs, ours):
+        directory.mkdir()
+        (directory / "wg").touch(mode=0o755)
+    theirs.chmod(0o777)
+    monkeypatch.setattr(host_tools, "_SYSTEM_PATH", str(ours))
+    monkeypatch.setenv("PATH", str(theirs))
+    assert host_tools.find("wg") == str(ours / "wg")
+    monkeypatch.setattr(host_tools, "_SYSTEM_PATH", str(tmp_path))
+    with pytest.raises(HubUpdateError, match=f"only as {theirs}/wg, which other users could change"):
+        host_tools.find("wg")
+    theirs.chmod(0o755)
+    (theirs / "wg").chmod(0o757)
+    with pytest.raises(HubUpdateError, match=f"only as {theirs}/wg, which other users could change"):
+        host_tools.find("wg")
+
+
+@pytest.mark.parametrize("path", ["", ".", ":", "bin", "./bin::../bin"])
+def test_a_tool_is_never_looked_for_in_the_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for place in (tmp_path, tmp_path / "bin"):
+        (place / "wg").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(host_tools, "_SYSTEM_PATH", str(tmp_path / "none"))
+    monkeypatch.setenv("PATH", path)
+    with pytest.raises(HubUpdateError, match="`wg` isn't installed"):
+        host_tools.find("wg")
+
+
+def test_a_tool_in_a_directory_that_cannot_be_entered_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "wg").touch(mode=0o755)
+
+    # What the kernel says to somebody who isn't root.
+    def refuse(path: object, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(host_tools, "_SYSTEM_PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(HubUpdateError, match="`wg` isn't installed"):
+        host_tools.find("wg")
+
+
 def test_a_tool_that_hangs_or_cannot_start_is_said(tmp_path: Path) -> None:
     with pytest.raises(HubUpdateError, match="`sleep 5` didn't end within"):
         host_tools.run(["/bin/sleep", "5"], timeout=0.05)

@@ -1,0 +1,198 @@
+"""uvicorn's HTTP protocol, with an end to what a client may make it wait for and keep.
+
+uvicorn bounds the time between two requests and the body that it keeps unread, and nothing else: a connection
+that says nothing stays for ever, a request may come in byte by byte, and neither httptools nor llhttp bounds
+the head (h11_max_incomplete_event_size is what its name says).
+"""
+
+import json
+import logging
+from asyncio import AbstractEventLoop, TimerHandle, Transport
+from collections import deque
+from http import HTTPStatus
+from typing import Any, ClassVar, Final, cast
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+log = logging.getLogger(__name__)
+
+REQUEST_SECONDS: Final = 10.0
+MAX_HEAD_BYTES: Final = 32 * 1024
+
+_REASONS: Final = {
+    HTTPStatus.REQUEST_TIMEOUT: "The request did not come in completely in time; send it again",
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: (
+        f"The request's head is larger than {MAX_HEAD_BYTES // 1024} KiB; send less of it"
+    ),
+}
+
+
+# Where trailers go: behind the headers they could pass for what a proxy has checked.
+_NOWHERE: Final = cast(list[tuple[bytes, bytes]], deque[tuple[bytes, bytes]](maxlen=0))
+
+
+class _HeadTooLargeError(Exception):
+    """Ends the parser's work; it becomes a 431."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """Closes a connection whose request isn't complete in time, or whose head is too large.
+
+    `request_seconds` count from a request's first byte to its last, for the first one from the connection's
+    start. How long its answer takes doesn't count, and a request that had to wait for the answer to an
+    earlier one has its time afterwards. A connection between two requests is left to uvicorn's own timeout.
+
+    `max_head_bytes` are for a request's line and headers; where several requests come at once, one of them
+    may pass with up to twice as much. What is neither a head nor a body has the same limit: extensions of
+    chunks, and trailers, which are dropped.
+
+    A request that comes in one piece costs no timer: one is set for the connection, and again only for a
+    piece that leaves a request incomplete.
+    """
+
+    request_seconds: ClassVar[float] = REQUEST_SECONDS
+    max_head_bytes: ClassVar[int] = MAX_HEAD_BYTES
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        # Since when a request is awaited, on the loop's clock; None while nothing more has to come.
+        self._since: float | None = None
+        self._watch: TimerHandle | None = None
+        # The scope of the last request that is complete. Another one is that of a request that isn't.
+        self._complete: object = None
+        # How many bytes have come in that are, as far as it is known, no part of a body.
+        self._overhead = 0
+        self._head_too_large = False
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        if self.client is None and (self.server is None or self.server[1] is not None):
+            # TCP, but gone already, so that the kernel doesn't say any more who it was. What such a client
+            # has sent would be handled as if it came through a UNIX socket, which has no address either.
+            transport.abort()
+            return
+        self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop watching."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come, and see whether more has to follow."""
+        size = self.max_head_bytes
+        if len(data) > size:
+            # A whole head of any size could come in at once.
+            for start in range(0, len(data), size):
+                if not self.transport.is_closing():
+                    self.data_received(data[start : start + size])
+            return
+        self._overhead += len(data)
+        super().data_received(data)
+        if self._overhead or self.scope is not self._complete:
+            self._expect_more()
+
+    def on_headers_complete(self) -> None:
+        """Refuse a head that is too large, and let nothing be added to it any more."""
+        if self._overhead > self.max_head_bytes:
+            # There may be more than the head in it.
+            fields = sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
+            if len(self.url) + fields > self.max_head_bytes:
+                self._head_too_large = True
+                raise _HeadTooLargeError
+        self._overhead = 0
+        super().on_headers_complete()
+        self.headers = _NOWHERE
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body."""
+        self._overhead = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Note that nothing more has to come."""
+        self._complete = self.scope
+        self._since = None
+        self._overhead = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what the parser could not go on with."""
+        if self._head_too_large:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        else:
+            super().send_400_response(msg)
+
+    def _expect_more(self) -> None:
+        if self._overhead > self.max_head_bytes:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        # Where nothing is being answered these were empty lines, which have ended uvicorn's own timeout.
+        elif self._since is None and (self.scope is not self._complete or not self._is_answering()):
+            self._await_request()
+
+    def _await_request(self) -> None:
+        self._since = self.loop.time()
+        if self._watch is None:
+            self._watch = self.loop.call_later(self.request_seconds, self._look)
+
+    def _look(self) -> None:
+        self._watch = None
+        if self._since is None or self.transport.is_closing():
+            return
+        left = self._since + self.request_seconds - self.loop.time()
+        if left <= 0:
+            if not self._is_held_up():
+                self._refuse(HTTPStatus.REQUEST_TIMEOUT)
+                return
+            left = self.request_seconds
+            self._since = self.loop.time()
+        self._watch = self.loop.call_later(left, self._look)
+
+    def _is_held_up(self) -> bool:
+        """Tell whether it is for us to go on: nothing is read, or an earlier request isn't answered yet."""
+        return self.flow.read_paused or (self._is_in_head() and self._is_answering())
+
+    def _is_in_head(self) -> bool:
+        return self.cycle is None or self.scope is not self.cycle.scope
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        """Close the connection, with an answer if one can be given to the request that is coming in."""
+        if self.transport.is_closing():
+            return
+        log.debug("request_refused", extra={"status": status.value, "client": self.client})
+        if self.scope is not self._complete and not self.pipeline:
+            if self._is_in_head():
+                if not self._is_answering():
+                    self._answer(status)
+            elif not self.cycle.response_started:
+                self._answer(status)
+                # The app is told that nobody listens any more, and whatever it says goes nowhere.
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+        self.transport.close()
+
+    def _answer(self, status: HTTPStatus) -> None:
+        body = json.dumps({"detail": _REASONS[status]}).encode()
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"cache-control", b"no-store"),
+            (b"connection", b"close"),
+        ]
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", body]))

@@ -1,0 +1,160 @@
+"""Whether anybody else could change what this process reads, writes or runs: as sshd's StrictModes looks.
+
+A directory isn't safe by its own mode alone: who may write to one above it can put another in its place. So
+each step of the way from the root is looked at, and where a link leads as well.
+
+Trusted are root, this process's user, and the owner of this program, who can change what it does anyhow:
+`sudo make run` in somebody's checkout is theirs to use.
+"""
+
+import grp
+import os
+import pwd
+import shlex
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from backend.errors import StartRefusedError
+
+_ROOT: Final = Path("/")
+# As many links as Linux follows itself (path_resolution(7)).
+_MOST_LINKS: Final = 40
+_ACL: Final = "system.posix_acl_access"
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One thing on the way to a path. `shared`: it's in a directory like /tmp. `last`: the way ends here."""
+
+    path: Path
+    status: os.stat_result
+    shared: bool
+    last: bool
+
+    @property
+    def is_link(self) -> bool:
+        """Whether it's a symbolic link, which is looked at itself."""
+        return stat.S_ISLNK(self.status.st_mode)
+
+    @property
+    def is_sticky(self) -> bool:
+        """Only who owns a file in there, or the directory, can rename or remove it (unlink(2), EPERM)."""
+        return stat.S_ISDIR(self.status.st_mode) and bool(self.status.st_mode & stat.S_ISVTX)
+
+
+def require_trusted(path: Path, what: str) -> None:
+    """Refuse a file or directory that others could change: StartRefusedError, with the remedy.
+
+    What doesn't exist, or can't be looked at, is left to whoever uses it.
+    """
+    problem = _problem(path)
+    if problem is not None:
+        raise StartRefusedError(f"{what} is within other users' reach: {problem}")
+
+
+def require_trusted_file(path: Path, what: str) -> None:
+    """Refuse a file, made already or not, that others could change, or put files of theirs beside."""
+    require_trusted(path, what)
+    require_trusted(Path(os.path.realpath(path)).parent, what)
+
+
+def is_trusted(path: Path) -> bool:
+    """Tell whether nobody else could change what is there."""
+    return _problem(path) is None
+
+
+def make_private_directory(directory: Path) -> None:
+    """Make the directory and those above it, each 0700 whatever the umask; what is there stays as it is."""
+    if directory.is_dir():
+        return
+    if directory.parent != directory:
+        make_private_directory(directory.parent)
+    directory.mkdir(mode=0o700, exist_ok=True)
+
+
+def _problem(path: Path) -> str | None:
+    """Say what of the way to `path` others could change, and what to do about it."""
+    user = os.geteuid()
+    users = {0, user, Path(__file__).stat().st_uid}
+    for step in _way(path):
+        owner, place = step.status.st_uid, shlex.quote(str(step.path))
+        # Who owns a link can't change it. In /tmp they could have made it.
+        if owner not in users and (step.shared or not step.is_link):
+            return (
+                f"{step.path} belongs to {_user_name(owner)}; run `chown {_user_name(user)} {place}`, or "
+                "choose another place"
+            )
+        if not _others_write(step, users):
+            continue
+        if not step.is_sticky:
+            return (
+                f"they can write to {step.path} (mode {stat.S_IMODE(step.status.st_mode):04o}); run "
+                f"`chmod go-w {place}`, or choose another place"
+            )
+        if step.last:
+            return f"they can make files in {step.path}; choose another place"
+    return None
+
+
+def _way(path: Path) -> Iterator[_Step]:
+    """Yield what is on the way from the root to `path`, links and where they lead; end where nothing is."""
+    here, shared, links = _ROOT, False, 0
+    # The next one is at the end.
+    names = [*reversed(path.absolute().parts)]
+    with suppress(OSError):
+        while names:
+            # The root replaces everything before it; `here` is never a link, so ".." is just its parent.
+            name = names.pop()
+            there = here.parent if name == ".." else here / name
+            status = there.lstat()
+            step = _Step(there, status, shared and name not in {"/", ".."}, last=not names)
+            if not step.is_link:
+                yield step
+                here, shared = there, step.is_sticky
+                continue
+            yield replace(step, last=False)
+            links += 1
+            if links > _MOST_LINKS:
+                return
+            names += reversed(there.readlink().parts)
+
+
+def _others_write(step: _Step, users: Collection[int]) -> bool:
+    mode = step.status.st_mode
+    if step.is_link:
+        return False  # its mode means nothing
+    if mode & stat.S_IWOTH:
+        return True
+    return bool(mode & stat.S_IWGRP) and not _is_private_group(step, users)
+
+
+def _is_private_group(step: _Step, users: Collection[int]) -> bool:
+    """Tell whether the group is one of those that Debian makes for each user, who is alone in it.
+
+    Where users have such groups, the umask is 002 (pam_umask(8)) and all that they make is group-writable.
+    """
+    try:
+        group = grp.getgrgid(step.status.st_gid)
+    except KeyError:
+        return False
+    names = {_user_name(user) for user in users}
+    return group.gr_name in names and names.issuperset(group.gr_mem) and not _has_acl(step.path)
+
+
+def _has_acl(path: Path) -> bool:
+    """Tell whether the group's bits may be the mask of an access control list (acl(5))."""
+    try:
+        return bool(os.getxattr(path, _ACL))
+    except OSError:
+        return False
+
+
+def _user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)

@@ -1,0 +1,118 @@
+"""A body has one reading, or is refused with a sentence; nothing in between."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backend.api.strict_json import MAX_DIGITS, MAX_LEVELS, StrictJSONError, loads
+from tests.harness.requests import provision_body
+
+
+def refusal(body: bytes) -> str:
+    with pytest.raises(StrictJSONError) as caught:
+        loads(body)
+    return str(caught.value)
+
+
+def nested(levels: int) -> bytes:
+    """Return lists and objects in turn."""
+    opening = b"".join(b"[" if level % 2 else b'{"a":' for level in range(levels))
+    closing = b"".join(b"]" if level % 2 else b"}" for level in reversed(range(levels)))
+    return opening + b"1" + closing
+
+
+def test_what_a_node_sends_is_read_as_json_is() -> None:
+    body = json.dumps(provision_body("node-1", metadata={"a": [1.5, -2, True, None, "\u2713"]})).encode()
+    assert loads(body) == json.loads(body)
+
+
+REFUSED = [
+    (b"", "The body is not JSON: Expecting value, at character 0"),
+    (b"{", "The body is not JSON: Expecting property name enclosed in double quotes, at character 1"),
+    (b"1 2", "The body is not JSON: Extra data, at character 2"),
+    (b"\xff", "The body is not UTF-8"),
+    (b'"\xed\xa0\x80"', "The body is not UTF-8"),
+    ("{}".encode("utf-16"), "The body is not UTF-8"),
+    ("[]".encode("utf-32-le"), "The body is not JSON: Expecting value, at character 1"),
+    (b"\xef\xbb\xbf{}", "The body begins with a byte order mark; send it without"),
+    (b'{"a": NaN}', "NaN is no number in JSON"),
+    (b"[Infinity]", "Infinity is no number in JSON"),
+    (b"-Infinity", "-Infinity is no number in JSON"),
+    (b"1e999", "A number is too large"),
+    (b"[-1e999]", "A number is too large"),
+    (b"1" * (MAX_DIGITS + 1), "A number has more than 20 digits"),
+    (b"-" + b"1" * (MAX_DIGITS + 1), "A number has more than 20 digits"),
+    (b"1" * 5000, "A number has more than 20 digits"),
+    (b"1" * 5000 + b".0", "A number is too large"),
+    (b'{"a": 1, "b": 2, "a": 1}', "An object has the same key twice"),
+    (b'[{"x": {"a": 1, "\\u0061": 1}}]', "An object has the same key twice"),
+    (b'"\\ud800"', "A text holds half of a surrogate pair, which is no character"),
+    (b'{"a": ["\\udc00\\ud800"]}', "A text holds half of a surrogate pair, which is no character"),
+    (b'{"\\ud83d": 1}', "A text holds half of a surrogate pair, which is no character"),
+    (nested(MAX_LEVELS + 1), "The body is nested more than 32 levels deep"),
+    (nested(900), "The body is nested more than 32 levels deep"),
+    (b"[" * 60_000, "The body is nested more than 32 levels deep"),
+    (b'{"a":' * 10_000, "The body is nested more than 32 levels deep"),
+]
+
+
+@pytest.mark.parametrize(("body", "sentence"), REFUSED, ids=[repr(body[:20]) for body, _ in REFUSED])
+def test_what_has_no_one_reading_is_refused(body: bytes, sentence: str) -> None:
+    assert refusal(body) == sentence
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        nested(MAX_LEVELS),
+        b"[" + b",".join([nested(MAX_LEVELS - 1)] * 40) + b"]",
+        b"[" + b"{}," * 1000 + b"1]",
+        b"9" * MAX_DIGITS,
+        b"-" + b"9" * MAX_DIGITS,
+        b"1e308",
+        b'"\\ud83d\\ude00"',
+        b'"{{{{[[[[NaN Infinity"',
+        b'[{"a": 1}, {"a": 1}]',
+        b' \n"x"\t',
+    ],
+)
+def test_what_only_looks_like_it_is_taken(body: bytes) -> None:
+    assert loads(body) == json.loads(body)
+
+
+def test_a_refusal_repeats_nothing_of_the_body() -> None:
+    for body in (b'{"secret": 1, "secret": 1}', b'{"a": secret}', b'"secret\\ud800"', b'{"a": "secret'):
+        assert "secret" not in refusal(body)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4),
+    max_leaves=20,
+)
+fragments = st.lists(
+    st.sampled_from(
+        [*"{}[]:,", '"a"', '"b"', '"\\ud800"', '"\\u0061"', "1", "-0", "1e999", "NaN", "null", " ", "\ufeff"]
+    ),
+    max_size=30,
+).map("".join)
+bodies = st.one_of(
+    values.map(json.dumps).map(str.encode),
+    values.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")),
+    fragments.map(str.encode),
+    st.binary(max_size=50),
+)
+
+
+@given(bodies)
+def test_a_body_is_read_as_json_reads_it_or_refused(body: bytes) -> None:
+    try:
+        value: Any = loads(body)
+    except StrictJSONError:
+        return
+    assert value == json.loads(body)
+    # It can be written and read again, by anybody.
+    assert loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode()) == value
