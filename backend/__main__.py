@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
-from backend.errors import ProvisioningError, StartRefusedError
+from backend import access_commands
+from backend.access_commands import one_sentence
+from backend.errors import DoorClosedError, StartRefusedError
 
 # Everything heavier is imported by the command that needs it, so that `--help` answers at once.
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ app = typer.Typer(
 )
 hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The hub's config and interface.")
 app.add_typer(hub, name="hub")
+app.add_typer(access_commands.token, name="token")
+app.add_typer(access_commands.key, name="key")
+app.add_typer(access_commands.audit, name="audit")
 
 Host = Annotated[str, typer.Option(help="The address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="The TCP port to listen on; 0 takes a free one.")]
@@ -53,7 +58,7 @@ def main() -> None:
 @app.command()
 def serve(host: Host = _HOST, port: Port = _PORT, unix_socket: UnixSocket = None) -> None:
     """Run the service."""
-    with _one_sentence():
+    with one_sentence():
         from backend.adapters.unix_socket import listening_at
         from backend.settings import load_settings
 
@@ -68,7 +73,7 @@ def serve(host: Host = _HOST, port: Port = _PORT, unix_socket: UnixSocket = None
 @app.command()
 def run(port: Port = _PORT) -> None:
     """Make a hub under the state directory if there is none, bring it up and run the service (`make run`)."""
-    with _one_sentence():
+    with one_sentence():
         from backend.quickstart import prepare, try_it
         from backend.settings import load_settings
 
@@ -84,7 +89,7 @@ def run(port: Port = _PORT) -> None:
 @hub.command()
 def init() -> None:
     """Write a config with a new key where WIREGUARD_CONFIG_PATH has none."""
-    with _one_sentence():
+    with one_sentence():
         from backend.adapters import hub_device
 
         settings = _settings()
@@ -100,7 +105,7 @@ def init() -> None:
 @hub.command()
 def up() -> None:
     """Make the hub's interface from its config, or see that it is up."""
-    with _one_sentence():
+    with one_sentence():
         from backend.adapters import hub_device
 
         settings = _settings()
@@ -113,7 +118,7 @@ def up() -> None:
 @hub.command()
 def down() -> None:
     """Take the hub's interface away, if it has the config's key."""
-    with _one_sentence():
+    with one_sentence():
         from backend.adapters import hub_device
 
         settings = _settings()
@@ -124,7 +129,7 @@ def down() -> None:
 @hub.command()
 def show() -> None:
     """Say what the hub is and has, without any secret."""
-    with _one_sentence():
+    with one_sentence():
         from backend.adapters import hub_device
 
         settings = _settings()
@@ -153,16 +158,6 @@ def _hub_address(settings: "Settings") -> "IPv4Interface":
     from ipaddress import IPv4Interface
 
     return IPv4Interface((settings.wireguard_hub_ip, settings.wireguard_ip_pool.prefixlen))
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """End the process with what an error says and how to mend it, and without a traceback."""
-    try:
-        yield
-    except (StartRefusedError, ProvisioningError) as exc:
-        typer.echo(f"error: {exc}", err=True)
-        raise typer.Exit(1) from None
 
 
 @contextmanager
@@ -228,7 +223,16 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
         name = listener.getsockname()
         where = {"socket": name} if isinstance(name, str) else {"host": name[0], "port": name[1]}
         logging.getLogger(__name__).info("serving", extra=where)
+        if service.door.is_open and not _only_from_here(name):
+            typer.echo(f"WARNING: {DoorClosedError()}", err=True)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _only_from_here(name: "str | tuple[str, int]") -> bool:
+    """Say whether nobody but this host's own processes can reach an address."""
+    from ipaddress import ip_address
+
+    return isinstance(name, str) or ip_address(name[0].partition("%")[0]).is_loopback
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:

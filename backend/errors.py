@@ -11,6 +11,14 @@
     ├── RecordsUnavailableError     the records could not be read or written
     │   ├── OvertakenError          another process writes them; this one must not any more
     │   └── OutcomeUnknownError     nobody can say yet whether the change happened
+    ├── AccessError                 the caller isn't let in, or not to do that
+    │   ├── DoorClosedError         nobody but this host is let in, because no credential was ever made
+    │   ├── UnauthenticatedError    no credential that lets anybody in
+    │   ├── ForbiddenError          the credential isn't for that
+    │   ├── RateLimitedError        too often
+    │   ├── AdminKeyFirstError      the first credential must be one that can make others
+    │   └── CredentialNotFoundError no credential of that id
+    ├── IdempotencyKeyError         the Idempotency-Key can't be used for this
     └── ProofError                  the sender hasn't proved to be who it says
         ├── ProofMissingError       it didn't try
         ├── ClockError              it signed at another time than now
@@ -19,6 +27,7 @@
         └── ChallengeError          the WireGuard key's challenge isn't answered
 
     StartRefusedError               the process must not start; the message says what to do
+    └── InUseError                  because another process has what it needs for itself
 
 Every error survives ``pickle``: its arguments are positional and are the ones of its ``__init__``.
 """
@@ -127,8 +136,92 @@ class OutcomeUnknownError(RecordsUnavailableError):
     """Whether the change happened can't be said before the records answer again; ask again."""
 
 
+class AccessError(ProvisioningError):
+    """The caller isn't let in, or not to do that; `reason` is one word for the audit log."""
+
+    reason = "access"
+
+
+class DoorClosedError(AccessError):
+    """No credential exists yet, so only callers on the hub's own host are answered.
+
+    Either make one there with `python -m backend key create --role admin` (for nodes: `token create`) and
+    send it as `Authorization: Bearer ocw_...`, or call from that host itself, at 127.0.0.1, without a proxy.
+    """
+
+    reason = "no_credential_exists"
+
+    def __str__(self) -> str:
+        return " ".join((type(self).__doc__ or "").split())
+
+
+class UnauthenticatedError(AccessError):
+    """The caller has shown no credential that lets it in; `reason` is for the audit log alone."""
+
+    def __init__(self, reason: str, credential_id: str | None = None) -> None:
+        super().__init__(reason, credential_id)
+        self.reason = reason
+        self.credential_id = credential_id
+
+    def __str__(self) -> str:
+        return "send a valid credential, Authorization: Bearer ocw_..., or ask the hub's operator for one"
+
+
+class ForbiddenError(AccessError):
+    """The credential lets its holder in, but is not for this."""
+
+    reason = "forbidden"
+
+    def __init__(self, role: str) -> None:
+        super().__init__(role)
+        self.role = role
+
+    def __str__(self) -> str:
+        return f"this credential is not for that: it takes an operator's key with the role {self.role}"
+
+
+class RateLimitedError(AccessError):
+    """The caller comes too often."""
+
+    reason = "rate"
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"too many requests; come back in {self.retry_after} seconds"
+
+
+class AdminKeyFirstError(AccessError):
+    """Make a key with the role admin first: without one nobody could make or revoke anything from then on."""
+
+    reason = "admin_key_first"
+
+
+class CredentialNotFoundError(AccessError):
+    """No credential of that id exists."""
+
+    reason = "not_found"
+
+    def __init__(self, credential_id: str) -> None:
+        super().__init__(credential_id)
+        self.credential_id = credential_id
+
+    def __str__(self) -> str:
+        return f"{self.credential_id} not found"
+
+
+class IdempotencyKeyError(ProvisioningError):
+    """The Idempotency-Key can't be used for this request."""
+
+
 class StartRefusedError(Exception):
     """The service must not start. The message is one sentence that says what to do."""
+
+
+class InUseError(StartRefusedError):
+    """Another process has it for itself."""
 
 
 class ProofError(ProvisioningError):

@@ -11,21 +11,27 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from backend import __version__
-from backend.adapters.database import Database
+from backend.adapters.access_store import SqlAccessStore
+from backend.adapters.database import IN_MEMORY, Database, open_beside
 from backend.adapters.dbos_journal import DbosJournal
 from backend.adapters.lock_file import LockFile
-from backend.adapters.memory_journal import MemoryJournal
+from backend.adapters.rate_limits import RateLimits
+from backend.adapters.sql_journal import SqlJournal
 from backend.adapters.trusted_paths import require_trusted, require_trusted_file
 from backend.adapters.wg_interface import FileOnly, WgInterface
 from backend.api.health import router as health_router
+from backend.api.v1.endpoints.wireguard_access import router as access_router
 from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
+from backend.services.clerk import Clerk
 from backend.services.configurations import Configurations
+from backend.services.door import Door
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
 from backend.services.hub_mirror import HubMirror
 from backend.services.ip_pool_manager import IPPoolManager
-from backend.services.ports import Hub, Journal, Peer
+from backend.services.ports import Hub, Peer
+from backend.services.proof import WireGuardChallenges
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import (
     UNRECORDED_PUBLIC_KEY,
@@ -53,14 +59,24 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         _read(config, settings)
         pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
         hand_made = HandMadePeers(pool)
-        journal = _journal(settings, config)
+        database = _database(settings)
+        stack.callback(database.close)
+        journal = _journal(settings, database, config)
         stack.callback(journal.close)
+        clerk = Clerk(SqlAccessStore(database.engine))
+        limits = RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage)
         service = WireGuardProvisioningService(
             pool=pool,
             hand_made=hand_made,
-            committer=HubCommitter(journal, HubMirror(config, hub, hand_made), hand_made),
+            committer=HubCommitter(journal, HubMirror(config, hub, hand_made, clerk.notice), hand_made),
             configurations=Configurations(
                 pool.network, settings.wireguard_hub_endpoint, settings.wireguard_hub_ip, hand_made
+            ),
+            door=Door(
+                SqlAccessStore(database.engine),
+                clerk,
+                limits,
+                WireGuardChallenges() if settings.wireguard_require_proof else None,
             ),
         )
         service.start()
@@ -77,11 +93,12 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
 async def provide_service(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
     """Run the service for as long as the app lives. Starting and stopping block, so they get a thread."""
     running = running_service(settings)
-    app.state.provisioning_service = await asyncio.to_thread(running.__enter__)
+    service = app.state.provisioning_service = await asyncio.to_thread(running.__enter__)
     try:
         yield
     finally:
         del app.state.provisioning_service
+        await service.door.leave_loop()
         await asyncio.to_thread(running.__exit__, None, None, None)
 
 
@@ -96,6 +113,7 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
         if service is not None:
             app.state.provisioning_service = service
             yield
+            await service.door.leave_loop()
             return
         async with provide_service(app, settings):
             yield
@@ -107,6 +125,7 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
         lifespan=lifespan,
     )
     app.include_router(provisioning_router, prefix="/api/v1")
+    app.include_router(access_router, prefix="/api/v1")
     app.include_router(health_router)
     return app
 
@@ -141,17 +160,39 @@ def _hub(settings: Settings) -> Hub:
         raise StartRefusedError(f"{exc}, or set WIREGUARD_RELOAD=off for the file alone") from exc
 
 
-def _journal(settings: Settings, config: WireGuardConfigManager) -> Journal:
+def _database(settings: Settings) -> Database:
     if not settings.enable_dbos:
         log.warning("records_in_memory", extra={"consequence": "a restart forgets all but the file"})
-        return MemoryJournal(_peers_in_file(config))
-    database = Database(settings.database_url)
+    database = Database(settings.database_url if settings.enable_dbos else IN_MEMORY)
     try:
         database.migrate()
     except BaseException:
         database.close()
         raise
-    return DbosJournal(database, settings.interface)
+    return database
+
+
+def _journal(settings: Settings, database: Database, config: WireGuardConfigManager) -> SqlJournal:
+    if settings.enable_dbos:
+        return DbosJournal(database, settings.interface)
+    journal = SqlJournal(database)
+    journal.adopt(_peers_in_file(config))
+    return journal
+
+
+@contextmanager
+def open_access(settings: Settings) -> Iterator[SqlAccessStore]:
+    """Open credentials and audit log for a command, whether the service runs or not."""
+    if not settings.enable_dbos:
+        raise StartRefusedError(
+            "with ENABLE_DBOS=false credentials live in the service's memory; make them from this host over "
+            "HTTP, an admin's key first: POST /api/v1/wireguard/keys"
+        )
+    database = open_beside(settings.database_url)
+    try:
+        yield SqlAccessStore(database.engine)
+    finally:
+        database.close()
 
 
 def _peers_in_file(config: WireGuardConfigManager) -> list[Peer]:

@@ -257,6 +257,7 @@ class Settings(BaseSettings):
     wireguard_rate_limit_failed_authentication: Annotated[str, BeforeValidator(_parse_rate_limit)] = (
         "30/minute"
     )
+    wireguard_require_proof: bool = False
     log_level: Annotated[LogLevel, BeforeValidator(_parse_log_level)] = LogLevel.INFO
 
     @property

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from backend import errors
-from backend.adapters.memory_journal import MemoryJournal
 from backend.adapters.wg_interface import FileOnly
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
 from backend.services import hub_committer, hub_mirror
+from backend.services.clerk import Clerk
 from backend.services.configurations import Configurations
+from backend.services.door import Door
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
 from backend.services.hub_mirror import HubMirror
@@ -32,7 +33,8 @@ from backend.services.wireguard_provisioning_service import (
     IPPoolExhaustedError,
     WireGuardProvisioningService,
 )
-from tests.harness.fakes import FakeHub, FlakyJournal, GatedJournal
+from tests.harness.fakes import FakeAccessStore, FakeHub, FlakyJournal, GatedJournal, NoLimits
+from tests.harness.memory_journal import MemoryJournal
 from tests.harness.patience import eventually
 from tests.harness.requests import new_key, provision_body
 
@@ -51,6 +53,7 @@ class World:
         self.pool = IPPoolManager(network, ["10.0.0.1"])
         hand_made = HandMadePeers(self.pool)
         self.config = WireGuardConfigManager(self.path)
+        store = FakeAccessStore()
         self.service = WireGuardProvisioningService(
             pool=self.pool,
             hand_made=hand_made,
@@ -58,6 +61,7 @@ class World:
             configurations=Configurations(
                 self.pool.network, "hub.example.com:51820", IPv4Address("10.0.0.1"), hand_made
             ),
+            door=Door(store, Clerk(store), NoLimits()),
         )
 
     def provision(self, node_id: str, key: str | None = None, **over: Any) -> Any:

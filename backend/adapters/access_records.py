@@ -18,6 +18,7 @@ from backend.models.access.audit import (
     AuditAction,
     AuditEvent,
     AuditOutcome,
+    AuditQuery,
     AuditRecord,
     chain_hash,
     timestamp,
@@ -303,25 +304,17 @@ def append_audit(connection: sa.Connection, events: Sequence[AuditEvent]) -> int
     return int(last)
 
 
-def list_audit(  # noqa: PLR0913 - a page, and what it is to be filtered by
-    connection: sa.Connection,
-    before: int | None,
-    limit: int,
-    *,
-    action: AuditAction | None = None,
-    actor: str | None = None,
-    subject: str | None = None,
-) -> list[AuditRecord]:
-    """Return the newest rows, the newest first; only those below a sequence where `before` gives one."""
-    statement = sa.select(audit).order_by(audit.c.sequence.desc()).limit(limit)
-    if before is not None:
-        statement = statement.where(audit.c.sequence < before)
-    if action is not None:
-        statement = statement.where(audit.c.action == action.value)
-    if actor is not None:
-        statement = statement.where(audit.c.actor == actor)
-    if subject is not None:
-        statement = statement.where(audit.c.subject == subject)
+def list_audit(connection: sa.Connection, query: AuditQuery) -> list[AuditRecord]:
+    """Return the newest rows, the newest first."""
+    statement = sa.select(audit).order_by(audit.c.sequence.desc()).limit(query.limit)
+    if query.before is not None:
+        statement = statement.where(audit.c.sequence < query.before)
+    if query.action is not None:
+        statement = statement.where(audit.c.action == query.action.value)
+    if query.actor is not None:
+        statement = statement.where(audit.c.actor == query.actor)
+    if query.subject is not None:
+        statement = statement.where(audit.c.subject == query.subject)
     return [_record(row) for row in connection.execute(statement).mappings()]
 
 

@@ -19,9 +19,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from backend.adapters.lock_file import LockFile
 from backend.adapters.trusted_paths import make_private_directory, require_trusted_file
-from backend.errors import OvertakenError, StartRefusedError
+from backend.errors import InUseError, OvertakenError, StartRefusedError
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
+# A database that lives as long as the process.
+IN_MEMORY: Final = "sqlite:///:memory:"
 # Any number that nothing else takes: "wgprov" in ASCII.
 _ADVISORY_LOCK: Final = 0x776770726F76
 _BUSY_TIMEOUT_MS: Final = 30_000
@@ -32,15 +34,21 @@ _ROOM_BYTES: Final = 4 * 1024 * 1024
 
 
 class Database:
-    """One database, used by one process at a time, with the schema of this version."""
+    """One database with the schema of this version.
 
-    def __init__(self, url: str) -> None:
+    The service has it for itself (`exclusive`); the command line works beside it, in short transactions.
+    """
+
+    def __init__(self, url: str, *, exclusive: bool = True) -> None:
         self.url = sa.make_url(url)
+        self._exclusive = exclusive
         self._stack = ExitStack()
         # Where the lock is the server's: the connection that holds it, used by one thread at a time.
         self._presence: sa.Connection | None = None
         self._presence_lock = Lock()
-        if self.url.get_backend_name() == "sqlite":
+        if url == IN_MEMORY:
+            self.engine = _open_memory()
+        elif self.url.get_backend_name() == "sqlite":
             self.engine = self._open_sqlite()
         else:
             self.engine = self._open_postgresql()
@@ -58,7 +66,10 @@ class Database:
         self.engine.dispose()
 
     def migrate(self) -> None:
-        """Bring the schema up to date; do nothing, quickly, where it is."""
+        """Bring the schema up to date; do nothing, quickly, where it is.
+
+        Beside a service that runs nothing is changed, and another schema than this version's is refused.
+        """
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
         try:
@@ -66,6 +77,10 @@ class Database:
                 current = MigrationContext.configure(connection).get_current_heads()
                 if set(current) == set(ScriptDirectory.from_config(config).get_heads()):
                     return
+                if not self._exclusive:
+                    raise StartRefusedError(
+                        f"{self._name()} is used by a service of another version; restart that one"
+                    )
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
         except CommandError as exc:
@@ -98,8 +113,9 @@ class Database:
                 f"the database {path} can't be made or written ({exc.strerror}); "
                 "give this process a STATE_DIRECTORY or a DATABASE_URL that it may write to"
             ) from exc
-        lock = LockFile(path.with_name(path.name + ".lock"), f"The database {path}").acquire()
-        self._stack.callback(lock.release)
+        if self._exclusive:
+            lock = LockFile(path.with_name(path.name + ".lock"), f"The database {path}").acquire()
+            self._stack.callback(lock.release)
         # Connections are handed from thread to thread by the pool, never used by two at once.
         engine = sa.create_engine(
             self.url, pool_size=_POOL_SIZE, max_overflow=_POOL_SIZE, connect_args={"check_same_thread": False}
@@ -118,7 +134,7 @@ class Database:
         )
         self._stack.callback(self._leave)
         try:
-            mine = self._occupy(engine)
+            mine = self._occupy(engine) if self._exclusive else _answers(engine)
         except SQLAlchemyError as exc:
             engine.dispose()
             raise StartRefusedError(
@@ -127,7 +143,7 @@ class Database:
         if not mine:
             self._leave()
             engine.dispose()
-            raise StartRefusedError(
+            raise InUseError(
                 f"The database {self._name()} is already used by another hub's service; give each hub its own"
             )
         return engine
@@ -158,6 +174,44 @@ class Database:
             self._presence.invalidate()
             self._presence.close()
             self._presence = None
+
+
+def open_beside(url: str) -> Database:
+    """Open the database for a command, whether the service runs or not."""
+    try:
+        alone = Database(url)
+    except InUseError:
+        pass
+    else:
+        try:
+            alone.migrate()
+        finally:
+            alone.close()
+    database = Database(url, exclusive=False)
+    try:
+        database.migrate()
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _answers(engine: sa.Engine) -> bool:
+    with engine.connect():
+        return True
+
+
+def _open_memory() -> sa.Engine:
+    # One connection, for which its users wait: another one would be another database.
+    engine = sa.create_engine(
+        "sqlite://",
+        poolclass=sa.QueuePool,
+        pool_size=1,
+        max_overflow=0,
+        connect_args={"check_same_thread": False},
+    )
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    return engine
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:

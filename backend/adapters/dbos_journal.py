@@ -7,13 +7,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from backend.adapters import records
 from backend.adapters.database import Database, said
-from backend.errors import RecordsUnavailableError, StartRefusedError
+from backend.adapters.sql_journal import SqlJournal
+from backend.errors import StartRefusedError
 from backend.services.hub_committer import run_sequence
-from backend.services.ports import Batch, NextBatch, RecordedState
+from backend.services.ports import Batch, NextBatch
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +32,7 @@ def _brief(record: logging.LogRecord) -> bool:
     return True
 
 
-class DbosJournal:
+class DbosJournal(SqlJournal):
     """Takes each burst of batches through one workflow of one step, in which each intent is a transaction.
 
     Nothing is noted of the single batch but its records, under a generation that is reached only once: a
@@ -48,31 +46,21 @@ class DbosJournal:
     """
 
     def __init__(self, database: Database, hub_name: str) -> None:
-        self._database = database
-        self._engine = database.engine
+        super().__init__(database)
         self._hub_name = hub_name
         self._burst = ""
         self._next_batch: NextBatch = lambda: None
         self._raised: Exception | None = None
-        self._removed: list[records.Row] = []
         self._launched = False
         self._tidied_at = time.monotonic()
-
-    def load(self) -> RecordedState:
-        """Read everything; raise RecordsUnavailableError."""
-        try:
-            with self._engine.connect() as connection:
-                return records.load_state(connection)
-        except SQLAlchemyError as exc:
-            raise RecordsUnavailableError("the records can't be read; check the database") from exc
 
     def launch(self, apply: Callable[[Batch | None], str | None]) -> None:
         """Start DBOS, which takes up in the background what an earlier process left unfinished."""
         # The import takes as long as `wg` needs for thousands of peers, and nothing before this needs it.
         from dbos import DBOS  # noqa: PLC0415
 
+        super().launch(apply)
         self._dbos = DBOS
-        self._apply = apply
         dbos_log = logging.getLogger("dbos")
         dbos_log.setLevel(logging.WARNING)
         dbos_log.addFilter(_brief)
@@ -125,14 +113,6 @@ class DbosJournal:
         if self._raised is not None:
             raise self._raised
 
-    def mark_applied(self, generation: int) -> None:
-        """Note that the hub has reached `generation`, outside of any batch."""
-        try:
-            with self._engine.begin() as connection:
-                records.mark_applied(connection, generation)
-        except SQLAlchemyError as exc:
-            raise RecordsUnavailableError("the records can't be written; check the database") from exc
-
     def tidy(self) -> None:
         """Delete workflows that have ended."""
         now = time.monotonic()
@@ -151,31 +131,8 @@ class DbosJournal:
         if ended:
             self._dbos.delete_workflows([workflow.workflow_id for workflow in ended])
 
-    def check(self) -> None:
-        """Raise RecordsUnavailableError unless the database answers."""
-        try:
-            self._database.check()
-        except SQLAlchemyError as exc:
-            raise RecordsUnavailableError("the database does not answer; nothing was changed") from exc
-        if not self._database.has_room():
-            raise RecordsUnavailableError("the disk with the records is full; make room on it")
-
     def close(self) -> None:
         """Stop DBOS and close the database."""
         if self._launched:
             self._dbos.destroy(destroy_registry=True)
-        self._database.close()
-
-    def intend(self, batch: Batch) -> None:
-        """Write the batch's records, in one transaction."""
-        with self._engine.begin() as connection:
-            self._removed = records.write_intent(connection, batch)
-
-    def apply(self, batch: Batch) -> str | None:
-        """Bring the hub up to the records."""
-        return self._apply(batch)
-
-    def revoke(self, batch: Batch) -> None:
-        """Take the intent back, in one transaction."""
-        with self._engine.begin() as connection:
-            records.revoke_intent(connection, batch.generation, batch.accepted(), self._removed)
+        super().close()

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 from typing import Final, Self
 
-from backend.errors import StartRefusedError
+from backend.errors import InUseError, StartRefusedError
 
 _MODE: Final = 0o600
 
@@ -36,7 +36,7 @@ class LockFile:
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(descriptor)
-            raise StartRefusedError(
+            raise InUseError(
                 f"{self._what} is already managed by another process (PID {holder}); stop that one first"
             ) from None
         os.truncate(descriptor, 0)

@@ -84,10 +84,11 @@ def load_state(connection: sa.Connection) -> RecordedState:
         peers.c.wireguard_public_key,
         peers.c.assigned_ip,
         peers.c.provisioned_at,
+        peers.c.token_id,
     )
     found = tuple(
-        Peer(node_id, public_key, WireGuardKey.trusted(key), IPv4Address(address), provisioned_at)
-        for node_id, public_key, key, address, provisioned_at in connection.execute(
+        Peer(node_id, public_key, WireGuardKey.trusted(key), IPv4Address(address), provisioned_at, token_id)
+        for node_id, public_key, key, address, provisioned_at, token_id in connection.execute(
             sa.select(*columns).order_by(peers.c.sequence)
         )
     )
@@ -115,15 +116,41 @@ def write_intent(connection: sa.Connection, batch: Batch) -> list[Row]:
 
 def revoke_intent(
     connection: sa.Connection, generation: int, changes: Iterable[Change], removed: Sequence[Row]
-) -> None:
-    """Take a batch's intent back, unless the hub has reached its generation since: then it stands."""
+) -> bool:
+    """Take a batch's intent back and return True, unless the hub has reached its generation since."""
     applied = connection.scalar(sa.select(hub_state.c.applied_generation))
     if applied is None or applied >= generation:
-        return
+        return False
     names = [change.peer.node_id for change in changes if change.action is Action.ADD]
     connection.execute(sa.delete(peers).where(peers.c.node_id.in_(names), peers.c.generation == generation))
     if removed:
         connection.execute(sa.insert(peers), [dict(row) for row in removed])
+    return True
+
+
+def forget(connection: sa.Connection, node_ids: Sequence[str]) -> None:
+    """Take rows out that were written in this transaction, and should not have been."""
+    if node_ids:
+        connection.execute(sa.delete(peers).where(peers.c.node_id.in_(node_ids)))
+
+
+def adopt(connection: sa.Connection, found: Sequence[Peer]) -> None:
+    """Write peers of which only what is in the hub's file is known."""
+    rows = [
+        {
+            "node_id": peer.node_id,
+            "wireguard_public_key": peer.wireguard_public_key,
+            "assigned_ip": str(peer.address),
+            "public_key": peer.public_key,
+            "provisioned_at": peer.provisioned_at,
+            "version": "",
+            "capabilities": {},
+            "generation": 0,
+        }
+        for peer in found
+    ]
+    if rows:
+        connection.execute(sa.insert(peers), rows)
 
 
 def mark_applied(connection: sa.Connection, generation: int) -> None:
@@ -177,6 +204,7 @@ def _row(change: Change, generation: int) -> Row:
         "capabilities": record.capabilities.model_dump(mode="json"),
         "metadata": record.metadata,
         "generation": generation,
+        "token_id": change.peer.token_id,
     }
 
 

@@ -14,24 +14,39 @@ from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Message, Receive
 
 from backend.api.strict_json import StrictRequest
 from backend.errors import (
+    AccessError,
     AddressTakenError,
+    AdminKeyFirstError,
+    CredentialNotFoundError,
     DuplicatePeerError,
     HubUpdateError,
+    IdempotencyKeyError,
     InvalidCredentialsError,
     IPPoolExhaustedError,
     OutcomeUnknownError,
     PeerNotFoundError,
+    ProofError,
     ProvisioningError,
+    RateLimitedError,
     RecordsUnavailableError,
+    UnauthenticatedError,
 )
 
 # The nearest class in an error's line of descent counts.
 STATUS: Final[dict[type[ProvisioningError], int]] = {
+    UnauthenticatedError: 401,
+    ProofError: 401,
+    AccessError: 403,
+    CredentialNotFoundError: 404,
+    AdminKeyFirstError: 409,
+    IdempotencyKeyError: 422,
+    RateLimitedError: 429,
     DuplicatePeerError: 409,
     PeerNotFoundError: 404,
     InvalidCredentialsError: 422,
@@ -57,6 +72,21 @@ _MAX_LENGTH_DIGITS: Final = 20
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
+class Problem(BaseModel):
+    """Why not, in a sentence."""
+
+    detail: str
+
+
+def problem(description: str, example: str) -> dict[str, Any]:
+    """Describe an answer that has a Problem in it."""
+    return {
+        "model": Problem,
+        "description": description,
+        "content": {"application/json": {"example": {"detail": example}}},
+    }
+
+
 def _nearest(table: dict[type[ProvisioningError], int], error: ProvisioningError) -> int:
     return next(table[kind] for kind in type(error).__mro__ if kind in table)
 
@@ -64,16 +94,24 @@ def _nearest(table: dict[type[ProvisioningError], int], error: ProvisioningError
 def answer(error: ProvisioningError) -> JSONResponse:
     """Return the HTTP answer to one of the domain's errors."""
     status = _nearest(STATUS, error)
-    retry_after = {"Retry-After": str(_nearest(RETRY_AFTER, error))}
+    headers: dict[str, str] = {}
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = str(_nearest(RETRY_AFTER, error))
+    elif isinstance(error, RateLimitedError):
+        headers["Retry-After"] = str(error.retry_after)
+    elif status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
     detail: object = str(error)
     if isinstance(error, DuplicatePeerError):
         detail = {"message": str(error), "existing_config": error.existing_config}
     elif isinstance(error, InvalidCredentialsError):
         detail = [{"type": "value_error", "loc": ["body", error.field], "msg": error.reason}]
+    elif isinstance(error, IdempotencyKeyError):
+        detail = [{"type": "value_error", "loc": ["header", "Idempotency-Key"], "msg": str(error)}]
     return JSONResponse(
         {"detail": detail},
         status_code=status,
-        headers=retry_after if status == HTTPStatus.SERVICE_UNAVAILABLE else None,
+        headers=headers,
     )
 
 
@@ -101,7 +139,7 @@ def _text(text: str) -> str:
 
 
 class DomainErrorRoute(APIRoute):
-    """A route whose endpoint may raise the domain's errors.
+    """A route whose endpoint may raise the domain's errors, and so may `admit`, before it.
 
     Every answer carries `X-Request-ID`, the caller's own where it has the right form, and
     `Cache-Control: no-store`. The endpoint finds the ID in `request.state.request_id`.
@@ -114,18 +152,29 @@ class DomainErrorRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             request_id = _identify(request.scope)
             try:
-                response = await handle(StrictRequest(request.scope, _bounded(request)))
+                bounded = StrictRequest(request.scope, _bounded(request))
+                await self.admit(bounded)
+                response = await handle(bounded)
             except ProvisioningError as error:
+                self.note_refusal(request, error)
                 response = answer(error)
             except RequestValidationError as error:
+                self.note_refusal(request, error)
                 response = invalid(error)
             except StarletteHTTPException as error:
+                self.note_refusal(request, error)
                 # As the app's own handler would, which knows nothing of the headers below.
                 response = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
             response.raw_headers += [(b"x-request-id", request_id), (b"cache-control", b"no-store")]
             return response
 
         return guarded
+
+    async def admit(self, request: Request) -> None:
+        """Let everybody in."""
+
+    def note_refusal(self, request: Request, error: Exception) -> None:
+        """Let it be."""
 
 
 def _identify(scope: MutableMapping[str, Any]) -> bytes:

@@ -45,6 +45,11 @@ class Configurations:
         """Return what the model's ``model_dump_json()`` returns."""
         return _render(peer, self._shared())
 
+    def answer(self, peer: Peer) -> str:
+        """Return the ProvisioningResponse for a peer, as JSON."""
+        message = f"Peer {peer.node_id} provisioned successfully"
+        return f'{{"status":"success","config":{self.json(peer)},"message":"{message}"}}'
+
     def json_by_node(self, peers: Sequence[Peer]) -> Iterator[str]:
         """Return the JSON object of these peers' configurations by node_id, in pieces that are soon made."""
         common = self._shared()

@@ -110,8 +110,8 @@ class HubCommitter:
                 raise HubUpdateError("the service is stopping; try again in a moment")
             self._queue.put(change)
 
-    def close(self) -> None:
-        """Commit what is still waiting, then stop.
+    def stop(self) -> None:
+        """Commit what is still waiting, and take nothing more.
 
         What can't be committed in time is taken up by the next start, as after a crash; nobody is told
         anything about it.
@@ -123,6 +123,9 @@ class HubCommitter:
             self._thread.join(_STOP_SECONDS)
         if self._doubtful is not None:
             _settle(self._doubtful.changes, OutcomeUnknownError("the service has stopped; ask again later"))
+
+    def close(self) -> None:
+        """Let go of the records."""
         self._journal.close()
 
     @property

@@ -10,6 +10,7 @@ from threading import Lock
 from typing import Final
 
 from backend.errors import HubUpdateError
+from backend.models.access.audit import AuditAction
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.ports import Action, Change, Hub, Peer
@@ -58,7 +59,15 @@ class HubMirror:
     What it was told of is what the records hold: it may lag behind them, it never leads.
     """
 
-    def __init__(self, config: WireGuardConfigManager, hub: Hub, hand_made: HandMadePeers) -> None:
+    def __init__(
+        self,
+        config: WireGuardConfigManager,
+        hub: Hub,
+        hand_made: HandMadePeers,
+        notice: Callable[[AuditAction, str | None], None] = lambda _action, _reason: None,
+    ) -> None:
+        """Do nothing yet. `notice` is told what ought to be on record."""
+        self._notice = notice
         self._config = config
         self._hub = hub
         self._hand_made = hand_made
@@ -145,6 +154,7 @@ class HubMirror:
             try:
                 self._config.refresh()
                 if self._config.managed_peers != tuple(self._peers.values()):
+                    self._notice(AuditAction.CONFIG_EDITED, "our own blocks")
                     return False
                 if not self._hub.live:
                     return True
@@ -253,6 +263,8 @@ class HubMirror:
     def _note_foreign(self) -> None:
         foreign, hub_key = self._config.foreign_peers, self._config.hub_public_key
         if foreign is not self._noted_foreign or hub_key != self._noted_hub_key:
+            if self._noted_foreign is not None:
+                self._notice(AuditAction.CONFIG_EDITED, None)
             self._noted_foreign, self._noted_hub_key = foreign, hub_key
             self._hand_made.note(foreign, hub_key)
 
@@ -263,5 +275,6 @@ class HubMirror:
                     "hub_in_step", extra={"interface": self._config.interface, "peers": len(self._peers)}
                 )
             else:
+                self._notice(AuditAction.HUB_FAILED, problem)
                 log.error("hub_out_of_step", extra={"interface": self._config.interface, "reason": problem})
         self._problem = problem

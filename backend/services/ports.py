@@ -8,6 +8,9 @@ from ipaddress import IPv4Address
 from typing import Protocol
 
 from backend.errors import ProvisioningError
+from backend.models.access.answers import Answer
+from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
+from backend.models.access.credentials import Credential
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.provisioning import ProvisioningRecord
 
@@ -21,6 +24,8 @@ class Peer:
     wireguard_public_key: WireGuardKey
     address: IPv4Address
     provisioned_at: datetime
+    # The enrolment token that let the node in, if one did.
+    token_id: str | None = None
 
 
 class Action(StrEnum):
@@ -42,6 +47,10 @@ class Change:
     peer: Peer
     settle: Callable[[ProvisioningError | None], None]
     record: ProvisioningRecord | None = None
+    # What the audit log is told of it, and who it counts as a use of, in the same transaction.
+    event: AuditEvent | None = None
+    # What is to be answered again to whoever asks with the same Idempotency-Key.
+    answer: Answer | None = None
     # Set when this change alone was refused; the rest of its batch goes on without it.
     refusal: ProvisioningError | None = None
 
@@ -115,6 +124,40 @@ class Journal(Protocol):
         """Let go of everything."""
 
 
+class AccessStore(Protocol):
+    """Credentials, the audit log, answers and nonces. Called by any thread.
+
+    Everything raises RecordsUnavailableError where the records don't answer.
+    """
+
+    def load_credentials(self) -> tuple[int, list[Credential]]:
+        """Return every credential, and their version."""
+
+    def credentials_version(self) -> int:
+        """Return a number that is another one after each credential that was made or revoked."""
+
+    def keep_credential(self, credential: Credential, event: AuditEvent) -> None:
+        """Keep a new credential."""
+
+    def revoke_credential(self, credential_id: str, event: AuditEvent) -> Credential | None:
+        """Revoke a credential at the event's time and return it, or None if there is none."""
+
+    def write(self, events: Sequence[AuditEvent], used: Mapping[str, datetime]) -> None:
+        """Append to the audit log, and note when credentials were used last."""
+
+    def audit_page(self, query: AuditQuery) -> list[AuditRecord]:
+        """Return rows of the audit log, the newest first."""
+
+    def find_answer(self, scope: str, key_hash: str) -> Answer | None:
+        """Return what was answered to this key within the last 24 hours."""
+
+    def burn_nonce(self, identity: str, nonce: str, expires_at: datetime) -> bool:
+        """Keep a nonce; return False where it was used before."""
+
+    def tidy(self, now: datetime) -> None:
+        """Forget answers and nonces that are no longer needed."""
+
+
 class Hub(Protocol):
     """The live interface."""
 
@@ -161,3 +204,6 @@ class RateLimiter(Protocol):
 
     async def check(self, kind: LimitKind, who: str) -> int | None:
         """Return what `hit` would, and count nothing."""
+
+    async def close(self) -> None:
+        """Let go of what belongs to the event loop."""

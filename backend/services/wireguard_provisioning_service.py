@@ -17,7 +17,11 @@ from backend.errors import (
     IPPoolExhaustedError,
     PeerNotFoundError,
     ProvisioningError,
+    UnauthenticatedError,
 )
+from backend.models.access.audit import AuditAction, AuditOutcome
+from backend.models.access.callers import SERVICE, Caller
+from backend.models.identity import NodeIdentity
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.provisioning import (
     PeerConfiguration,
@@ -25,8 +29,10 @@ from backend.models.wireguard.provisioning import (
     ProvisioningRequest,
 )
 from backend.services.configurations import Configurations
+from backend.services.door import Door
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
+from backend.services.idempotency import IdempotencyKey, RecentAnswers
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.ports import Action, Change, Peer
 
@@ -44,6 +50,15 @@ _T = TypeVar("_T")
 
 # Stands for the libp2p key of a peer that is known from the file alone, where records are not kept.
 UNRECORDED_PUBLIC_KEY: Final = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked, by whom, and under which key."""
+
+    body: ProvisioningRequest
+    caller: Caller
+    key: IdempotencyKey | None = None
 
 
 class _Standing(Enum):
@@ -83,7 +98,9 @@ class WireGuardProvisioningService:
         hand_made: HandMadePeers,
         committer: HubCommitter,
         configurations: Configurations,
+        door: Door,
     ) -> None:
+        self.door = door
         self._pool = pool
         self._hand_made = hand_made
         self._committer = committer
@@ -95,10 +112,13 @@ class WireGuardProvisioningService:
         # Counts what the list shows; and the list of this count, once somebody has asked for it.
         self._revision = 0
         self._listed: _Listed | None = None
+        # Answers that are on their way to an Idempotency-Key, or got there a moment ago.
+        self._answers = RecentAnswers()
 
     def start(self) -> None:
         """Fill memory from the records, bring the hub up to them, and begin to take changes."""
         peers = self._committer.load()
+        self.door.start()
         for peer in peers:
             entry = _Entry(peer, _Standing.ACTIVE)
             self._by_node[peer.node_id] = entry
@@ -108,6 +128,9 @@ class WireGuardProvisioningService:
 
     def close(self) -> None:
         """Finish what was accepted, and stop."""
+        # The door's affairs are in the records as well, which the committer closes.
+        self._committer.stop()
+        self.door.close()
         self._committer.close()
 
     def provision_peer(self, request: ProvisioningRequest, timeout: float | None = None) -> PeerConfiguration:
@@ -118,24 +141,53 @@ class WireGuardProvisioningService:
         """Remove a peer and wait, at most `timeout` seconds, until it is gone from the hub."""
         self.submit_deprovision(node_id).result(timeout)
 
-    def submit_provision(self, request: ProvisioningRequest) -> Future[Peer]:
+    def submit_provision(self, request: ProvisioningRequest, caller: Caller = SERVICE) -> Future[Peer]:
         """Begin to provision a peer; the future has it as soon as the hub knows it.
 
-        Raises DuplicatePeerError, IPPoolExhaustedError or InvalidCredentialsError, at once or through the
-        future, and through the future HubUpdateError or RecordsUnavailableError.
+        Raises DuplicatePeerError, IPPoolExhaustedError, InvalidCredentialsError or, where the caller's token
+        is not for this, UnauthenticatedError, at once or through the future, and through the future
+        HubUpdateError or RecordsUnavailableError.
         """
         answer: Future[Peer] = Future()
-        self._provision(request, answer)
+        self._provision(_Request(request, caller), answer)
         return answer
 
-    def submit_deprovision(self, node_id: str) -> Future[None]:
+    def submit_provision_once(
+        self, request: ProvisioningRequest, caller: Caller, key: IdempotencyKey
+    ) -> Future[bytes]:
+        """Begin to provision a peer, or answer as the first time where that was asked before with this key.
+
+        Reads the records, so it is not for an event loop. Raises what `submit_provision` raises, and
+        IdempotencyKeyError where the key came with another body.
+        """
+        scope = caller.name
+        # What is written between this look and the next is still among the recent answers.
+        kept = self.door.find_answer(scope, key)
+        if kept is not None:
+            return kept
+
+        def begin(answer: Future[bytes]) -> None:
+            provisioned: Future[Peer] = Future()
+            self._provision(_Request(request, caller, key), provisioned)
+            provisioned.add_done_callback(lambda _: _pass_on(provisioned, self._answered, answer))
+
+        return self._answers.once(scope, key, request.node_id, begin)
+
+    def _answered(self, peer: Peer) -> bytes:
+        return self._configurations.answer(peer).encode()
+
+    def answer(self, peer: Peer) -> str:
+        """Return the JSON that a node gets that has just been provisioned."""
+        return self._configurations.answer(peer)
+
+    def submit_deprovision(self, node_id: str, caller: Caller = SERVICE) -> Future[None]:
         """Begin to remove a peer; the future is done as soon as the hub has forgotten it.
 
         Raises PeerNotFoundError, at once or through the future, and through the future HubUpdateError or
         RecordsUnavailableError.
         """
         answer: Future[None] = Future()
-        self._deprovision(node_id, answer)
+        self._deprovision(node_id, caller, answer)
         return answer
 
     def get_peer_config(self, node_id: str) -> PeerConfiguration:
@@ -145,10 +197,6 @@ class WireGuardProvisioningService:
     def get_peer_json(self, node_id: str) -> str:
         """Return one peer's configuration as JSON; raise PeerNotFoundError."""
         return self._configurations.json(self._peer(node_id))
-
-    def peer_json(self, peer: Peer) -> str:
-        """Return the configuration of a peer as JSON."""
-        return self._configurations.json(peer)
 
     def list_provisioned_peers(self) -> dict[str, PeerConfiguration]:
         """Return every live peer's configuration by node_id, in the order they came."""
@@ -176,6 +224,11 @@ class WireGuardProvisioningService:
         return self._pool.get_pool_stats()
 
     @property
+    def hub_key(self) -> WireGuardKey:
+        """The hub's public key."""
+        return self._hand_made.hub_key
+
+    @property
     def live(self) -> bool:
         """False where only the file is kept, and no interface is told."""
         return self._committer.live
@@ -187,15 +240,17 @@ class WireGuardProvisioningService:
             stats = self._pool.get_pool_stats()
             raise IPPoolExhaustedError(str(self._pool.network), stats["allocated_addresses"])
 
-    def _provision(self, request: ProvisioningRequest, answer: Future[Peer]) -> None:
+    def _provision(self, asked: _Request, answer: Future[Peer]) -> None:
+        request = asked.body
+        self.door.check_node(asked.caller, request.node_id)
         with self._lock:
             entries = (self._by_node.get(request.node_id), self._by_key.get(request.wireguard_public_key))
             undecided = _undecided(*entries)
             if undecided is None:
-                self._refuse_known(request, *entries)
-                self._admit(request, answer)
+                self._refuse_known(asked, *entries)
+                self._admit(asked, answer)
                 return
-        _after(undecided, answer, lambda: self._provision(request, answer))
+        _after(undecided, answer, lambda: self._provision(asked, answer))
 
     def _peer(self, node_id: str) -> Peer:
         entry = self._by_node.get(node_id)
@@ -207,16 +262,16 @@ class WireGuardProvisioningService:
         with self._lock:
             return [entry.peer for entry in self._by_node.values() if entry.standing is not _Standing.COMING]
 
-    def _refuse_known(
-        self, request: ProvisioningRequest, by_node: _Entry | None, by_key: _Entry | None
-    ) -> None:
-        node_id, key = request.node_id, request.wireguard_public_key
+    def _refuse_known(self, asked: _Request, by_node: _Entry | None, by_key: _Entry | None) -> None:
+        node_id, key = asked.body.node_id, asked.body.wireguard_public_key
+        retried = by_node is not None and _is_same(asked, by_node.peer)
+        # Of a token that is used up one use is left: to ask again what was asked with it.
+        own = retried and by_node is not None and by_node.peer.token_id == asked.caller.token_id
+        if self.door.used_up(asked.caller) and not own:
+            raise UnauthenticatedError("used_up", asked.caller.token_id)
         if by_node is not None:
             peer = by_node.peer
-            if peer.wireguard_public_key == key and peer.public_key in (
-                request.public_key,
-                UNRECORDED_PUBLIC_KEY,
-            ):
+            if retried and (own or asked.caller.operates or asked.caller.identity is not None):
                 raise DuplicatePeerError(node_id, json.loads(self._configurations.json(peer)))
             raise DuplicatePeerError(node_id, {"node_id": node_id, "assigned_ip": str(peer.address)})
         if by_key is not None or self._hand_made.hold(key):
@@ -226,8 +281,9 @@ class WireGuardProvisioningService:
                 "wireguard_public_key", "this is the hub's own key; send the public half of the node's own"
             )
 
-    def _admit(self, request: ProvisioningRequest, answer: Future[Peer]) -> None:
+    def _admit(self, asked: _Request, answer: Future[Peer]) -> None:
         """Reserve an address and the two names, and hand the record over."""
+        request, caller = asked.body, asked.caller
         # Reserved before anything is written: a crash may leak an address, never share one.
         address = IPv4Address(self._pool.allocate_ip(request.node_id))
         record = ProvisioningRecord(
@@ -246,6 +302,7 @@ class WireGuardProvisioningService:
             wireguard_public_key=record.wireguard_public_key,
             address=address,
             provisioned_at=record.provisioned_at,
+            token_id=caller.token_id,
         )
         entry = _Entry(peer, _Standing.COMING, Future())
         self._by_node[peer.node_id] = self._by_key[peer.wireguard_public_key] = entry
@@ -256,11 +313,20 @@ class WireGuardProvisioningService:
             if error is not None:
                 _fail(answer, error)
                 return
+            self.door.count_use(peer.token_id)
             log.info("peer_provisioned", extra={"node_id": peer.node_id, "address": str(address)})
             _succeed(answer, peer)
 
         try:
-            self._store_provisioning_record(record, Change(Action.ADD, peer, settle))
+            change = Change(Action.ADD, peer, settle)
+            change.event = caller.event(
+                peer.provisioned_at, AuditAction.PROVISION, AuditOutcome.ACCEPTED, peer.node_id
+            )
+            if asked.key is not None:
+                change.answer = asked.key.answer(
+                    caller.name, peer.node_id, self._answered(peer), peer.provisioned_at
+                )
+            self._store_provisioning_record(record, change)
         except ProvisioningError:
             self._forget(entry)
             raise
@@ -270,18 +336,18 @@ class WireGuardProvisioningService:
         change.record = record
         self._committer.submit(change)
 
-    def _deprovision(self, node_id: str, answer: Future[None]) -> None:
+    def _deprovision(self, node_id: str, caller: Caller, answer: Future[None]) -> None:
         with self._lock:
             entry = self._by_node.get(node_id)
             if entry is None:
                 raise PeerNotFoundError(node_id)
             undecided = _undecided(entry)
             if undecided is None:
-                self._dismiss(entry, answer)
+                self._dismiss(entry, caller, answer)
                 return
-        _after(undecided, answer, lambda: self._deprovision(node_id, answer))
+        _after(undecided, answer, lambda: self._deprovision(node_id, caller, answer))
 
-    def _dismiss(self, entry: _Entry, answer: Future[None]) -> None:
+    def _dismiss(self, entry: _Entry, caller: Caller, answer: Future[None]) -> None:
         def settle(error: ProvisioningError | None) -> None:
             # Not before the hub has forgotten the peer: until then its address is in use.
             if not self._conclude(entry, _Standing.GOING, forget=error is None):
@@ -289,12 +355,17 @@ class WireGuardProvisioningService:
             if error is not None:
                 _fail(answer, error)
                 return
+            self._answers.forget(entry.peer.node_id)
             log.info("peer_deprovisioned", extra={"node_id": entry.peer.node_id})
             _succeed(answer, None)
 
         entry.standing, entry.decided = _Standing.GOING, Future()
         try:
-            self._committer.submit(Change(Action.REMOVE, entry.peer, settle))
+            change = Change(Action.REMOVE, entry.peer, settle)
+            change.event = caller.event(
+                datetime.now(UTC), AuditAction.DEPROVISION, AuditOutcome.ACCEPTED, entry.peer.node_id
+            )
+            self._committer.submit(change)
         except ProvisioningError:
             _decide(entry)
             raise
@@ -317,6 +388,20 @@ class WireGuardProvisioningService:
         del self._by_node[peer.node_id]
         del self._by_key[peer.wireguard_public_key]
         self._pool.deallocate_ip(peer.node_id)
+
+
+def _is_same(asked: _Request, peer: Peer) -> bool:
+    """Say whether this is a peer's own request once more: the node is the same, and both keys are."""
+    if asked.body.node_id != peer.node_id or asked.body.wireguard_public_key != peer.wireguard_public_key:
+        return False
+    if peer.public_key in {asked.body.public_key, UNRECORDED_PUBLIC_KEY}:
+        return True
+    # One key can be written in several ways; whose it is was proved.
+    identity = asked.caller.identity
+    try:
+        return identity is not None and NodeIdentity.parse(peer.public_key) == identity
+    except ValueError:
+        return False
 
 
 def _undecided(*entries: _Entry | None) -> Future[None] | None:
@@ -346,6 +431,17 @@ def _after(undecided: Future[None], answer: Future[_T], again: Callable[[], None
             _fail(answer, exc)
 
     undecided.add_done_callback(judge)
+
+
+def _pass_on(source: Future[Peer], render: Callable[[Peer], bytes], answer: Future[bytes]) -> None:
+    if source.cancelled():
+        answer.cancel()
+        return
+    error = source.exception()
+    if isinstance(error, ProvisioningError):
+        _fail(answer, error)
+    elif error is None:
+        _succeed(answer, render(source.result()))
 
 
 def _succeed(answer: Future[_T], value: _T) -> None:

@@ -1,12 +1,26 @@
 """Doubles with behaviour, for unit tests; each satisfies the Protocol that the real thing does."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
 from ipaddress import IPv4Address
 
-from backend.adapters.memory_journal import MemoryJournal
 from backend.errors import HubUpdateError, OvertakenError, RecordsUnavailableError
+from backend.models.access.answers import Answer
+from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
+from backend.models.access.credentials import Credential
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.ports import Batch, Hub, Journal, NextBatch, RecordedState
+from backend.services.ports import (
+    AccessStore,
+    Batch,
+    Hub,
+    Journal,
+    LimitKind,
+    NextBatch,
+    RateLimiter,
+    RecordedState,
+)
+from tests.harness.memory_journal import MemoryJournal
 
 
 class FakeHub:
@@ -137,4 +151,77 @@ class GatedJournal(MemoryJournal):
         super().run(gated)
 
 
+class FakeAccessStore:
+    """Credentials and an audit log in memory."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.credentials: dict[str, Credential] = {}
+        self.events: list[AuditEvent] = []
+        self.answers: dict[tuple[str, str], Answer] = {}
+        self.nonces: set[tuple[str, str]] = set()
+        self.used: dict[str, datetime] = {}
+        self.away = False
+
+    def _answer(self) -> None:
+        if self.away:
+            raise RecordsUnavailableError("away")
+
+    def load_credentials(self) -> tuple[int, list[Credential]]:
+        self._answer()
+        return self.version, list(self.credentials.values())
+
+    def credentials_version(self) -> int:
+        self._answer()
+        return self.version
+
+    def keep_credential(self, credential: Credential, event: AuditEvent) -> None:
+        self._answer()
+        self.credentials[credential.id] = credential
+        self.version += 1
+        self.events.append(event)
+
+    def revoke_credential(self, credential_id: str, event: AuditEvent) -> Credential | None:
+        self._answer()
+        known = self.credentials.get(credential_id)
+        if known is not None:
+            known = self.credentials[credential_id] = replace(known, revoked_at=event.at)
+            self.version += 1
+            self.events.append(event)
+        return known
+
+    def write(self, events: Sequence[AuditEvent], used: Mapping[str, datetime]) -> None:
+        self._answer()
+        self.events += events
+        self.used |= used
+
+    def audit_page(self, query: AuditQuery) -> list[AuditRecord]:
+        return []
+
+    def find_answer(self, scope: str, key_hash: str) -> Answer | None:
+        return self.answers.get((scope, key_hash))
+
+    def burn_nonce(self, identity: str, nonce: str, expires_at: datetime) -> bool:
+        fresh = (identity, nonce) not in self.nonces
+        self.nonces.add((identity, nonce))
+        return fresh
+
+    def tidy(self, now: datetime) -> None:
+        self._answer()
+
+
+class NoLimits:
+    """Lets everybody come as often as they like."""
+
+    async def hit(self, kind: LimitKind, who: str) -> int | None:
+        return None
+
+    async def check(self, kind: LimitKind, who: str) -> int | None:
+        return None
+
+    async def close(self) -> None:
+        pass
+
+
+__: tuple[type[AccessStore], type[RateLimiter]] = (FakeAccessStore, NoLimits)
 _: tuple[type[Hub], type[Journal], type[Journal]] = (FakeHub, FlakyJournal, GatedJournal)

@@ -23,6 +23,7 @@ from backend.models.access.audit import (
     AuditAction,
     AuditEvent,
     AuditOutcome,
+    AuditQuery,
     verify,
 )
 from backend.models.access.credentials import Credential, KeyRequest, Role, TokenRequest
@@ -300,7 +301,7 @@ def test_the_log_is_listed_from_its_end_in_pages(engine: sa.Engine) -> None:
 
     def listed(before: int | None = None, limit: int = 100, **chosen: Any) -> list[int]:
         with engine.connect() as connection:
-            found = access_records.list_audit(connection, before, limit, **chosen)
+            found = access_records.list_audit(connection, AuditQuery(limit, before, **chosen))
         return [row.sequence for row in found]
 
     assert listed(limit=3) == [11, 10, 9]

@@ -274,19 +274,29 @@ def test_openapi_shows_an_example_and_every_error(service: ServiceProcess) -> No
         for path, operations in paths.items()
         for method, operation in operations.items()
     }
-    assert answers == {
-        ("/api/v1/wireguard/provision", "post"): ["200", "409", "413", "422", "503"],
-        ("/api/v1/wireguard/peers", "get"): ["200"],
-        ("/api/v1/wireguard/peers/{node_id}", "get"): ["200", "404", "422"],
-        ("/api/v1/wireguard/peers/{node_id}", "delete"): ["200", "404", "422", "503"],
-        ("/api/v1/wireguard/pool/stats", "get"): ["200"],
+    refusals = ["401", "403", "429"]
+    prefix = "/api/v1/wireguard"
+    assert {(path.removeprefix(prefix), method): found for (path, method), found in answers.items()} == {
+        ("/provision", "post"): ["200", *refusals[:2], "409", "413", "422", "429", "503"],
+        ("/peers", "get"): ["200", *refusals],
+        ("/peers/{node_id}", "get"): ["200", *refusals[:2], "404", "422", "429"],
+        ("/peers/{node_id}", "delete"): ["200", *refusals[:2], "404", "422", "429", "503"],
+        ("/pool/stats", "get"): ["200", *refusals],
+        ("/challenge", "post"): ["200", *refusals[:2], "404", "422", "429"],
+        ("/tokens", "get"): ["200", *refusals],
+        ("/tokens", "post"): ["201", *refusals[:2], "409", "422", "429"],
+        ("/tokens/{credential_id}", "delete"): ["200", *refusals[:2], "404", "422", "429"],
+        ("/keys", "get"): ["200", *refusals],
+        ("/keys", "post"): ["201", *refusals[:2], "409", "422", "429"],
+        ("/keys/{credential_id}", "delete"): ["200", *refusals[:2], "404", "422", "429"],
+        ("/audit", "get"): ["200", *refusals[:2], "422", "429"],
         ("/healthz", "get"): ["200"],
         ("/readyz", "get"): ["200", "503"],
     }
     for operations in paths.values():
         for operation in operations.values():
             for status, answer in operation["responses"].items():
-                if status not in {"200", "422"}:
+                if status not in {"200", "201", "422"}:
                     assert "example" in json.dumps(answer) or "$ref" in json.dumps(answer)
     provisioning = paths["/api/v1/wireguard/provision"]["post"]["responses"]
     assert all(

@@ -31,6 +31,7 @@ class AuditAction(StrEnum):
     KEY_REVOKED = "key_revoked"
     # An operator's edit of the config file was noticed.
     CONFIG_EDITED = "config_edited"
+    # The interface or the file could not be brought up to date.
     HUB_FAILED = "hub_failed"
     # Never written: stands for a row that was changed into what can't be read any more.
     UNREADABLE = "unreadable"
@@ -84,6 +85,17 @@ class AuditRecord:
     event: AuditEvent
     previous_hash: str
     hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuditQuery:
+    """Which rows to return: at most `limit`, the newest first, only those `before` a sequence."""
+
+    limit: int
+    before: int | None = None
+    action: AuditAction | None = None
+    actor: str | None = None
+    subject: str | None = None
 
 
 def timestamp(moment: datetime) -> str:

@@ -1,31 +1,29 @@
 """The endpoints of provisioning. Include `router` with prefix="/api/v1"."""
 
 import asyncio
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, Field
 
 from backend.api.dependencies import Service, outcome, service_of_the_app
-from backend.api.errors import DomainErrorRoute
+from backend.api.door import REFUSALS, DoorRoute, Operator, Provisioner, Reader, audited, proven
+from backend.api.errors import problem
+from backend.models.access.audit import AuditAction
 from backend.models.wireguard.provisioning import (
     PeerConfiguration,
     ProvisioningRequest,
     ProvisioningResponse,
 )
+from backend.services.idempotency import IdempotencyKey
 
 router = APIRouter(
     prefix="/wireguard",
     tags=["wireguard"],
-    route_class=DomainErrorRoute,
+    route_class=DoorRoute,
     lifespan=service_of_the_app,
+    responses=REFUSALS,
 )
-
-
-class Problem(BaseModel):
-    """Why not, in a sentence."""
-
-    detail: str
 
 
 class DuplicatePeer(BaseModel):
@@ -63,14 +61,6 @@ class PoolStats(BaseModel):
     utilization_percent: int = Field(ge=0, le=100, examples=[0])
 
 
-def _problem(description: str, example: str) -> dict[str, Any]:
-    return {
-        "model": Problem,
-        "description": description,
-        "content": {"application/json": {"example": {"detail": example}}},
-    }
-
-
 _CONFLICT: dict[str, Any] = {
     "model": Conflict,
     "description": "The node or its WireGuard key is already provisioned; nothing was changed.",
@@ -103,13 +93,23 @@ _INVALID: dict[str, Any] = {
 }
 
 
+IdempotencyKeyHeader = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="Whoever sends the same body with the same key within 24 hours gets the first answer "
+        "again. 1 to 255 visible ASCII characters, new for each request.",
+    ),
+]
+
+
 def _json(text: str | bytes) -> Response:
     """Send JSON as it is: what a model would make of it is known, and is tested against the model."""
     return Response(text, media_type="application/json")
 
 
-_NOT_FOUND = _problem("No such peer.", "Peer swarm-node-001 not found")
-_UNAVAILABLE = _problem(
+_NOT_FOUND = problem("No such peer.", "Peer swarm-node-001 not found")
+_UNAVAILABLE = problem(
     "The hub or the records could not be updated, nothing was changed; ask again after Retry-After seconds.",
     "interface wg0 does not exist; bring it up (`python -m backend hub up` or `wg-quick up wg0`)",
 )
@@ -122,25 +122,35 @@ _UNAVAILABLE = _problem(
     responses={
         409: _CONFLICT,
         422: _INVALID,
-        413: _problem(
-            "The body is larger than 64 KiB.", "The body is larger than 64 KiB; send less metadata"
-        ),
-        503: _problem(
+        413: problem("The body is larger than 64 KiB.", "The body is larger than 64 KiB; send less metadata"),
+        503: problem(
             "No address is left, or the hub or the records could not be updated and nothing was changed; "
             "ask again after Retry-After seconds.",
             "IP pool exhausted: 253 addresses allocated from range 10.0.0.0/24",
         ),
     },
 )
-async def provision_peer(request: ProvisioningRequest, service: Service) -> Response:
+@audited(AuditAction.PROVISION)
+async def provision_peer(
+    body: ProvisioningRequest,
+    request: Request,
+    caller: Provisioner,
+    service: Service,
+    idempotency_key: IdempotencyKeyHeader = None,
+) -> Response:
     """Give a node an address, and tell the hub about it. The answer comes when the hub knows the node."""
-    peer = await outcome(service.submit_provision(request))
-    message = f"Peer {peer.node_id} provisioned successfully"
-    return _json(f'{{"status":"success","config":{service.peer_json(peer)},"message":"{message}"}}')
+    request.state.subject = body.node_id
+    caller = await proven(request, body, caller, service)
+    if idempotency_key is None:
+        return _json(service.answer(await outcome(service.submit_provision(body, caller))))
+    key = IdempotencyKey.parse(",".join(request.headers.getlist("idempotency-key")), await request.body())
+    answer = await asyncio.to_thread(service.submit_provision_once, body, caller, key)
+    first = await outcome(answer)
+    return _json(first)
 
 
 @router.get("/peers", summary="List the peers", response_model=dict[str, PeerConfiguration])
-async def list_peers(service: Service) -> Response:
+async def list_peers(_: Reader, service: Service) -> Response:
     """Return every peer's configuration by node_id."""
     pieces = []
     for piece in service.list_json():
@@ -155,7 +165,7 @@ async def list_peers(service: Service) -> Response:
     response_model=PeerConfiguration,
     responses={404: _NOT_FOUND},
 )
-async def get_peer(node_id: str, service: Service) -> Response:
+async def get_peer(node_id: str, _: Reader, service: Service) -> Response:
     """Return one peer's configuration."""
     return _json(service.get_peer_json(node_id))
 
@@ -163,13 +173,14 @@ async def get_peer(node_id: str, service: Service) -> Response:
 @router.delete(
     "/peers/{node_id}", summary="Deprovision a peer", responses={404: _NOT_FOUND, 503: _UNAVAILABLE}
 )
-async def deprovision_peer(node_id: str, service: Service) -> Deprovisioned:
+@audited(AuditAction.DEPROVISION)
+async def deprovision_peer(node_id: str, caller: Operator, service: Service) -> Deprovisioned:
     """Take a peer off the hub and free its address. The answer comes when the hub has forgotten it."""
-    await outcome(service.submit_deprovision(node_id))
+    await outcome(service.submit_deprovision(node_id, caller))
     return Deprovisioned(message=f"Peer {node_id} deprovisioned successfully")
 
 
 @router.get("/pool/stats", summary="Show the pool's figures")
-async def pool_stats(service: Service) -> PoolStats:
+async def pool_stats(_: Reader, service: Service) -> PoolStats:
     """Return how many addresses there are, and what became of them."""
     return PoolStats(**service.get_pool_stats())

@@ -58,6 +58,6 @@ class MemoryJournal:
         """Bring the batch to the hub."""
         return self._apply(batch)
 
-    def revoke(self, batch: Batch) -> None:  # noqa: ARG002 - the port's
+    def revoke(self, batch: Batch) -> None:
         """Go back to what was there before the batch."""
         self._records = self._undo

@@ -1,0 +1,139 @@
+"""The records in a database, and the way a batch gets into them: in one transaction, with all of it."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from backend.adapters import access_records, records
+from backend.adapters.database import Database
+from backend.errors import RecordsUnavailableError, UnauthenticatedError
+from backend.models.access.audit import AuditAction, AuditOutcome
+from backend.models.access.callers import SERVICE
+from backend.services.hub_committer import run_sequence
+from backend.services.ports import Action, Batch, Change, NextBatch, Peer, RecordedState
+
+
+class SqlJournal:
+    """Takes batches through their sequence, without anything durable about the sequence itself.
+
+    Enough where the database lives as long as the process; `DbosJournal` is for one that outlives it.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._engine = database.engine
+        self._removed: list[records.Row] = []
+        self._apply: Callable[[Batch | None], str | None] = lambda _: None
+
+    def adopt(self, peers: Sequence[Peer]) -> None:
+        """Take over peers of which nothing is known but what the file says."""
+        with self._engine.begin() as connection:
+            records.adopt(connection, peers)
+
+    def load(self) -> RecordedState:
+        """Read everything; raise RecordsUnavailableError."""
+        try:
+            with self._engine.connect() as connection:
+                return records.load_state(connection)
+        except SQLAlchemyError as exc:
+            raise RecordsUnavailableError("the records can't be read; check the database") from exc
+
+    def launch(self, apply: Callable[[Batch | None], str | None]) -> None:
+        """Remember how a batch gets to the hub."""
+        self._apply = apply
+
+    def run(self, next_batch: NextBatch) -> None:
+        """Take batches through their sequence, in this thread, until there is none."""
+        run_sequence(next_batch, self)
+
+    def mark_applied(self, generation: int) -> None:
+        """Note that the hub has reached `generation`, outside of any batch."""
+        try:
+            with self._engine.begin() as connection:
+                records.mark_applied(connection, generation)
+        except SQLAlchemyError as exc:
+            raise RecordsUnavailableError("the records can't be written; check the database") from exc
+
+    def tidy(self) -> None:
+        """Nothing is left over by a batch."""
+
+    def check(self) -> None:
+        """Raise RecordsUnavailableError unless the database answers."""
+        try:
+            self._database.check()
+        except SQLAlchemyError as exc:
+            raise RecordsUnavailableError("the database does not answer; nothing was changed") from exc
+        if not self._database.has_room():
+            raise RecordsUnavailableError("the disk with the records is full; make room on it")
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    def intend(self, batch: Batch) -> None:
+        """Write the batch's records, count the tokens' uses and log who did it, in one transaction."""
+        with self._engine.begin() as connection:
+            self._removed = records.write_intent(connection, batch)
+            _count_uses(connection, batch.accepted())
+            accepted = batch.accepted()
+            gone = [change.peer.node_id for change in accepted if change.action is Action.REMOVE]
+            access_records.forget_answers_of(connection, gone)
+            access_records.save_answers(
+                connection, [change.answer for change in accepted if change.answer is not None]
+            )
+            access_records.append_audit(
+                connection, [change.event for change in accepted if change.event is not None]
+            )
+
+    def apply(self, batch: Batch) -> str | None:
+        """Bring the hub up to the records."""
+        return self._apply(batch)
+
+    def revoke(self, batch: Batch) -> None:
+        """Take the intent back, the uses and answers with it, and log that, in one transaction."""
+        accepted = batch.accepted()
+        now = datetime.now(UTC)
+        with self._engine.begin() as connection:
+            if not records.revoke_intent(connection, batch.generation, accepted, self._removed):
+                return
+            access_records.return_uses(connection, _tokens(accepted))
+            added = [change.peer.node_id for change in accepted if change.action is Action.ADD]
+            access_records.forget_answers_of(connection, added)
+            access_records.append_audit(
+                connection,
+                [
+                    SERVICE.event(
+                        now, AuditAction.REVERT, AuditOutcome.NOTED, change.peer.node_id, batch.failure
+                    )
+                    for change in accepted
+                ],
+            )
+
+
+def _tokens(changes: Sequence[Change]) -> Counter[str]:
+    return Counter(
+        change.peer.token_id
+        for change in changes
+        if change.action is Action.ADD and change.peer.token_id is not None
+    )
+
+
+def _count_uses(connection: sa.Connection, accepted: Sequence[Change]) -> None:
+    """Count the uses of these changes' tokens, and refuse those for which none is left."""
+    wanted = _tokens(accepted)
+    if not wanted:
+        return
+    left = access_records.count_uses(connection, wanted, datetime.now(UTC))
+    refused = []
+    for change in accepted:
+        token = change.peer.token_id
+        if change.action is not Action.ADD or token is None:
+            continue
+        left[token] -= 1
+        if left[token] < 0:
+            change.refusal = UnauthenticatedError("used_up", token)
+            refused.append(change.peer.node_id)
+    records.forget(connection, refused)

@@ -1,0 +1,235 @@
+"""How a request comes to its caller: who it is, whether it may, and that a refusal is on record."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
+from typing import Annotated, Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from backend.api.dependencies import Service, provisioning_service
+from backend.api.errors import DomainErrorRoute, problem
+from backend.errors import (
+    AccessError,
+    AddressTakenError,
+    DuplicatePeerError,
+    ForbiddenError,
+    HubUpdateError,
+    IdempotencyKeyError,
+    InvalidCredentialsError,
+    IPPoolExhaustedError,
+    OutcomeUnknownError,
+    PeerNotFoundError,
+    ProofError,
+    ProvisioningError,
+    RateLimitedError,
+    RecordsUnavailableError,
+    UnauthenticatedError,
+)
+from backend.models.access.audit import AuditAction, AuditOutcome
+from backend.models.access.callers import Caller, CallerKind
+from backend.models.access.credentials import Permission
+from backend.models.identity import NodeIdentity
+from backend.models.wireguard.provisioning import ProvisioningRequest
+from backend.services.door import Proof
+from backend.services.proof import (
+    CHALLENGE_HEADER,
+    NONCE_HEADER,
+    SIGNATURE_HEADER,
+    TIMESTAMP_HEADER,
+    WIREGUARD_PROOF_HEADER,
+    IdentityProof,
+    WireGuardProof,
+)
+
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
+
+# Who sends one of these says that somebody else asks through them.
+_PASSED_ON: Final = frozenset({b"forwarded", b"x-real-ip", b"via"})
+_PASSED_ON_PREFIX: Final = b"x-forwarded-"
+# The word for the audit log; the nearest class in an error's line of descent counts.
+_REASONS: Final[dict[type[ProvisioningError], str]] = {
+    DuplicatePeerError: "duplicate",
+    PeerNotFoundError: "not_found",
+    InvalidCredentialsError: "invalid",
+    IPPoolExhaustedError: "pool_exhausted",
+    AddressTakenError: "address_taken",
+    HubUpdateError: "hub",
+    RecordsUnavailableError: "records",
+    IdempotencyKeyError: "idempotency_key",
+    ProvisioningError: "failed",
+}
+
+
+# What any of these routes may answer before it does anything.
+REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
+    401: problem("No credential that lets anybody in.", str(UnauthenticatedError("missing"))),
+    403: problem(
+        "The credential is not for that; or there is none yet, and only the hub's own host is let in.",
+        str(ForbiddenError("operate")),
+    ),
+    429: problem("Too often; ask again after Retry-After seconds.", str(RateLimitedError(7))),
+}
+
+
+def audited(action: AuditAction) -> Callable[[_Endpoint], _Endpoint]:
+    """Have the endpoint's refusals logged as this act; what it does is logged where it is done."""
+
+    def mark(endpoint: _Endpoint) -> _Endpoint:
+        endpoint.audit_action = action  # type: ignore[attr-defined] # any function may have one
+        return endpoint
+
+    return mark
+
+
+class DoorRoute(DomainErrorRoute):
+    """A route that asks who it is before it reads anything else, and notes whom it refused."""
+
+    async def admit(self, request: Request) -> None:
+        """Find out who asks, for whoever depends on it; raise an AccessError."""
+        service = await provisioning_service(request)
+        shown = request.headers.getlist("authorization")
+        request.state.caller = await service.door.admit(
+            # Two of them are as good as one that can't be read.
+            ",".join(shown) if shown else None,
+            _source(request),
+            request.state.request_id,
+            local=is_local(request),
+        )
+
+    def note_refusal(self, request: Request, error: Exception) -> None:
+        """Have the refusal logged, as the endpoint's act or as a try to come in."""
+        service = getattr(request.app.state, "provisioning_service", None)
+        # What may have happened after all was logged where it did.
+        if service is None or isinstance(error, OutcomeUnknownError):
+            return
+        action: AuditAction | None = getattr(self.endpoint, "audit_action", None)
+        subject = getattr(request.state, "subject", None) or request.path_params.get("node_id")
+        caller: Caller | None = getattr(request.state, "caller", None)
+        if caller is None:
+            caller = Caller(CallerKind.NOBODY, None, _source(request), request.state.request_id)
+        if isinstance(error, AccessError) and (action is None or caller.kind is CallerKind.NOBODY):
+            action = AuditAction.AUTHENTICATE
+        if isinstance(error, UnauthenticatedError):
+            action, subject = AuditAction.AUTHENTICATE, error.credential_id or subject
+        if action is not None:
+            event = caller.event(datetime.now(UTC), action, AuditOutcome.REFUSED, subject, _reason(error))
+            service.door.clerk.note(event)
+
+
+def _source(request: Request) -> str | None:
+    client = request.scope.get("client")
+    return None if client is None else client[0]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, AccessError | ProofError):
+        return error.reason
+    if isinstance(error, ProvisioningError):
+        return next(_REASONS[kind] for kind in type(error).__mro__ if kind in _REASONS)
+    if isinstance(error, RequestValidationError):
+        return "invalid"
+    return f"status_{error.status_code}" if isinstance(error, HTTPException) else "failed"
+
+
+def may(permission: Permission) -> Callable[[Request, Service], Any]:
+    """Return the dependency that gives an endpoint its caller, who has the permission."""
+
+    async def permitted(request: Request, service: Service) -> Caller:
+        caller: Caller | None = getattr(request.state, "caller", None)
+        if caller is None:
+            raise RuntimeError("an endpoint with a caller needs a router with route_class=DoorRoute")
+        service.door.require(caller, permission)
+        return caller
+
+    return permitted
+
+
+# Whoever lets a node in: its own token, or an operator's key.
+Provisioner = Annotated[Caller, Depends(may(Permission.PROVISION))]
+Reader = Annotated[Caller, Depends(may(Permission.READ))]
+Operator = Annotated[Caller, Depends(may(Permission.OPERATE))]
+Admin = Annotated[Caller, Depends(may(Permission.ADMINISTER))]
+
+
+async def proven(request: Request, body: ProvisioningRequest, caller: Caller, service: Service) -> Caller:
+    """Return the caller with the identity that it proved, where the hub asks for it; raise a ProofError."""
+    if service.door.challenges is None:
+        return caller
+    try:
+        identity = NodeIdentity.parse(body.public_key)
+    except ValueError as exc:
+        raise InvalidCredentialsError("public_key", str(exc)) from None
+    names = (TIMESTAMP_HEADER, NONCE_HEADER, SIGNATURE_HEADER, CHALLENGE_HEADER, WIREGUARD_PROOF_HEADER)
+    timestamp, nonce, signature, challenge_id, mac = (_only(request, name) for name in names)
+    proof = Proof(
+        IdentityProof.parse(timestamp, nonce, signature),
+        WireGuardProof.parse(challenge_id, mac),
+        request.method,
+        request.scope["path"].removeprefix(request.scope.get("root_path", "")),
+        service.hub_key,
+        hashlib.sha256(await request.body()).digest(),
+    )
+    await asyncio.to_thread(service.door.prove, proof, identity, body.wireguard_public_key)
+    return replace(caller, identity=identity)
+
+
+def _only(request: Request, name: str) -> str | None:
+    """Return a header that is there once: of two, one would be checked and the other believed."""
+    values = request.headers.getlist(name)
+    return values[0] if len(values) == 1 else None
+
+
+def is_local(request: Request) -> bool:
+    """Say whether the caller is on this host for certain, and asks for itself.
+
+    That takes the real socket's peer. Behind a proxy on this host everybody has that one, so nothing may say
+    that the request was passed on, and it has to be meant for this host: a page in a browser can make a name
+    of its own lead here (DNS rebinding), or send what it likes from its own origin.
+    """
+    scope = request.scope
+    client, server = scope.get("client"), scope.get("server")
+    if client is None:
+        # A UNIX socket has a path and no port. Over TCP a client without an address is gone already.
+        if server is None or server[1] is not None:
+            return False
+    elif not _is_loopback(client[0]):
+        return False
+    hosts, origin = [], None
+    for name, value in scope["headers"]:
+        if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIX):
+            return False
+        if name == b"host":
+            hosts.append(value)
+        elif name == b"origin":
+            origin = value
+    if len(hosts) != 1 or not _is_loopback_host(hosts[0]):
+        return False
+    return origin is None or origin.partition(b"://")[2] == hosts[0]
+
+
+@lru_cache(maxsize=1024)
+def _is_loopback(address: str) -> bool:
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return parsed.is_loopback
+
+
+@lru_cache(maxsize=1024)
+def _is_loopback_host(host: bytes) -> bool:
+    try:
+        name = urlsplit(f"//{host.decode('ascii')}").hostname
+    except ValueError:
+        return False
+    return name is not None and (name == "localhost" or _is_loopback(name))

@@ -1,0 +1,147 @@
+"""The endpoints of the hub's door: challenges, tokens, keys and the audit log."""
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, HTTPException, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from backend.api.dependencies import Service
+from backend.api.door import REFUSALS, Admin, DoorRoute, Provisioner, Reader, audited
+from backend.api.errors import problem
+from backend.errors import AdminKeyFirstError
+from backend.models.access.audit import AuditAction, AuditEntry, AuditPage, AuditQuery
+from backend.models.access.credentials import (
+    CredentialKind,
+    KeyInfo,
+    KeyRequest,
+    MadeKey,
+    MadeToken,
+    TokenInfo,
+    TokenRequest,
+)
+from backend.models.wireguard.keys import WireGuardKey
+
+router = APIRouter(prefix="/wireguard", tags=["access"], route_class=DoorRoute, responses=REFUSALS)
+
+
+_NOT_FOUND = problem("No such credential.", "token 3f1c0e5a9b7d2468 not found")
+_ADMIN_FIRST = problem(
+    "The first credential has to be an admin's key that doesn't expire.", str(AdminKeyFirstError())
+)
+_NO_PROOF = "this hub asks for no proof: provision without one"
+
+
+class ChallengeRequest(BaseModel):
+    """Whose private half is to be proved."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    wireguard_public_key: WireGuardKey
+
+
+class ChallengeAnswer(BaseModel):
+    """What only the holder of the private half can answer, once, within `expires_in` seconds."""
+
+    challenge_id: str
+    server_public_key: str = Field(description="An X25519 key made for this challenge, base64 of 32 bytes.")
+    challenge: str = Field(description="Base64 of 32 bytes.")
+    expires_in: int
+    audience: str = Field(description="The hub's public key: what is signed names it.")
+
+
+@router.post(
+    "/challenge",
+    summary="Ask for a challenge to a WireGuard key",
+    responses={404: problem("This hub asks for no proof.", _NO_PROOF)},
+)
+@audited(AuditAction.CHALLENGE)
+async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Service) -> ChallengeAnswer:
+    """Give a challenge, where this hub asks for proofs (WIREGUARD_REQUIRE_PROOF); 404 elsewhere."""
+    if service.door.challenges is None:
+        raise HTTPException(404, _NO_PROOF)
+    challenge = service.door.challenges.issue(body.wireguard_public_key)
+    return ChallengeAnswer(
+        challenge_id=challenge.challenge_id,
+        server_public_key=challenge.server_public_key,
+        challenge=challenge.challenge,
+        expires_in=challenge.expires_in,
+        audience=service.hub_key,
+    )
+
+
+@router.post("/tokens", summary="Make an enrolment token", status_code=201, responses={409: _ADMIN_FIRST})
+@audited(AuditAction.TOKEN_MADE)
+async def make_token(body: TokenRequest, caller: Admin, service: Service) -> MadeToken:
+    """Make a token that lets nodes in. Its secret is in this answer and nowhere else."""
+    token, secret = await asyncio.to_thread(service.door.make, body, caller)
+    return MadeToken.made(token, secret, datetime.now(UTC))
+
+
+@router.get("/tokens", summary="List the enrolment tokens")
+async def list_tokens(_: Admin, service: Service) -> list[TokenInfo]:
+    """Return every token, revoked and expired ones too, without their secrets."""
+    tokens = await asyncio.to_thread(service.door.listed, CredentialKind.TOKEN)
+    now = datetime.now(UTC)
+    return [TokenInfo.of(token, now) for token in tokens]
+
+
+@router.delete("/tokens/{credential_id}", summary="Revoke an enrolment token", responses={404: _NOT_FOUND})
+@audited(AuditAction.TOKEN_REVOKED)
+async def revoke_token(credential_id: str, caller: Admin, service: Service) -> TokenInfo:
+    """Let nobody in with a token from now on. The nodes that it let in stay."""
+    token = await asyncio.to_thread(service.door.revoke, CredentialKind.TOKEN, credential_id, caller)
+    return TokenInfo.of(token, datetime.now(UTC))
+
+
+@router.post("/keys", summary="Make an operator's key", status_code=201, responses={409: _ADMIN_FIRST})
+@audited(AuditAction.KEY_MADE)
+async def make_key(body: KeyRequest, caller: Admin, service: Service) -> MadeKey:
+    """Make a key for an operator. Its secret is in this answer and nowhere else."""
+    key, secret = await asyncio.to_thread(service.door.make, body, caller)
+    return MadeKey.made(key, secret, datetime.now(UTC))
+
+
+@router.get("/keys", summary="List the operators' keys")
+async def list_keys(_: Admin, service: Service) -> list[KeyInfo]:
+    """Return every key, revoked and expired ones too, without their secrets."""
+    keys = await asyncio.to_thread(service.door.listed, CredentialKind.KEY)
+    now = datetime.now(UTC)
+    return [KeyInfo.of(key, now) for key in keys]
+
+
+@router.delete("/keys/{credential_id}", summary="Revoke an operator's key", responses={404: _NOT_FOUND})
+@audited(AuditAction.KEY_REVOKED)
+async def revoke_key(credential_id: str, caller: Admin, service: Service) -> KeyInfo:
+    """Let nobody in with a key from now on, be it the caller's own."""
+    key = await asyncio.to_thread(service.door.revoke, CredentialKind.KEY, credential_id, caller)
+    return KeyInfo.of(key, datetime.now(UTC))
+
+
+class AuditParameters(BaseModel):
+    """Which entries: the newest, or those `before` one, and only those that match."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(default=100, ge=1, le=1000)
+    before: int | None = Field(
+        default=None, ge=1, le=2**62, description="Only entries with a lower sequence."
+    )
+    action: AuditAction | None = None
+    actor: str | None = Field(default=None, max_length=512)
+    subject: str | None = Field(default=None, max_length=512)
+
+
+@router.get("/audit", summary="Read the audit log")
+async def read_audit(
+    parameters: Annotated[AuditParameters, Query()], _: Reader, service: Service
+) -> AuditPage:
+    """Return who did what, the newest first."""
+    query = AuditQuery(**parameters.model_dump())
+    records = await asyncio.to_thread(service.door.audit_page, query)
+    full = len(records) == parameters.limit
+    return AuditPage(
+        entries=[AuditEntry.of(record) for record in records],
+        next=records[-1].sequence if full and records[-1].sequence > 1 else None,
+    )

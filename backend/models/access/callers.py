@@ -1,0 +1,75 @@
+"""Who it is that asks for something."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+
+from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
+from backend.models.access.credentials import Credential, CredentialKind, Permission
+from backend.models.identity import NodeIdentity
+
+
+class CallerKind(StrEnum):
+    """How a caller came in."""
+
+    # Over a loopback address or a UNIX socket, while no credential existed.
+    LOOPBACK = "loopback"
+    TOKEN = "token"  # noqa: S105 - a kind
+    KEY = "key"
+    # The code that runs the service, or the command line beside it.
+    SERVICE = "service"
+    NOBODY = "nobody"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. A `credential` is there for a token and a key, an `identity` where it was proved."""
+
+    kind: CallerKind
+    credential: Credential | None = None
+    # An IP address; None for a UNIX socket and for the service itself.
+    source: str | None = None
+    request_id: str | None = None
+    identity: NodeIdentity | None = None
+
+    @property
+    def name(self) -> str:
+        """What the audit log calls it."""
+        return self.kind.value if self.credential is None else f"{self.kind.value}:{self.credential.id}"
+
+    @property
+    def token_id(self) -> str | None:
+        """The enrolment token that it shows."""
+        return self.credential.id if self.credential is not None and self.kind is CallerKind.TOKEN else None
+
+    @property
+    def operates(self) -> bool:
+        """Whether it may know every peer's configuration, as one who runs the hub."""
+        return self.kind not in {CallerKind.TOKEN, CallerKind.NOBODY}
+
+    def may(self, permission: Permission) -> bool:
+        """Say whether it has the permission."""
+        if self.credential is not None:
+            return self.credential.may(permission)
+        return self.kind is not CallerKind.NOBODY
+
+    def event(
+        self,
+        at: datetime,
+        action: AuditAction,
+        outcome: AuditOutcome,
+        subject: str | None = None,
+        reason: str | None = None,
+    ) -> AuditEvent:
+        """Return what the audit log is told of an act of this caller."""
+        return AuditEvent(at, action, outcome, self.name, subject, self.source, self.request_id, reason)
+
+    @classmethod
+    def of(cls, credential: Credential, source: str | None, request_id: str) -> "Caller":
+        """Return the caller who shows a credential."""
+        kind = CallerKind.TOKEN if credential.kind is CredentialKind.TOKEN else CallerKind.KEY
+        return cls(kind, credential, source, request_id)
+
+
+SERVICE: Final = Caller(CallerKind.SERVICE)

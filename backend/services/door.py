@@ -1,0 +1,285 @@
+"""The hub's door: who is let in, to do what, and who makes the credentials for that."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from threading import Lock
+from typing import Final
+
+from backend.errors import (
+    AdminKeyFirstError,
+    CredentialNotFoundError,
+    DoorClosedError,
+    ForbiddenError,
+    NonceError,
+    RateLimitedError,
+    UnauthenticatedError,
+)
+from backend.models.access.answers import ANSWERS_KEPT
+from backend.models.access.audit import AuditAction, AuditOutcome, AuditQuery, AuditRecord
+from backend.models.access.callers import Caller, CallerKind
+from backend.models.access.credentials import (
+    Credential,
+    CredentialKind,
+    KeyRequest,
+    Permission,
+    Role,
+    Secret,
+    TokenRequest,
+)
+from backend.models.identity import NodeIdentity
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services.clerk import Clerk
+from backend.services.idempotency import IdempotencyKey
+from backend.services.ports import AccessStore, LimitKind, RateLimiter
+from backend.services.proof import IdentityProof, WireGuardChallenges, WireGuardProof, check_identity
+
+_SCHEME: Final = "bearer"
+# How often, at most, a credential that nobody knows makes us look into the records: seconds.
+_LOOK_AGAIN_SECONDS: Final = 0.5
+_MADE: Final = {CredentialKind.TOKEN: AuditAction.TOKEN_MADE, CredentialKind.KEY: AuditAction.KEY_MADE}
+_REVOKED: Final = {
+    CredentialKind.TOKEN: AuditAction.TOKEN_REVOKED,
+    CredentialKind.KEY: AuditAction.KEY_REVOKED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a request brings along to prove whose it is, and what of it was signed."""
+
+    identity: IdentityProof
+    wireguard: WireGuardProof
+    method: str
+    path: str
+    # The hub's own public key.
+    audience: str
+    body_sha256: bytes
+
+
+class Door:
+    """Keeps every credential in memory, as the records have them.
+
+    The command line writes the records, too: what it did is seen here within a second or two. Whether a
+    token has a use left is decided by the records, in the transaction that lets a node in; what is kept of
+    that here only spares them the question.
+    """
+
+    def __init__(
+        self,
+        store: AccessStore,
+        clerk: Clerk,
+        limiter: RateLimiter,
+        challenges: WireGuardChallenges | None = None,
+    ) -> None:
+        """Load nothing yet. `challenges` are given where every node has to prove who it is."""
+        self._store = store
+        self.challenges: Final = challenges
+        self.clerk = clerk
+        self._limiter = limiter
+        # Orders those who load; the two below are replaced as a whole, and read without it.
+        self._loading = Lock()
+        self._version: int | None = None
+        self._credentials: dict[str, Credential] = {}
+        self._looked_again_at = float("-inf")
+        # Guards _uses: how many uses of a token have been granted, as far as is known.
+        self._counting = Lock()
+        self._uses: dict[str, int] = {}
+
+    def start(self) -> None:
+        """Load the credentials, and begin to keep up with the records."""
+        self.refresh()
+        self.clerk.start(self.refresh)
+
+    def close(self) -> None:
+        """Have written down what was noted, and stop."""
+        self.clerk.close()
+
+    async def leave_loop(self) -> None:
+        """Let go of what belongs to the event loop; whoever has used `admit` calls this at the end."""
+        await self._limiter.close()
+
+    def refresh(self) -> None:
+        """Load the credentials if the records have others by now; raise RecordsUnavailableError."""
+        with self._loading:
+            if self._store.credentials_version() != self._version:
+                self._load()
+
+    def _load(self) -> None:
+        version, credentials = self._store.load_credentials()
+        with self._counting:
+            for credential in credentials:
+                self._uses[credential.id] = max(credential.uses, self._uses.get(credential.id, 0))
+        self._credentials = {credential.id: credential for credential in credentials}
+        self._version = version
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no credential was ever made, so that callers on this host may do everything."""
+        return not self._credentials
+
+    async def admit(
+        self, authorization: str | None, source: str | None, request_id: str, *, local: bool
+    ) -> Caller:
+        """Return who asks; raise DoorClosedError, UnauthenticatedError or RateLimitedError.
+
+        `local` says that the caller is on this host for certain, and nobody has passed its request on.
+        """
+        if source is not None and not local:
+            await self._limit(LimitKind.SOURCE, source)
+        if authorization is None:
+            if not self.is_open:
+                raise await self._refused(UnauthenticatedError("missing"), source)
+            if not local:
+                raise DoorClosedError
+            return Caller(CallerKind.LOOPBACK, None, source, request_id)
+        credential = await self._credential(authorization, source, local=local)
+        now = datetime.now(UTC)
+        reason = credential.refusal(now, source, None)
+        if reason is not None:
+            raise await self._refused(UnauthenticatedError(reason, credential.id), source)
+        token = credential.kind is CredentialKind.TOKEN
+        await self._limit(LimitKind.TOKEN if token else LimitKind.KEY, credential.id)
+        if not token:
+            self.clerk.note_used(credential.id, now)
+        return Caller.of(credential, source, request_id)
+
+    def require(self, caller: Caller, permission: Permission) -> None:
+        """Raise ForbiddenError unless the caller may; a token that is used up is no better than none."""
+        if caller.may(permission):
+            return
+        if caller.token_id is not None and self.used_up(caller):
+            raise UnauthenticatedError("used_up", caller.token_id)
+        raise ForbiddenError(permission.role)
+
+    def check_node(self, caller: Caller, node_id: str) -> None:
+        """Raise UnauthenticatedError unless the caller's token is for a node of this name."""
+        if caller.credential is not None:
+            reason = caller.credential.refusal(datetime.now(UTC), caller.source, node_id)
+            if reason is not None:
+                raise UnauthenticatedError(reason, caller.credential.id)
+
+    def prove(self, proof: Proof, identity: NodeIdentity, key: WireGuardKey) -> None:
+        """Raise a ProofError unless the sender holds both keys, and never sent this before.
+
+        Takes about a millisecond, and writes the records: not for an event loop.
+        """
+        if self.challenges is None:
+            raise RuntimeError("nothing has to be proved here")
+        check_identity(
+            identity,
+            proof.identity,
+            method=proof.method,
+            path=proof.path,
+            audience=proof.audience,
+            body_sha256=proof.body_sha256,
+        )
+        # A second longer than the clock lets it pass.
+        until = datetime.fromtimestamp(proof.identity.valid_until + 1, UTC)
+        if not self._store.burn_nonce(identity.peer_id, proof.identity.nonce, until):
+            raise NonceError
+        self.challenges.redeem(proof.wireguard.challenge_id, key, proof.wireguard.mac, proof.body_sha256)
+
+    def used_up(self, caller: Caller) -> bool:
+        """Say whether the caller's token has no use left, as far as is known here."""
+        token = caller.credential
+        if token is None or token.max_uses is None:
+            return False
+        return self._uses.get(token.id, 0) >= token.max_uses
+
+    def count_use(self, token_id: str | None) -> None:
+        """Note that the records have counted a use of a token."""
+        if token_id is not None:
+            with self._counting:
+                self._uses[token_id] = self._uses.get(token_id, 0) + 1
+
+    def listed(self, kind: CredentialKind) -> Sequence[Credential]:
+        """Return every credential of a kind, revoked and expired ones too, the oldest first."""
+        with self._loading:
+            # Afresh: that a credential was used makes no new version.
+            self._load()
+        return [credential for credential in self._credentials.values() if credential.kind is kind]
+
+    def make(self, request: TokenRequest | KeyRequest, caller: Caller) -> tuple[Credential, Secret]:
+        """Make a credential; raise AdminKeyFirstError where it would lock everybody else out."""
+        if caller.kind is CallerKind.LOOPBACK and not (
+            isinstance(request, KeyRequest) and request.role is Role.ADMIN and request.expires_in is None
+        ):
+            raise AdminKeyFirstError
+        now = datetime.now(UTC)
+        credential, secret = request.make(caller.name, now)
+        event = caller.event(now, _MADE[credential.kind], AuditOutcome.ACCEPTED, credential.id)
+        self._store.keep_credential(credential, event)
+        self.refresh()
+        return credential, secret
+
+    def revoke(self, kind: CredentialKind, credential_id: str, caller: Caller) -> Credential:
+        """Revoke a credential; raise CredentialNotFoundError where there is none of that kind."""
+        known = self._credentials.get(credential_id)
+        if known is None or known.kind is not kind:
+            raise CredentialNotFoundError(f"{kind.value} {credential_id}")
+        event = caller.event(datetime.now(UTC), _REVOKED[kind], AuditOutcome.ACCEPTED, credential_id)
+        revoked = self._store.revoke_credential(credential_id, event)
+        if revoked is None:
+            raise CredentialNotFoundError(f"{kind.value} {credential_id}")
+        self.refresh()
+        return revoked
+
+    def find_answer(self, scope: str, key: IdempotencyKey) -> Future[bytes] | None:
+        """Return what was answered to this key before, if it was; raise IdempotencyKeyError."""
+        kept = self._store.find_answer(scope, key.key_hash)
+        if kept is None or datetime.now(UTC) - kept.created_at > ANSWERS_KEPT:
+            return None
+        key.require_same(kept.body_hash)
+        answer: Future[bytes] = Future()
+        answer.set_result(kept.body)
+        return answer
+
+    def audit_page(self, query: AuditQuery) -> list[AuditRecord]:
+        """Return rows of the audit log, the newest first, what was just noted among them."""
+        self.clerk.write()
+        return self._store.audit_page(query)
+
+    async def _credential(self, authorization: str, source: str | None, *, local: bool) -> Credential:
+        secret = _secret(authorization)
+        if secret is None:
+            if self.is_open and not local:
+                raise DoorClosedError
+            raise await self._refused(UnauthenticatedError("malformed"), source)
+        credential = self._credentials.get(secret.id)
+        if credential is None and time.monotonic() - self._looked_again_at > _LOOK_AGAIN_SECONDS:
+            # It may have been made by the command line a moment ago.
+            self._looked_again_at = time.monotonic()
+            await asyncio.to_thread(self.refresh)
+            credential = self._credentials.get(secret.id)
+        if credential is None and self.is_open and not local:
+            raise DoorClosedError
+        if credential is None:
+            raise await self._refused(UnauthenticatedError("unknown"), source)
+        if not credential.matches(secret):
+            raise await self._refused(UnauthenticatedError("secret", credential.id), source)
+        return credential
+
+    async def _refused(
+        self, error: UnauthenticatedError, source: str | None
+    ) -> UnauthenticatedError | RateLimitedError:
+        """Count a failed try, and return what to say: who fails too often isn't even told that."""
+        seconds = await self._limiter.hit(LimitKind.FAILED_AUTHENTICATION, source or "unix")
+        return error if seconds is None else RateLimitedError(seconds)
+
+    async def _limit(self, kind: LimitKind, who: str) -> None:
+        seconds = await self._limiter.hit(kind, who)
+        if seconds is not None:
+            raise RateLimitedError(seconds)
+
+
+def _secret(authorization: str) -> Secret | None:
+    """Read RFC 6750's header, or return None."""
+    scheme, _, text = authorization.partition(" ")
+    try:
+        return Secret.parse(text.strip()) if scheme.lower() == _SCHEME else None
+    except ValueError:
+        return None
