@@ -8,6 +8,7 @@ compared is measured in turns, so that a machine that is slow for a while is slo
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -175,6 +176,36 @@ def storm(bench: Bench, noop: int, scale: Scale) -> dict[str, float]:
     }
 
 
+def door(directory: Path, scale: Scale) -> dict[str, float]:
+    """Measure 64 clients who show a token, each on record, against a service without a door; a second."""
+    rates: dict[str, list[float]] = {"token": [], "doorless": []}
+    with contextlib.ExitStack() as stack:
+        benches = {}
+        for number, (name, module) in enumerate(
+            (("token", "backend"), ("doorless", "tests.benchmarks.doorless"))
+        ):
+            bench = Bench(directory / name, module, f"wg{name}", 38003 + number)
+            stack.callback(bench.close)
+            bench.fill(scale.load_sizes[0])
+            benches[name] = bench
+        benches["token"].show(
+            "token",
+            "create",
+            "--max-uses",
+            "1000000",
+            "--node-id-pattern",
+            "bench-*",
+            "--source-cidr",
+            "127.0.0.0/8",
+        )
+        for _ in range(scale.load_turns * 3):
+            for name, bench in benches.items():
+                result = bench.send(adding(bench.new_names(scale.batch)))
+                assert result is not None
+                rates[name].append(result.rate)
+    return {name: median(found) for name, found in rates.items()}
+
+
 def start(bench: Bench, directory: Path, repeats: int) -> dict[str, float]:
     """Measure from exec to ready, against the interpreter's imports and one cold `wg syncconf`; ms."""
     values: dict[str, list[float]] = {}
@@ -282,10 +313,12 @@ def measure(scale: Scale, say: Callable[[str], object]) -> tuple[dict[str, Any],
             figures["start"] = start(bench, directory, scale.repeats)
             figures["resident KiB"][scale.sizes[-1]] = resident_kib(bench.service)
             bench.service.restart()
-            say("where the time goes")
         finally:
             bench.close()
             floor.close()
+        say("with a token, and without a door")
+        figures["door"] = door(directory, scale)
+        say("where the time goes")
         for size in (scale.sizes[0], scale.sizes[-1]) if not scale.quick else scale.sizes[:1]:
             figures["breakdown"][size] = breakdown(directory / f"breakdown-{size}", size, scale.turns * 2)
     goals += verdict(figures, scale)
@@ -328,6 +361,8 @@ def verdict(figures: dict[str, Any], scale: Scale) -> list[Goal]:
     goals.append(Goal(f"6 start at {last}, ms", start_["start"], limit))
     per_peer = (resident[last] - resident[first]) / (last - first)
     goals.append(Goal("6 memory, KiB a peer", per_peer, 2.0))
+    with_token, without = figures["door"]["token"], figures["door"]["doorless"]
+    goals.append(Goal("7 door: with a token / without a door", with_token / without, 0.9, at_most=False))
     return goals
 
 
@@ -342,7 +377,7 @@ def table(figures: dict[str, Any], goals: list[Goal]) -> str:
     for size, found in figures["shared"].items():
         rates = "  ".join(f"{name} {found[name]:.0f}" for name in ("add", "delete", "noop"))
         lines.append(f"{size:>9}  {rates}  (generator's CPU {found['generator']:.2f})")
-    for part in ("storm", "start", "resident KiB"):
+    for part in ("storm", "door", "start", "resident KiB"):
         lines += ["", part, "  ".join(f"{name}: {value:.1f}" for name, value in figures[part].items())]
     for size, found in figures["breakdown"].items():
         lines += ["", f"one request at {size} peers, ms"]

@@ -45,6 +45,8 @@ def encode(request: dict[str, Any], port: int) -> bytes:
     body = request.get("body")
     content = b"" if body is None else json.dumps(body).encode()
     head = f"{request['method']} {request['path']} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+    if request.get("authorization"):
+        head += f"Authorization: {request['authorization']}\r\n"
     if content:
         head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
     return head.encode() + b"\r\n" + content

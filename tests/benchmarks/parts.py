@@ -161,12 +161,18 @@ class Floor:
 class Bench:
     """The service beside its hub, with a chosen number of peers."""
 
-    def __init__(self, directory: Path, module: str = "backend") -> None:
+    def __init__(
+        self, directory: Path, module: str = "backend", interface: str = "wgbench", port: int = 38000
+    ) -> None:
         directory.mkdir(exist_ok=True)
         self.directory = directory
-        self.hub = HubInterface(LocalHost(), "wgbench", directory, listen_port=38000)
+        self._authorization: str | None = None
+        self.hub = HubInterface(LocalHost(), interface, directory, listen_port=port)
         self.hub.start()
         settings = settings_for(self.hub, directory, WIREGUARD_IP_POOL="10.0.0.0/8", LOG_LEVEL="warning")
+        # What is measured is how fast it can be, not how fast it lets anybody be.
+        for kind in ("SOURCE", "TOKEN", "KEY"):
+            settings[f"WIREGUARD_RATE_LIMIT_{kind}"] = "1000000000/minute"
         self.service = ServiceProcess(directory, settings, module=(module,))
         self.service.start()
         self.names: list[str] = []
@@ -190,10 +196,16 @@ class Bench:
         surplus, self.names = self.names[count:], self.names[:count]
         self.send([{"method": "DELETE", "path": f"{PEERS}/{name}"} for name in surplus])
 
+    def show(self, *command: str) -> None:
+        """Make a credential by the command line, and show it with each request from now on."""
+        self._authorization = f"Bearer {self.service.credential(*command)}"
+
     def send(self, requests: list[dict[str, Any]], clients: int = 64) -> Result | None:
         """Send each of the requests once; all must succeed."""
         if not requests:
             return None
+        if self._authorization is not None:
+            requests = [{**request, "authorization": self._authorization} for request in requests]
         result = load(Job(self.service.port, requests, clients=min(clients, len(requests))))
         if set(result.statuses) != {"200"}:
             raise RuntimeError(f"unexpected answers: {result.statuses}")

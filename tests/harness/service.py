@@ -145,6 +145,25 @@ class ServiceProcess:
             process.wait()
             raise ServiceFailedError(self._with_log(f"still running after {timeout:g} s")) from None
 
+    def credential(self, *command: str) -> str:
+        """Make a credential by the command line, beside the service, and return its secret."""
+        made = subprocess.run(
+            [sys.executable, "-m", "backend", *command],
+            env=self._environment(),
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        if made.returncode != 0:
+            raise ServiceFailedError(made.stderr)
+        return made.stdout.strip()
+
+    def become_admin(self) -> None:
+        """Make an admin's key, and show it with each request of `client` from now on."""
+        self.client.headers["Authorization"] = f"Bearer {self.credential('key', 'create', '--role', 'admin')}"
+
     def close(self) -> None:
         """Stop it; raise ServiceFailedError if it had ended without being asked to."""
         self.client.close()

@@ -30,7 +30,7 @@ FOREIGN_APP = """
         app = FastAPI()
         app.include_router(router, prefix="/api/v1")
         async with app.router.lifespan_context(app):
-            client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app")
+            client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1")
             from tests.harness.requests import provision_body
             answer = await client.post("/api/v1/wireguard/provision", json=provision_body("node-1"))
             assert answer.status_code == 200, answer.text

@@ -43,7 +43,7 @@ def started(app: FastAPI, act: Callable[[httpx.AsyncClient], Awaitable[None]]) -
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1")
 
 
 def test_the_router_alone_is_enough(environment: Path) -> None:

@@ -110,6 +110,7 @@ def test_the_service_needs_no_privilege_but_cap_net_admin(hub: Hub) -> None:
     assert raised.stdout == "interface wgleast was up already\n"
     assert "inet 10.0.0.1/24 " in hub.host.run(["ip", "address", "show", "dev", "wgleast"]).stdout
     with ServiceProcess(hub.directory, settings, host=confined, address=hub.address) as service:
+        service.become_admin()
         status = Path(f"/proc/{service.pid}/status").read_text()
         only = f"{1 << 12:016x}"  # CAP_NET_ADMIN, linux/capability.h
         for line in (f"CapEff:\t{only}", f"CapPrm:\t{only}", f"CapBnd:\t{only}", "NoNewPrivs:\t1"):

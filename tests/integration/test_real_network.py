@@ -34,9 +34,10 @@ _VISITORS: Final = 100
 # What a node has to do over HTTP, with nothing but the standard library and no proxy of the machine.
 _CALL: Final = """
 import http.client, sys
-method, address, path = sys.argv[1:]
+method, address, path, credential = sys.argv[1:]
 connection = http.client.HTTPConnection(address, timeout=30)
-connection.request(method, path, sys.stdin.read() or None, {"Content-Type": "application/json"})
+connection.request(method, path, sys.stdin.read() or None,
+    {"Content-Type": "application/json", "Authorization": credential})
 response = connection.getresponse()
 sys.stderr.write(str(response.status))
 sys.stdout.write(response.read().decode())
@@ -64,6 +65,7 @@ class Node:
                 method,
                 service.url.removeprefix("http://"),
                 f"/api/v1{path}",
+                service.client.headers["Authorization"],
             ],
             text=json.dumps(body) if body is not None else "",
             timeout=60,
@@ -161,6 +163,8 @@ def swarm(needs_wireguard: None, tmp_path: Path) -> Iterator[Swarm]:
             "WIREGUARD_HUB_ENDPOINT": f"{_HUB_ADDRESS}:{_HUB_PORT}",
         }
         service = stack.enter_context(ServiceProcess(tmp_path, settings, host=hub_host, address=_HUB_ADDRESS))
+        # They come from elsewhere, and are let in by what they show.
+        service.become_admin()
         yield Swarm(hub, service, nodes)
 
 
