@@ -102,20 +102,15 @@ def up(config_path: Path, address: IPv4Interface) -> Raised:
             f"interface {name} exists and isn't this hub's; it was left alone. Give the hub another name "
             f"with WIREGUARD_CONFIG_PATH, or, if nobody needs the interface, `ip link delete dev {name}`"
         )
+    _require_free_port(config_path)
     _make_interface(ip, name)
     try:
         run([wg, "setconf", name, "/dev/stdin"], stdin=manager.render_stripped(manager.managed_peers))
         _set_up(ip, name)
         warnings = _give_address(ip, name, address, routes)
-    except BaseException as exc:
+    except BaseException:
         with suppress(HubUpdateError):
             run([ip, "link", "delete", "dev", name])
-        # The kernel says so when the interface goes up, wireguard-go when it is told the port.
-        if isinstance(exc, ToolRefusedError) and "Address already in use" in str(exc):
-            raise HubUpdateError(
-                f"UDP port {listen_port(config_path)} is in use; choose another ListenPort in {config_path} "
-                "and the same in WIREGUARD_HUB_ENDPOINT"
-            ) from exc
         raise
     return Raised(created=True, warnings=(*warnings, *_forwarding_hint()))
 
@@ -177,6 +172,22 @@ def listen_port(config_path: Path) -> int | None:
             if key.strip().lower() == b"listenport" and value.strip().isdigit():
                 return int(value)
     return None
+
+
+def _require_free_port(config_path: Path) -> None:
+    """Raise HubUpdateError where somebody else listens on the hub's port.
+
+    Asked of the port itself: wireguard-go takes it in the background, and may say nothing when it can't.
+    """
+    port = listen_port(config_path) or 0
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(("", port))
+    except OSError as exc:
+        raise HubUpdateError(
+            f"UDP port {port} is in use; choose another ListenPort in {config_path} "
+            "and the same in WIREGUARD_HUB_ENDPOINT"
+        ) from exc
 
 
 def _read(config_path: Path) -> WireGuardConfigManager:

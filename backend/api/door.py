@@ -38,7 +38,7 @@ from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Permission
 from backend.models.identity import NodeIdentity
 from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services.door import Proof
+from backend.services.door import Door, Proof
 from backend.services.proof import (
     CHALLENGE_HEADER,
     NONCE_HEADER,
@@ -94,9 +94,9 @@ class DoorRoute(DomainErrorRoute):
 
     async def admit(self, request: Request) -> None:
         """Find out who asks, for whoever depends on it; raise an AccessError."""
-        service = await provisioning_service(request)
+        door = request.state.door = (await provisioning_service(request)).door
         shown = request.headers.getlist("authorization")
-        request.state.caller = await service.door.admit(
+        request.state.caller = await door.admit(
             # Two of them are as good as one that can't be read.
             ",".join(shown) if shown else None,
             _source(request),
@@ -106,9 +106,9 @@ class DoorRoute(DomainErrorRoute):
 
     def note_refusal(self, request: Request, error: Exception) -> None:
         """Have the refusal logged, as the endpoint's act or as a try to come in."""
-        service = getattr(request.app.state, "provisioning_service", None)
+        door: Door | None = getattr(request.state, "door", None)
         # What may have happened after all was logged where it did.
-        if service is None or isinstance(error, OutcomeUnknownError):
+        if door is None or isinstance(error, OutcomeUnknownError):
             return
         action: AuditAction | None = getattr(self.endpoint, "audit_action", None)
         subject = getattr(request.state, "subject", None) or request.path_params.get("node_id")
@@ -121,7 +121,7 @@ class DoorRoute(DomainErrorRoute):
             action, subject = AuditAction.AUTHENTICATE, error.credential_id or subject
         if action is not None:
             event = caller.event(datetime.now(UTC), action, AuditOutcome.REFUSED, subject, _reason(error))
-            service.door.clerk.note(event)
+            door.clerk.note(event)
 
 
 def _source(request: Request) -> str | None:
@@ -139,14 +139,15 @@ def _reason(error: Exception) -> str:
     return f"status_{error.status_code}" if isinstance(error, HTTPException) else "failed"
 
 
-def may(permission: Permission) -> Callable[[Request, Service], Any]:
-    """Return the dependency that gives an endpoint its caller, who has the permission."""
+def may(permission: Permission) -> Callable[[Request], Any]:
+    """Return the dependency that gives an endpoint its caller, who has the permission.
 
-    async def permitted(request: Request, service: Service) -> Caller:
-        caller: Caller | None = getattr(request.state, "caller", None)
-        if caller is None:
-            raise RuntimeError("an endpoint with a caller needs a router with route_class=DoorRoute")
-        service.door.require(caller, permission)
+    For routes of the class DoorRoute, which has found out who it is.
+    """
+
+    async def permitted(request: Request) -> Caller:
+        caller: Caller = request.state.caller
+        request.state.door.require(caller, permission)
         return caller
 
     return permitted
