@@ -2,13 +2,13 @@
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Annotated, Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
@@ -54,6 +54,8 @@ _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 # Who sends one of these says that somebody else asks through them.
 _PASSED_ON: Final = frozenset({b"forwarded", b"x-real-ip", b"via"})
 _PASSED_ON_PREFIX: Final = b"x-forwarded-"
+# An IPv6 address in brackets, or a name or an IPv4 address; and maybe a port.
+_HOST: Final = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]*)?")
 # The word for the audit log; the nearest class in an error's line of descent counts.
 _REASONS: Final[dict[type[ProvisioningError], str]] = {
     DuplicatePeerError: "duplicate",
@@ -196,6 +198,9 @@ def is_local(request: Request) -> bool:
     of its own lead here (DNS rebinding), or send what it likes from its own origin.
     """
     scope = request.scope
+    # What nginx speaks to what is behind it, unless it's told otherwise.
+    if scope.get("http_version") == "1.0":
+        return False
     client, server = scope.get("client"), scope.get("server")
     if client is None:
         # A UNIX socket has a path and no port. Over TCP a client without an address is gone already.
@@ -229,8 +234,8 @@ def _is_loopback(address: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _is_loopback_host(host: bytes) -> bool:
-    try:
-        name = urlsplit(f"//{host.decode('ascii')}").hostname
-    except ValueError:
+    found = _HOST.fullmatch(host)
+    if found is None:
         return False
-    return name is not None and (name == "localhost" or _is_loopback(name))
+    name = (found[1] or found[2]).decode("ascii").lower()
+    return name == "localhost" or _is_loopback(name)

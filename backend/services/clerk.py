@@ -43,6 +43,8 @@ class Clerk:
 
     def __init__(self, store: AccessStore) -> None:
         self._store = store
+        # Orders those who write: who has written knows that nothing is still on its way from another.
+        self._writing = Lock()
         # Guards the two below; never held across I/O.
         self._lock = Lock()
         self._events: dict[_Kind, AuditEvent] = {}
@@ -70,8 +72,8 @@ class Clerk:
         with self._lock:
             known = self._events.get(kind)
             if known is None and len(self._events) >= _ROWS_APART:
-                kind = replace(kind, actor="", source=None, subject=None)
                 actor = event.actor.partition(":")[0]
+                kind = replace(kind, actor=actor, source=None, subject=None)
                 event = replace(event, actor=actor, source=None, subject=None, request_id=None)
                 known = self._events.get(kind)
             if known is not None:
@@ -90,6 +92,10 @@ class Clerk:
 
     def write(self) -> None:
         """Write what was noted; what can't be written now stays for the next time."""
+        with self._writing:
+            self._write()
+
+    def _write(self) -> None:
         with self._lock:
             events, self._events = self._events, {}
             used, self._used = self._used, {}

@@ -14,7 +14,7 @@ from backend.models.access.audit import AuditAction
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.ports import Action, Change, Hub, Peer
-from backend.services.wireguard_config_manager import ForeignPeer, ManagedPeer, WireGuardConfigManager
+from backend.services.wireguard_config_manager import ManagedPeer, WireGuardConfigManager
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ class HubMirror:
         self._config = config
         self._hub = hub
         self._hand_made = hand_made
-        self._noted_foreign: Sequence[ForeignPeer] | None = None
-        self._noted_hub_key: WireGuardKey | None = None
+        # The operator's part of the file as it was last looked at.
+        self._noted_foreign: bytes | None = None
         # Guards _peers and orders everything that is done to file and interface. Held across their I/O.
         self._lock = Lock()
         self._peers: dict[str, ManagedPeer] = {}
@@ -261,12 +261,12 @@ class HubMirror:
             )
 
     def _note_foreign(self) -> None:
-        foreign, hub_key = self._config.foreign_peers, self._config.hub_public_key
-        if foreign is not self._noted_foreign or hub_key != self._noted_hub_key:
+        foreign = self._config.foreign
+        if foreign != self._noted_foreign:
             if self._noted_foreign is not None:
                 self._notice(AuditAction.CONFIG_EDITED, None)
-            self._noted_foreign, self._noted_hub_key = foreign, hub_key
-            self._hand_made.note(foreign, hub_key)
+            self._noted_foreign = foreign
+            self._hand_made.note(self._config.foreign_peers, self._config.hub_public_key)
 
     def _note_problem(self, problem: str | None) -> None:
         if problem != self._problem:

@@ -94,6 +94,11 @@ class WireGuardConfigManager:
             ) from None
 
     @property
+    def foreign(self) -> bytes:
+        """Everything in the file that isn't ours, as last found."""
+        return self._known().config.foreign
+
+    @property
     def foreign_peers(self) -> tuple[ForeignPeer, ...]:
         """The operator's peers, as last found."""
         return self._known().config.foreign_peers

@@ -320,7 +320,7 @@ class WireGuardProvisioningService:
         try:
             change = Change(Action.ADD, peer, settle)
             change.event = caller.event(
-                peer.provisioned_at, AuditAction.PROVISION, AuditOutcome.ACCEPTED, peer.node_id
+                datetime.now(UTC), AuditAction.PROVISION, AuditOutcome.ACCEPTED, peer.node_id
             )
             if asked.key is not None:
                 change.answer = asked.key.answer(

@@ -1,0 +1,611 @@
+"""Who is let in, to do what: over real sockets, from this host and from another one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+
+from tests.harness.hosts import Host, LocalHost, connect
+from tests.harness.patience import eventually
+from tests.harness.requests import provision_body
+from tests.harness.service import ServiceProcess, free_port
+from tests.harness.three_places import settings_for
+from tests.harness.wireguard import HubInterface
+from tests.test_command_line import backend
+
+PREFIX: Final = "/api/v1/wireguard"
+PROVISION: Final = f"{PREFIX}/provision"
+PEERS: Final = f"{PREFIX}/peers"
+TOKENS: Final = f"{PREFIX}/tokens"
+KEYS: Final = f"{PREFIX}/keys"
+AUDIT: Final = f"{PREFIX}/audit"
+MANY: Final = {"WIREGUARD_RATE_LIMIT_FAILED_AUTHENTICATION": "10000/minute"}
+
+StartService = Callable[..., ServiceProcess]
+
+# Every endpoint for every kind of caller. `here` is this host at 127.0.0.1, `outside` another address; both
+# show nothing. A challenge is a 404 to whom it is open, because this hub asks for no proof; who has used a
+# token up may still ask for one, to ask again what was asked with it. The first credential has to be an
+# admin's key, so a token is a 409 before. While there are no credentials, none can be revoked.
+TABLE: Final = """
+                   |before the first | once there is | key                                | token
+                   | outside    here | outside  here | read operate admin expired revoked | fresh used expired revoked
+POST   provision   |     403     200 |     401   401 |  403     200   200     401     401 |   200  401     401     401
+GET    peers       |     403     200 |     401   401 |  200     200   200     401     401 |   403  401     401     401
+GET    peers/ID    |     403     200 |     401   401 |  200     200   200     401     401 |   403  401     401     401
+DELETE peers/ID    |     403     200 |     401   401 |  403     200   200     401     401 |   403  401     401     401
+GET    pool/stats  |     403     200 |     401   401 |  200     200   200     401     401 |   403  401     401     401
+POST   challenge   |     403     404 |     401   401 |  403     404   404     401     401 |   404  404     401     401
+POST   tokens      |     403     409 |     401   401 |  403     403   201     401     401 |   403  401     401     401
+GET    tokens      |     403     200 |     401   401 |  403     403   200     401     401 |   403  401     401     401
+DELETE tokens/ID   |     403     404 |     401   401 |  403     403   200     401     401 |   403  401     401     401
+GET    keys        |     403     200 |     401   401 |  403     403   200     401     401 |   403  401     401     401
+DELETE keys/ID     |     403     404 |     401   401 |  403     403   200     401     401 |   403  401     401     401
+GET    audit       |     403     200 |     401   401 |  200     200   200     401     401 |   403  401     401     401
+POST   keys        |     403     201 |     401   401 |  403     403   201     401     401 |   403  401     401     401
+GET    /healthz    |     200     200 |     200   200 |  200     200   200     200     200 |   200  200     200     200
+GET    /readyz     |     200     200 |     200   200 |  200     200   200     200     200 |   200  200     200     200
+"""  # noqa: E501 - a table
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One endpoint, one kind of caller, and the status that it gets."""
+
+    method: str
+    path: str
+    group: str
+    caller: str
+    status: int
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}, {self.group}: {self.caller}"
+
+
+def cells() -> list[Cell]:
+    groups, callers, *rows = (line.split("|") for line in TABLE.strip("\n").splitlines())
+    found = []
+    for row in rows:
+        method, path = row[0].split()
+        for group, names, statuses in zip(groups[1:], callers[1:], row[1:], strict=True):
+            found += [
+                Cell(method, path, group.strip(), name, int(status))
+                for name, status in zip(names.split(), statuses.split(), strict=True)
+            ]
+    return found
+
+
+@pytest.fixture
+def outside(needs_namespaces: None) -> Iterator[Host]:
+    """Give the test another host, with a cable to this one."""
+    with Host("outside") as host:
+        yield host
+
+
+@pytest.fixture
+def here(outside: Host) -> str:
+    """Return this host's address on that cable."""
+    return str(connect(LocalHost(), outside, "192.0.2.0/30")[0])
+
+
+@pytest.fixture
+def service(hub_interface: HubInterface, start_service: StartService, tmp_path: Path) -> ServiceProcess:
+    """Start a service that listens everywhere, as one does by mistake."""
+    return start_service(settings_for(hub_interface, tmp_path, **MANY), address="0.0.0.0")  # noqa: S104
+
+
+def bearer(secret: str | None) -> dict[str, str]:
+    return {} if secret is None else {"Authorization": f"Bearer {secret}"}
+
+
+def client_at(service: ServiceProcess, address: str = "127.0.0.1", secret: str | None = None) -> httpx.Client:
+    url = f"http://{address}:{service.port}"
+    return httpx.Client(base_url=url, headers=bearer(secret), trust_env=False, timeout=30.0)
+
+
+def make_key(service: ServiceProcess, role: str = "admin") -> str:
+    """Make a key as an operator does on the command line."""
+    settings = {name: service.settings[name] for name in ("STATE_DIRECTORY", "WIREGUARD_CONFIG_PATH")}
+    done = backend("key", "create", "--role", role, directory=service.directory, settings=settings)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def id_of(secret: str) -> str:
+    return secret.split("_")[1]
+
+
+class Callers:
+    """Every kind of caller; `admin`, a credential or nothing, makes what the others need."""
+
+    def __init__(self, outside: httpx.Client, here: httpx.Client, admin: str | None = None) -> None:
+        self.outside = outside
+        self.here = here
+        self.admin = admin
+        self.secrets: dict[tuple[str, str], str] = {}
+        self._numbers = count()
+
+    def make(self, kind: str, **asked: Any) -> str:
+        answer = self.here.post(f"{PREFIX}/{kind}s", json=asked, headers=bearer(self.admin))
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["secret"])
+
+    def listed(self, path: str, **parameters: str) -> Any:
+        answer = self.here.get(path, params=parameters, headers=bearer(self.admin))
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def take_up(self, admin: str) -> None:
+        """Make a credential of each kind, once there is an admin's."""
+        self.admin = admin
+        self.secrets = {("key", role): self.make("key", role=role) for role in ("read", "operate", "admin")}
+        self.secrets["token", "fresh"] = self.make("token", max_uses=9)
+        self.secrets["token", "used"] = used = self.make("token")
+        self._provision(used)
+        for kind, asked in (("key", {"role": "admin"}), ("token", {})):
+            self.secrets[kind, "revoked"] = revoked = self.make(kind, **asked)
+            path = f"{PREFIX}/{kind}s/{id_of(revoked)}"
+            assert self.here.delete(path, headers=bearer(admin)).json()["state"] == "revoked"
+            self.secrets[kind, "expired"] = self.make(kind, expires_in=1, **asked)
+        eventually(lambda: {self._state("key"), self._state("token")} == {"expired"})
+
+    def ask(self, cell: Cell) -> httpx.Response:
+        client = self.outside if cell.caller == "outside" else self.here
+        path = cell.path if cell.path.startswith("/") else f"{PREFIX}/{cell.path}"
+        if path.endswith("ID"):
+            path = path.removesuffix("ID") + self._target(path.split("/")[-2].removesuffix("s"))
+        secret = self.secrets.get((cell.group, cell.caller))
+        return client.request(cell.method, path, json=self._body(cell), headers=bearer(secret))
+
+    def _state(self, kind: str) -> str:
+        expired = id_of(self.secrets[kind, "expired"])
+        states = {info["id"]: info["state"] for info in self.listed(f"{PREFIX}/{kind}s")}
+        return str(states[expired])
+
+    def _provision(self, secret: str | None) -> str:
+        node_id = f"node-{next(self._numbers)}"
+        answer = self.here.post(PROVISION, json=provision_body(node_id), headers=bearer(secret))
+        assert answer.status_code == 200, answer.text
+        return node_id
+
+    def _target(self, kind: str) -> str:
+        """Return the ID of what is there to be taken away."""
+        if kind == "peer":
+            return self._provision(self.admin)
+        if self.admin is None:
+            return "0123456789abcdef"
+        return id_of(self.make(kind, **({"role": "read"} if kind == "key" else {})))
+
+    def _body(self, cell: Cell) -> dict[str, Any] | None:
+        if cell.method != "POST":
+            return None
+        valid = provision_body(f"node-{next(self._numbers)}")
+        return {
+            "provision": valid,
+            "challenge": {"wireguard_public_key": valid["wireguard_public_key"]},
+            "tokens": {},
+            "keys": {"role": "admin"},
+        }[cell.path]
+
+
+@pytest.fixture
+def callers(service: ServiceProcess, here: str) -> Iterator[Callers]:
+    with client_at(service, here) as outside, client_at(service) as local:
+        yield Callers(outside, local)
+
+
+def test_every_endpoint_answers_every_kind_of_caller_as_the_table_says(callers: Callers) -> None:
+    table, found = cells(), dict[Cell, httpx.Response]()
+    closed = [cell for cell in table if cell.group == "before the first"]
+    for cell in sorted(closed, key=lambda cell: cell.path == "keys" and cell.method == "POST"):
+        found[cell] = callers.ask(cell)
+    (first,) = (found[cell] for cell in closed if found[cell].status_code == 201)
+    callers.take_up(first.json()["secret"])
+    for cell in table:
+        if cell not in found:
+            found[cell] = callers.ask(cell)
+
+    assert {str(cell): answer.status_code for cell, answer in found.items()} == {
+        str(cell): cell.status for cell in table
+    }
+    assert len(table) == 15 * 13
+    for answer in found.values():
+        assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-ID"])
+        assert answer.headers.get_list("Cache-Control") == ["no-store"]
+    refused = [answer for answer in found.values() if answer.status_code == 401]
+    assert {answer.headers["WWW-Authenticate"] for answer in refused} == {"Bearer"}
+    assert len({answer.content for answer in refused}) == 1
+    for cell in closed:
+        if cell.status == 403:
+            detail = found[cell].json()["detail"]
+            assert "python -m backend key create --role admin" in detail
+            assert "127.0.0.1" in detail
+
+
+def seen(answer: httpx.Response) -> tuple[int, bytes, list[tuple[str, str]]]:
+    """Return all of an answer that its receiver can see, but for what is new in each."""
+    told = [pair for pair in answer.headers.multi_items() if pair[0] not in {"date", "x-request-id"}]
+    return answer.status_code, answer.content, told
+
+
+def test_why_a_credential_is_refused_stands_in_the_audit_log_alone(
+    service: ServiceProcess, callers: Callers
+) -> None:
+    callers.take_up(make_key(service))
+    tokens = {name: secret for (kind, name), secret in callers.secrets.items() if kind == "token"}
+    fresh = tokens.pop("fresh")
+    from_elsewhere = callers.make("token", source_cidr="203.0.113.0/24")
+    of_another_name = callers.make("token", node_id_pattern="swarm-*")
+    shown = {
+        "missing": None,
+        "malformed": f"Bearer {fresh}0",
+        "unknown": "Bearer ocw_" + "0" * 16 + "_" + "0" * 64,
+        "secret": f"Bearer {fresh[:-64]}{'0' * 64}",
+        "expired": f"Bearer {tokens['expired']}",
+        "revoked": f"Bearer {tokens['revoked']}",
+        "used_up": f"Bearer {tokens['used']}",
+        "source": f"Bearer {from_elsewhere}",
+        "node_id": f"Bearer {of_another_name}",
+    }
+    answers = {}
+    for reason, authorization in shown.items():
+        headers = {"X-Request-ID": reason} | ({"Authorization": authorization} if authorization else {})
+        answers[reason] = callers.here.post(PROVISION, json=provision_body("node-x"), headers=headers)
+    assert seen(answers["missing"])[0] == 401
+    assert {reason: seen(answer) for reason, answer in answers.items()} == dict.fromkeys(
+        answers, seen(answers["missing"])
+    )
+    logged = {
+        entry["request_id"]: entry["reason"]
+        for entry in callers.listed(AUDIT, action="authenticate")["entries"]
+    }
+    assert logged == {reason: reason for reason in shown}
+
+
+UNREADABLE: Final = (
+    ["Basic {0}"],
+    ["{0}"],
+    ["Bearer"],
+    ["Bearer {0} x"],
+    ["Bearer {0}", "Bearer {0}"],
+    ["Bearer {0}", "Bearer x"],
+    ["Bearer {0},Bearer {0}"],
+    ["Bearer {0}\u00e9"],
+)
+
+
+def test_a_credential_that_is_shown_in_another_way_lets_nobody_in(service: ServiceProcess) -> None:
+    secret = make_key(service)
+    with client_at(service) as client:
+        for shown in UNREADABLE:
+            headers = [(b"Authorization", text.format(secret).encode("latin-1")) for text in shown]
+            assert client.get(PEERS, headers=headers).status_code == 401, shown
+        for scheme in ("Bearer", "bearer", "BEARER "):
+            assert client.get(PEERS, headers={"Authorization": f"{scheme} {secret}"}).status_code == 200
+        # A query is in every log on the way.
+        assert client.get(PEERS, params={"access_token": secret}).status_code == 401
+
+
+def test_what_the_command_line_made_and_revoked_counts_at_once_or_within_a_second(
+    service: ServiceProcess,
+) -> None:
+    with client_at(service) as here:
+        assert here.get(PEERS).status_code == 200
+        secret = make_key(service)
+        with client_at(service, secret=secret) as operator:
+            assert operator.get(PEERS).status_code == 200
+            assert here.get(PEERS).status_code == 401
+            done = backend(
+                "key", "revoke", id_of(secret), directory=service.directory, settings=service.settings
+            )
+            assert done.returncode == 0, done.stderr
+            eventually(lambda: operator.get(PEERS).status_code == 401)
+        # One that is revoked was there all the same.
+        assert here.get(PEERS).status_code == 401
+        service.restart()
+        assert here.get(PEERS).status_code == 401
+
+
+# Sends whole requests, each on a connection of its own; prints their statuses, 0 where nothing came.
+SEND: Final = """
+import json, socket, sys
+address, port = sys.argv[1], int(sys.argv[2])
+statuses = []
+for request in json.load(sys.stdin):
+    with socket.create_connection((address, port), 20) as connection:
+        connection.sendall(request.encode("latin-1"))
+        line = connection.makefile("rb").readline().split()
+    statuses.append(int(line[1]) if line else 0)
+print(json.dumps(statuses))
+"""
+
+BODY: Final = json.dumps(provision_body("liar"))
+LENGTH: Final = f"Content-Type: application/json\r\nContent-Length: {len(BODY)}\r\n"
+CHUNKED: Final = "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
+LOCAL: Final = "Host: localhost\r\n"
+
+
+def post(head: str, target: str = PROVISION) -> str:
+    return f"POST {target} HTTP/1.1\r\n{head}{LENGTH}\r\n{BODY}"
+
+
+def trailing(head: str, trailer: str) -> str:
+    return (
+        f"POST {PROVISION} HTTP/1.1\r\n{head}{CHUNKED}Trailer: Host\r\n\r\n"
+        f"{len(BODY):x}\r\n{BODY}\r\n0\r\n{trailer}\r\n"
+    )
+
+
+HONEST: Final = [
+    post("Host: 127.0.0.1\r\n"),
+    post("Host: localhost:8000\r\n"),
+    post("Host: LOCALHOST\r\n"),
+    post("Host: [::1]:8000\r\n"),
+    post("Host: localhost:8000\r\nOrigin: http://localhost:8000\r\n"),
+]
+# What opens nothing, wherever it comes from.
+LIES: Final = [
+    post(LOCAL + "X-Forwarded-For: 127.0.0.1\r\n"),
+    post(LOCAL + "x-forwarded-for: ::1\r\n"),
+    post(LOCAL + "X-Forwarded-For:\r\n"),
+    post(LOCAL + "X-Forwarded-Host: localhost\r\n"),
+    post(LOCAL + "X-Forwarded-Proto: http\r\n"),
+    post(LOCAL + "Forwarded: for=127.0.0.1\r\n"),
+    post(LOCAL + 'Forwarded: for="[::1]";host=localhost\r\n'),
+    post(LOCAL + "X-Real-IP: 127.0.0.1\r\n"),
+    post(LOCAL + "Via: 1.1 localhost\r\n"),
+    post(LOCAL + LOCAL),
+    post(LOCAL + "Host: evil.example\r\n"),
+    post("Host: evil.example\r\n" + LOCAL),
+    post("Host: localhost.evil.example\r\n"),
+    post("Host: 127.0.0.1.evil.example\r\n"),
+    post("Host: evil.example@localhost.evil.example\r\n"),
+    post("Host: localhost, evil.example\r\n"),
+    post("Host: 0.0.0.0\r\n"),
+    post("Host: 2130706433\r\n"),
+    post("Host: 127.1\r\n"),
+    post("Host: localhost.\r\n"),
+    post("Host: l\u00f6calhost\r\n"),
+    post("Host:\r\n"),
+    post(""),
+    post("Host: evil.example\r\n", f"http://localhost{PROVISION}"),
+    post("Host: evil.example\r\n", f"http://127.0.0.1{PROVISION}"),
+    post(LOCAL + "Origin: http://evil.example\r\n"),
+    post(LOCAL + "Origin: null\r\n"),
+    post(LOCAL + "Origin: http://localhost:1\r\n"),
+    post(LOCAL + "Origin: http://localhost.evil.example\r\n"),
+    trailing("Host: evil.example\r\n", LOCAL),
+]
+# Our own server drops it; uvicorn's puts trailers behind the headers, and only this host's own callers, who
+# could say it in the first place, gain anything by it.
+NO_HOST_BUT_A_TRAILER: Final = trailing("", LOCAL)
+# What would do on this host.
+BORROWED: Final = [
+    *HONEST,
+    post(LOCAL, f"http://localhost{PROVISION}"),
+    trailing(LOCAL, "X-Forwarded-For: 127.0.0.1\r\n"),
+]
+
+
+def statuses(host: LocalHost, address: str, port: int, requests: list[str]) -> list[int]:
+    """Send requests from a host, and return how each was answered."""
+    command = [sys.executable, "-I", "-c", SEND, address, str(port)]
+    answered: list[int] = json.loads(host.run(command, text=json.dumps(requests), timeout=60).stdout)
+    return answered
+
+
+TURNED_AWAY: Final = {400, 403, 404}
+
+
+def opened(requests: list[str], answered: list[int]) -> list[tuple[str, int]]:
+    """Return the requests that were not turned away."""
+    both = zip(requests, answered, strict=True)
+    # 400: what the parser itself won't read. 404: a target that a server takes for a path.
+    return [(request.partition(LENGTH)[0], status) for request, status in both if status not in TURNED_AWAY]
+
+
+def test_no_header_opens_the_door_from_another_host(
+    service: ServiceProcess, outside: Host, here: str
+) -> None:
+    lies = [*LIES, *BORROWED, NO_HOST_BUT_A_TRAILER]
+    assert opened(lies, statuses(outside, here, service.port, lies)) == []
+    # The same host at its own other address.
+    assert opened(lies, statuses(LocalHost(), here, service.port, lies)) == []
+    with client_at(service) as client:
+        assert client.get(PEERS).json() == {}
+
+
+def test_a_caller_on_this_host_who_asks_for_somebody_else_stays_outside(service: ServiceProcess) -> None:
+    lies = [*LIES, NO_HOST_BUT_A_TRAILER]
+    assert opened(lies, statuses(LocalHost(), "127.0.0.1", service.port, lies)) == []
+    with client_at(service) as client:
+        assert client.get(PEERS).json() == {}
+    answered = statuses(LocalHost(), "127.0.0.1", service.port, BORROWED)
+    assert answered == [200] + [409] * (len(BORROWED) - 1)
+
+
+APP: Final = """
+from fastapi import FastAPI
+from backend.api.v1.endpoints.wireguard_provisioning import router
+app = FastAPI()
+app.include_router(router, prefix="/api/v1")
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--forwarded-allow-ips", "*"], ["--http", "h11"]], ids=" ".join)
+def test_the_router_in_another_app_under_plain_uvicorn_believes_no_header(
+    hub_interface: HubInterface, outside: Host, here: str, tmp_path: Path, options: list[str]
+) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    port = free_port()
+    settings = {name: str(value) for name, value in settings_for(hub_interface, tmp_path).items()}
+    root = str(Path(__file__).parents[2])
+    with (tmp_path / "uvicorn.log").open("wb") as log:
+        process = LocalHost().popen(
+            [sys.executable, "-m", "uvicorn", "app:app", "--host", "0.0.0.0", "--port", str(port), *options],  # noqa: S104
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": root, **settings},
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        eventually(lambda: "Uvicorn running" in (tmp_path / "uvicorn.log").read_text())
+        lies = [*LIES, *BORROWED, NO_HOST_BUT_A_TRAILER]
+        assert opened(lies, statuses(outside, here, port, lies)) == []
+        # To uvicorn this host is a proxy that tells the truth.
+        assert opened(LIES, statuses(LocalHost(), "127.0.0.1", port, LIES)) == []
+        assert statuses(LocalHost(), "127.0.0.1", port, HONEST[:1]) == [200]
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_a_unix_socket_counts_as_this_host_unless_the_request_was_passed_on(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path), unix_socket=tmp_path / "hub.sock")
+    client = service.client
+    assert client.post(PROVISION, json=provision_body("node-1")).status_code == 200
+    for lie in ({"X-Forwarded-For": "127.0.0.1"}, {"Host": "hub.example.com"}, {"Via": "1.1 nginx"}):
+        assert client.get(PEERS, headers=lie).status_code == 403
+    secret = make_key(service)
+    assert client.get(PEERS, headers={"Authorization": f"Bearer {secret}"}).status_code == 200
+    assert client.get(PEERS).status_code == 401
+
+
+class OfBothFamilies(ServiceProcess):
+    """Listens on one IPv6 socket, to which IPv4 callers come with their addresses mapped into IPv6."""
+
+    def _listening(self) -> list[str]:
+        return ["--host", "::", "--port", str(self.port)]
+
+
+def test_loopback_is_loopback_in_both_families(
+    hub_interface: HubInterface, outside: Host, here: str, tmp_path: Path
+) -> None:
+    with OfBothFamilies(tmp_path, settings_for(hub_interface, tmp_path)) as service:
+        for address in ("127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "127.9.9.9"):
+            with client_at(service, address) as client:
+                assert client.get(PEERS).status_code == 200, address
+        with client_at(service, "[::1]") as client:
+            sources = {entry["source"] for entry in client.get(AUDIT).json()["entries"]}
+            assert sources == set()
+            assert client.post(PROVISION, json=provision_body("node-1")).status_code == 200
+            assert client.get(AUDIT).json()["entries"][0]["source"] == "::1"
+        assert opened(BORROWED, statuses(outside, here, service.port, BORROWED)) == []
+        assert opened(BORROWED, statuses(LocalHost(), f"::ffff:{here}", service.port, BORROWED)) == []
+
+
+def test_serving_to_everybody_without_a_credential_is_said_loudly(
+    service: ServiceProcess,
+) -> None:
+    def warnings() -> list[str]:
+        return [line for line in service.log.splitlines() if line.startswith("WARNING: ")]
+
+    (warning,) = warnings()
+    assert "python -m backend key create --role admin" in warning
+    assert "127.0.0.1" in warning
+    service.restart()
+    assert len(warnings()) == 2
+    make_key(service)
+    service.restart()
+    assert len(warnings()) == 2
+
+
+def test_serving_to_this_host_alone_needs_no_warning(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    assert "WARNING" not in start_service(settings_for(hub_interface, tmp_path)).log
+
+
+def limited(hub: HubInterface, directory: Path, **limits: str) -> dict[str, object]:
+    """Return settings with these limits."""
+    named = {f"WIREGUARD_RATE_LIMIT_{kind.upper()}": limit for kind, limit in limits.items()}
+    return settings_for(hub, directory, **named)
+
+
+def test_who_fails_too_often_is_told_to_wait_and_keeps_nobody_else_out(
+    hub_interface: HubInterface, start_service: StartService, here: str, tmp_path: Path
+) -> None:
+    settings = limited(hub_interface, tmp_path, failed_authentication="5/minute")
+    service = start_service(settings, address="0.0.0.0")  # noqa: S104
+    secret = make_key(service)
+    with client_at(service, secret=secret) as operator, client_at(service) as guesser:
+        assert operator.get(PEERS).status_code == 200
+        answers = [
+            guesser.get(PEERS, headers={"Authorization": f"Bearer ocw_{'0' * 16}_{number:064x}"})
+            for number in range(9)
+        ]
+        assert [answer.status_code for answer in answers] == [401] * 5 + [429] * 4
+        for late in answers[5:]:
+            assert 1 <= int(late.headers["Retry-After"]) <= 60
+            assert late.headers["Cache-Control"] == "no-store"
+            assert late.headers["X-Request-ID"]
+        # Nothing at all and a wrong secret fail, too.
+        assert guesser.get(PEERS).status_code == 429
+        wrong = {"Authorization": f"Bearer {secret[:-64]}{'0' * 64}"}
+        assert guesser.get(PEERS, headers=wrong).status_code == 429
+        assert operator.get(PEERS).status_code == 200
+        with client_at(service, here) as elsewhere:
+            assert elsewhere.get(PEERS).status_code == 401
+        logged = operator.get(AUDIT, params={"action": "authenticate"}).json()["entries"]
+        counts: dict[str, int] = {}
+        for entry in logged:
+            counts[entry["reason"]] = counts.get(entry["reason"], 0) + entry["count"]
+        assert counts == {"unknown": 5, "rate": 6, "missing": 1}
+
+
+@pytest.mark.parametrize("kind", ["token", "key"])
+def test_a_credential_is_limited_by_itself(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, kind: str
+) -> None:
+    service = start_service(limited(hub_interface, tmp_path, **{kind: "5/minute"}))
+    with client_at(service, secret=make_key(service)) as admin:
+        asked: dict[str, object] = {"max_uses": 100} if kind == "token" else {"role": "operate"}
+        made = [admin.post(f"{PREFIX}/{kind}s", json=asked).json() for _ in range(2)]
+        first, second = (bearer(one["secret"]) for one in made)
+        answers = [
+            service.client.post(PROVISION, json=provision_body(f"node-{number}"), headers=first)
+            for number in range(7)
+        ]
+        assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 2
+        assert 1 <= int(answers[-1].headers["Retry-After"]) <= 60
+        last = service.client.post(PROVISION, json=provision_body("node-5"), headers=second)
+        assert last.status_code == 200
+        assert len(admin.get(PEERS).json()) == 6
+        refused = admin.get(AUDIT, params={"actor": "nobody"}).json()["entries"]
+        assert sum(entry["count"] for entry in refused if entry["reason"] == "rate") == 2
+
+
+def test_a_source_is_limited_and_this_host_is_not_while_the_door_is_closed(
+    hub_interface: HubInterface, start_service: StartService, here: str, tmp_path: Path
+) -> None:
+    service = start_service(limited(hub_interface, tmp_path, source="5/minute"), address="0.0.0.0")  # noqa: S104
+    with client_at(service) as local, client_at(service, here) as elsewhere:
+        assert [elsewhere.get(PEERS).status_code for _ in range(7)] == [403] * 5 + [429] * 2
+        assert {local.get(PEERS).status_code for _ in range(20)} == {200}
+        secret = {"Authorization": f"Bearer {make_key(service)}"}
+        # A credential doesn't make the source another one.
+        assert elsewhere.get(PEERS, headers=secret).status_code == 429
+        assert local.get(PEERS, headers=secret).status_code == 200
+
+
+def test_a_limit_ends(hub_interface: HubInterface, start_service: StartService, tmp_path: Path) -> None:
+    service = start_service(limited(hub_interface, tmp_path, failed_authentication="2/second"))
+    make_key(service)
+    with client_at(service) as client:
+        eventually(lambda: client.get(PEERS).status_code == 401)
+        answers = [client.get(PEERS) for _ in range(6)]
+        late = next(answer for answer in answers if answer.status_code == 429)
+        time.sleep(int(late.headers["Retry-After"]))
+        assert client.get(PEERS).status_code == 401
