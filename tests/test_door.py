@@ -563,10 +563,14 @@ TCP = ("127.0.0.1", 8000)
 
 
 def asked_by(
-    client: tuple[str, int] | None, *headers: tuple[str, str], server: tuple[str, int | None] | None = TCP
+    client: tuple[str, int] | None,
+    *headers: tuple[str, str],
+    server: tuple[str, int | None] | None = TCP,
+    http: str = "1.1",
 ) -> bool:
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
-    return is_local(Request({"type": "http", "client": client, "server": server, "headers": raw}))
+    scope = {"type": "http", "http_version": http, "client": client, "server": server, "headers": raw}
+    return is_local(Request(scope))
 
 
 HERE = ("127.0.0.1", 40000)
@@ -653,6 +657,11 @@ def test_a_request_has_one_host() -> None:
 )
 def test_a_page_in_a_browser_is_from_here_or_it_is_not_local(origin: str, local: bool) -> None:
     assert asked_by(HERE, LOCALHOST, ("Origin", origin)) == local
+
+
+def test_a_proxy_that_says_nothing_of_itself_is_told_by_its_old_http() -> None:
+    assert asked_by(HERE, LOCALHOST)
+    assert not asked_by(HERE, LOCALHOST, http="1.0")
 
 
 def test_a_unix_socket_is_local_and_a_tcp_client_without_an_address_is_not() -> None:
