@@ -4,29 +4,27 @@ Whoever may read and write the records may do all of this, so no credential is a
 first one is made.
 """
 
-import getpass
 import json
-from collections.abc import Iterator
+import os
+import pwd
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from backend.errors import CredentialNotFoundError, ProvisioningError, StartRefusedError
-from backend.models.access.audit import AuditAction, AuditEntry, AuditEvent, AuditOutcome, AuditQuery
-from backend.models.access.credentials import (
-    Credential,
-    CredentialKind,
-    KeyInfo,
-    KeyRequest,
-    Role,
-    TokenInfo,
-    TokenRequest,
-)
 
+# Everything heavier is imported by the command that needs it, so that `--help` answers at once.
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from backend.adapters.access_store import SqlAccessStore
+    from backend.models.access.audit import AuditAction, AuditEvent
+    from backend.models.access.credentials import Credential, CredentialKind, KeyRequest, TokenRequest
+
+_Model = TypeVar("_Model", bound="BaseModel")
 
 token = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Enrolment tokens, for nodes.")
 key = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Operators' keys.")
@@ -34,12 +32,6 @@ audit = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The audit
 
 Id = Annotated[str, typer.Argument(help="The 16 digits behind ocw_.")]
 Note = Annotated[str, typer.Option(help="What you want to remember of it.")]
-
-_MADE: Final = {CredentialKind.TOKEN: AuditAction.TOKEN_MADE, CredentialKind.KEY: AuditAction.KEY_MADE}
-_REVOKED: Final = {
-    CredentialKind.TOKEN: AuditAction.TOKEN_REVOKED,
-    CredentialKind.KEY: AuditAction.KEY_REVOKED,
-}
 
 
 @token.command("create")
@@ -56,7 +48,10 @@ def create_token(
     note: Note = "",
 ) -> None:
     """Make a token and print it; it is shown this once."""
-    with one_sentence(), _store() as store:
+    with one_sentence():
+        from backend.models.access.audit import AuditAction
+        from backend.models.access.credentials import TokenRequest
+
         given: dict[str, object] = {
             "max_uses": max_uses,
             "expires_in": expires_in,
@@ -65,13 +60,15 @@ def create_token(
             "ephemeral": ephemeral,
             "note": note,
         }
-        _make(store, _checked(TokenRequest, given))
+        _make(_checked(TokenRequest, given), AuditAction.TOKEN_MADE)
 
 
 @token.command("list")
 def list_tokens() -> None:
     """Print every token as a line of JSON, without its secret."""
     with one_sentence(), _store() as store:
+        from backend.models.access.credentials import CredentialKind, TokenInfo
+
         now = datetime.now(UTC)
         for credential in _listed(store, CredentialKind.TOKEN):
             typer.echo(TokenInfo.of(credential, now).model_dump_json())
@@ -80,25 +77,34 @@ def list_tokens() -> None:
 @token.command("revoke")
 def revoke_token(credential_id: Id) -> None:
     """Let nobody in with a token any more; the nodes that it let in stay."""
-    with one_sentence(), _store() as store:
-        _revoke(store, CredentialKind.TOKEN, credential_id)
+    with one_sentence():
+        from backend.models.access.audit import AuditAction
+        from backend.models.access.credentials import CredentialKind
+
+        _revoke(CredentialKind.TOKEN, credential_id, AuditAction.TOKEN_REVOKED)
 
 
 @key.command("create")
 def create_key(
-    role: Annotated[Role, typer.Option(help="What it is for; each covers the ones before it.")],
+    role: Annotated[str, typer.Option(help="read, operate or admin; each covers the ones before it.")],
     expires_in: Annotated[int | None, typer.Option(help="Seconds; without it, never.")] = None,
     note: Note = "",
 ) -> None:
     """Make a key and print it; it is shown this once."""
-    with one_sentence(), _store() as store:
-        _make(store, _checked(KeyRequest, {"role": role, "expires_in": expires_in, "note": note}))
+    with one_sentence():
+        from backend.models.access.audit import AuditAction
+        from backend.models.access.credentials import KeyRequest
+
+        given = {"role": role, "expires_in": expires_in, "note": note}
+        _make(_checked(KeyRequest, given), AuditAction.KEY_MADE)
 
 
 @key.command("list")
 def list_keys() -> None:
     """Print every key as a line of JSON, without its secret."""
     with one_sentence(), _store() as store:
+        from backend.models.access.credentials import CredentialKind, KeyInfo
+
         now = datetime.now(UTC)
         for credential in _listed(store, CredentialKind.KEY):
             typer.echo(KeyInfo.of(credential, now).model_dump_json())
@@ -107,21 +113,28 @@ def list_keys() -> None:
 @key.command("revoke")
 def revoke_key(credential_id: Id) -> None:
     """Let nobody in with a key any more; the service follows within a second."""
-    with one_sentence(), _store() as store:
-        _revoke(store, CredentialKind.KEY, credential_id)
+    with one_sentence():
+        from backend.models.access.audit import AuditAction
+        from backend.models.access.credentials import CredentialKind
+
+        _revoke(CredentialKind.KEY, credential_id, AuditAction.KEY_REVOKED)
 
 
 @audit.command("list")
 def list_audit(
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many, the newest.")] = 100,
-    action: Annotated[AuditAction | None, typer.Option(help="Only such acts.")] = None,
+    action: Annotated[str | None, typer.Option(help="Only such acts, like provision or key_made.")] = None,
     actor: Annotated[str | None, typer.Option(help="Only by whom, like key:3f1c0e5a9b7d2468.")] = None,
     subject: Annotated[str | None, typer.Option(help="Only of that node or credential.")] = None,
 ) -> None:
     """Print the newest entries as lines of JSON, the oldest of them first."""
-    with one_sentence(), _store() as store:
-        for record in reversed(store.audit_page(AuditQuery(limit, None, action, actor, subject))):
-            typer.echo(AuditEntry.of(record).model_dump_json())
+    with one_sentence():
+        from backend.models.access.audit import AuditEntry, AuditQuery
+
+        query = AuditQuery(limit, None, _action(action), actor, subject)
+        with _store() as store:
+            for record in reversed(store.audit_page(query)):
+                typer.echo(AuditEntry.of(record).model_dump_json())
 
 
 @audit.command("verify")
@@ -156,7 +169,7 @@ def _store() -> "Iterator[SqlAccessStore]":
         yield store
 
 
-def _checked(model: Any, given: dict[str, object]) -> Any:
+def _checked(model: type[_Model], given: Mapping[str, object]) -> _Model:
     from pydantic import ValidationError
 
     try:
@@ -168,30 +181,45 @@ def _checked(model: Any, given: dict[str, object]) -> Any:
         raise StartRefusedError(f"--{option}: {problem['msg']}") from None
 
 
-def _make(store: "SqlAccessStore", request: TokenRequest | KeyRequest) -> None:
-    now = datetime.now(UTC)
-    credential, secret = request.make(_actor(), now)
-    store.keep_credential(credential, _event(_MADE[credential.kind], credential.id, now))
+def _action(name: str | None) -> "AuditAction | None":
+    from backend.models.access.audit import AuditAction
+
+    try:
+        return None if name is None else AuditAction(name)
+    except ValueError:
+        raise StartRefusedError(f"--action: it is one of {', '.join(AuditAction)}") from None
+
+
+def _make(request: "TokenRequest | KeyRequest", action: "AuditAction") -> None:
+    with _store() as store:
+        now = datetime.now(UTC)
+        credential, secret = request.make(_actor(), now)
+        store.keep_credential(credential, _event(action, credential.id, now))
     typer.echo(secret.reveal())
 
 
-def _listed(store: "SqlAccessStore", kind: CredentialKind) -> list[Credential]:
+def _listed(store: "SqlAccessStore", kind: "CredentialKind") -> "list[Credential]":
     return [credential for credential in store.load_credentials()[1] if credential.kind is kind]
 
 
-def _revoke(store: "SqlAccessStore", kind: CredentialKind, credential_id: str) -> None:
-    if credential_id not in {credential.id for credential in _listed(store, kind)}:
-        raise CredentialNotFoundError(f"{kind.value} {credential_id}")
-    store.revoke_credential(credential_id, _event(_REVOKED[kind], credential_id, datetime.now(UTC)))
+def _revoke(kind: "CredentialKind", credential_id: str, action: "AuditAction") -> None:
+    with _store() as store:
+        if credential_id not in {credential.id for credential in _listed(store, kind)}:
+            raise CredentialNotFoundError(f"{kind.value} {credential_id}")
+        store.revoke_credential(credential_id, _event(action, credential_id, datetime.now(UTC)))
     typer.echo(f"{kind.value} {credential_id} is revoked")
 
 
-def _event(action: AuditAction, subject: str, at: datetime) -> AuditEvent:
+def _event(action: "AuditAction", subject: str, at: datetime) -> "AuditEvent":
+    from backend.models.access.audit import AuditEvent, AuditOutcome
+
     return AuditEvent(at, action, AuditOutcome.ACCEPTED, _actor(), subject)
 
 
 def _actor() -> str:
+    # Whose process it is: what the environment says of that (LOGNAME) anybody may choose.
+    user = os.geteuid()
     try:
-        return f"cli:{getpass.getuser()}"
-    except (KeyError, OSError):
-        return "cli:?"
+        return f"cli:{pwd.getpwuid(user).pw_name}"
+    except KeyError:
+        return f"cli:{user}"

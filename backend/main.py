@@ -79,8 +79,9 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
                 WireGuardChallenges() if settings.wireguard_require_proof else None,
             ),
         )
-        service.start()
+        # Before the start, which may be refused halfway: the clerk works by then.
         stack.callback(service.close)
+        service.start()
         log.info(
             "service_started", extra={"interface": config.interface, "reload": str(settings.wireguard_reload)}
         )
@@ -98,8 +99,10 @@ async def provide_service(app: FastAPI, settings: Settings) -> AsyncIterator[Non
         yield
     finally:
         del app.state.provisioning_service
-        await service.door.leave_loop()
-        await asyncio.to_thread(running.__exit__, None, None, None)
+        try:
+            await service.door.leave_loop()
+        finally:
+            await asyncio.to_thread(running.__exit__, None, None, None)
 
 
 def create_app(settings: Settings, service: WireGuardProvisioningService | None = None) -> FastAPI:

@@ -361,10 +361,12 @@ def find_answer(connection: sa.Connection, scope: str, key_hash: str) -> Answer 
     return None if row is None else Answer(**row._mapping)  # noqa: SLF001 - a Row's public attribute
 
 
-def forget_answers_of(connection: sa.Connection, node_ids: Collection[str]) -> None:
-    """Forget what nodes were told that are no more."""
-    if node_ids:
-        connection.execute(sa.delete(answers).where(answers.c.node_id.in_(node_ids)))
+def forget_answers_of(connection: sa.Connection, node_ids: Collection[str]) -> list[Answer]:
+    """Forget what nodes were told that are no more, and return it."""
+    if not node_ids:
+        return []
+    gone = sa.delete(answers).where(answers.c.node_id.in_(node_ids)).returning(answers)
+    return [Answer(**row._mapping) for row in connection.execute(gone)]  # noqa: SLF001 - see find_answer
 
 
 def forget_answers_before(connection: sa.Connection, moment: datetime) -> int:

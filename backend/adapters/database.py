@@ -27,6 +27,8 @@ IN_MEMORY: Final = "sqlite:///:memory:"
 # Any number that nothing else takes: "wgprov" in ASCII.
 _ADVISORY_LOCK: Final = 0x776770726F76
 _BUSY_TIMEOUT_MS: Final = 30_000
+# How long a command waits for somebody else's migration.
+_MIGRATION_SECONDS: Final = 3.0
 # DBOS keeps about five connections busy for a moment while a datasource transaction holds another.
 _POOL_SIZE: Final = 10
 # A batch with its workflow, and SQLite's write-ahead log when it's checkpointed.
@@ -55,7 +57,7 @@ class Database:
 
     def has_room(self) -> bool:
         """Say whether more can be written, as far as this host can see: a server's disk is its own affair."""
-        if self.url.get_backend_name() != "sqlite" or self.url.database is None:
+        if self.url.get_backend_name() != "sqlite" or self.url.database in {None, ":memory:"}:
             return True
         disk = os.statvfs(Path(self.url.database).absolute().parent)
         return disk.f_bavail * disk.f_frsize >= _ROOM_BYTES
@@ -64,6 +66,15 @@ class Database:
         """Close every connection and let another process have the database."""
         self._stack.close()
         self.engine.dispose()
+
+    def is_current(self) -> bool:
+        """Say whether the schema is this version's; raise StartRefusedError where it can't be read."""
+        heads = ScriptDirectory(str(_MIGRATIONS)).get_heads()
+        try:
+            with self.engine.connect() as connection:
+                return set(MigrationContext.configure(connection).get_current_heads()) == set(heads)
+        except SQLAlchemyError as exc:
+            raise StartRefusedError(f"the schema of {self._name()} can't be read: {said(exc)}") from exc
 
     def migrate(self) -> None:
         """Bring the schema up to date; do nothing, quickly, where it is.
@@ -178,11 +189,18 @@ class Database:
 
 def open_beside(url: str) -> Database:
     """Open the database for a command, whether the service runs or not."""
-    try:
-        alone = Database(url)
-    except InUseError:
-        pass
-    else:
+    # Taken for itself only where it must be: a service that comes meanwhile, or that has lost its connection
+    # for a moment, would take the command for another hub's service.
+    until = time.monotonic() + _MIGRATION_SECONDS
+    while not _is_current(url):
+        try:
+            alone = Database(url)
+        except InUseError:
+            # Whoever has it may be about to do the same.
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+            continue
         try:
             alone.migrate()
         finally:
@@ -194,6 +212,14 @@ def open_beside(url: str) -> Database:
         database.close()
         raise
     return database
+
+
+def _is_current(url: str) -> bool:
+    database = Database(url, exclusive=False)
+    try:
+        return database.is_current()
+    finally:
+        database.close()
 
 
 def _answers(engine: sa.Engine) -> bool:

@@ -10,6 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from backend.adapters import access_records, records
 from backend.adapters.database import Database
 from backend.errors import RecordsUnavailableError, UnauthenticatedError
+from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.services.hub_committer import run_sequence
@@ -25,7 +26,9 @@ class SqlJournal:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._engine = database.engine
+        # What the batch under way has taken out, in case it's taken back.
         self._removed: list[records.Row] = []
+        self._forgotten: list[Answer] = []
         self._apply: Callable[[Batch | None], str | None] = lambda _: None
 
     def adopt(self, peers: Sequence[Peer]) -> None:
@@ -80,7 +83,7 @@ class SqlJournal:
             _count_uses(connection, batch.accepted())
             accepted = batch.accepted()
             gone = [change.peer.node_id for change in accepted if change.action is Action.REMOVE]
-            access_records.forget_answers_of(connection, gone)
+            self._forgotten = access_records.forget_answers_of(connection, gone)
             access_records.save_answers(
                 connection, [change.answer for change in accepted if change.answer is not None]
             )
@@ -102,6 +105,7 @@ class SqlJournal:
             access_records.return_uses(connection, _tokens(accepted))
             added = [change.peer.node_id for change in accepted if change.action is Action.ADD]
             access_records.forget_answers_of(connection, added)
+            access_records.save_answers(connection, self._forgotten)
             access_records.append_audit(
                 connection,
                 [

@@ -112,7 +112,9 @@ class Door:
         version, credentials = self._store.load_credentials()
         with self._counting:
             for credential in credentials:
-                self._uses[credential.id] = max(credential.uses, self._uses.get(credential.id, 0))
+                # Once: from then on uses are counted as they are settled. The records may have counted some
+                # already that are on their way, or that will be taken back.
+                self._uses.setdefault(credential.id, credential.uses)
         self._credentials = {credential.id: credential for credential in credentials}
         self._version = version
 
@@ -149,11 +151,22 @@ class Door:
 
     def require(self, caller: Caller, permission: Permission) -> None:
         """Raise ForbiddenError unless the caller may; a token that is used up is no better than none."""
+        self._require_still(caller)
         if caller.may(permission):
             return
         if caller.token_id is not None and self.used_up(caller):
             raise UnauthenticatedError("used_up", caller.token_id)
         raise ForbiddenError(permission.role)
+
+    def _require_still(self, caller: Caller) -> None:
+        """Raise UnauthenticatedError where the caller isn't let in any more: its body may have taken long."""
+        if caller.kind is CallerKind.LOOPBACK and not self.is_open:
+            raise UnauthenticatedError("missing")
+        if caller.credential is not None:
+            known = self._credentials.get(caller.credential.id, caller.credential)
+            reason = known.refusal(datetime.now(UTC), caller.source, None)
+            if reason is not None:
+                raise UnauthenticatedError(reason, known.id)
 
     def check_node(self, caller: Caller, node_id: str) -> None:
         """Raise UnauthenticatedError unless the caller's token is for a node of this name."""
@@ -218,6 +231,8 @@ class Door:
 
     def revoke(self, kind: CredentialKind, credential_id: str, caller: Caller) -> Credential:
         """Revoke a credential; raise CredentialNotFoundError where there is none of that kind."""
+        # The command line may have made it a moment ago.
+        self.refresh()
         known = self._credentials.get(credential_id)
         if known is None or known.kind is not kind:
             raise CredentialNotFoundError(f"{kind.value} {credential_id}")

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
+from itertools import takewhile
 from threading import Lock
 from typing import Final, Self
 
@@ -95,7 +96,12 @@ class RecentAnswers:
     def forget(self, node_id: str) -> None:
         """Forget what a node was told that is no more."""
         with self._lock:
-            for where in [where for where, recent in self._recent.items() if recent.node_id == node_id]:
+            # What is still on its way is for the node's next coming, which waited for this one's going.
+            for where in [
+                where
+                for where, recent in self._recent.items()
+                if recent.node_id == node_id and recent.answer.done()
+            ]:
                 del self._recent[where]
 
     def _conclude(self, where: tuple[str, str], answer: Future[bytes]) -> None:
@@ -105,11 +111,9 @@ class RecentAnswers:
 
     def _drop_old(self) -> None:
         until = time.monotonic() - _RECENT_SECONDS
-        for where, recent in list(self._recent.items()):
-            if recent.begun_at > until:
-                break
-            if recent.answer.done():
-                del self._recent[where]
+        old = takewhile(lambda item: item[1].begun_at <= until, self._recent.items())
+        for where in [where for where, recent in old if recent.answer.done()]:
+            del self._recent[where]
 
 
 def _copy(answer: Future[bytes], waiting: Future[bytes]) -> None:
