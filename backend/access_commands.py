@@ -156,7 +156,9 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except (StartRefusedError, ProvisioningError) as exc:
-        typer.echo(f"error: {exc}", err=True)
+        from backend.models.access.credentials import redacted
+
+        typer.echo(f"error: {redacted(str(exc))}", err=True)
         raise typer.Exit(1) from None
 
 

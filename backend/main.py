@@ -149,7 +149,8 @@ def _read(config: WireGuardConfigManager, settings: Settings) -> None:
     stated = settings.wireguard_hub_public_key
     if stated is not None and stated != config.hub_public_key:
         raise StartRefusedError(
-            f"WIREGUARD_HUB_PUBLIC_KEY is {stated}, but the PrivateKey in {config.path} belongs to "
+            # What it is isn't repeated: it may be the private key, by mistake.
+            f"WIREGUARD_HUB_PUBLIC_KEY is another key, but the PrivateKey in {config.path} belongs to "
             f"{config.hub_public_key}; leave the setting empty, or set it to that"
         )
 

@@ -4,6 +4,11 @@ import logging
 import time
 from typing import Final
 
+from backend.models.access.credentials import redacted
+
+# uvicorn's: address, method, path, HTTP's version, status.
+_ACCESS_ARGUMENTS: Final = 5
+
 # What every record has by itself; anything else came in by `extra`.
 _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
@@ -23,6 +28,18 @@ class EventFormatter(logging.Formatter):
         fields = [f"{key}={_quoted(value)}" for key, value in vars(record).items() if key not in _OWN]
         return " ".join([super().formatMessage(record), *fields])
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the whole line, without the secrets that somebody sent where none belongs."""
+        return redacted(super().format(record))
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """Leave the query out of uvicorn's line for a request: nobody knows what somebody writes there."""
+    if isinstance(record.args, tuple) and len(record.args) == _ACCESS_ARGUMENTS:
+        address, method, path, *rest = record.args
+        record.args = (address, method, str(path).partition("?")[0], *rest)
+    return True
+
 
 def _quoted(value: object) -> str:
     text = str(value)
@@ -34,5 +51,6 @@ def configure_logging(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(EventFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn.access").addFilter(_without_query)
     # Each migration of each start; the service says by itself what matters.
     logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -35,7 +35,7 @@ from backend.errors import (
 )
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import Caller, CallerKind
-from backend.models.access.credentials import Permission
+from backend.models.access.credentials import Permission, redacted
 from backend.models.identity import NodeIdentity
 from backend.models.wireguard.provisioning import ProvisioningRequest
 from backend.services.door import Door, Proof
@@ -122,6 +122,7 @@ class DoorRoute(DomainErrorRoute):
         if isinstance(error, UnauthenticatedError):
             action, subject = AuditAction.AUTHENTICATE, error.credential_id or subject
         if action is not None:
+            subject = None if subject is None else redacted(subject)
             event = caller.event(datetime.now(UTC), action, AuditOutcome.REFUSED, subject, _reason(error))
             door.clerk.note(event)
 

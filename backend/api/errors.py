@@ -37,6 +37,7 @@ from backend.errors import (
     RecordsUnavailableError,
     UnauthenticatedError,
 )
+from backend.models.access.credentials import redacted
 
 # The nearest class in an error's line of descent counts.
 STATUS: Final[dict[type[ProvisioningError], int]] = {
@@ -101,9 +102,9 @@ def answer(error: ProvisioningError) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after)
     elif status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    detail: object = str(error)
+    detail: object = redacted(str(error))
     if isinstance(error, DuplicatePeerError):
-        detail = {"message": str(error), "existing_config": error.existing_config}
+        detail = {"message": detail, "existing_config": error.existing_config}
     elif isinstance(error, InvalidCredentialsError):
         detail = [{"type": "value_error", "loc": ["body", error.field], "msg": error.reason}]
     elif isinstance(error, IdempotencyKeyError):

@@ -122,6 +122,11 @@ class Secret:
         raise TypeError("a secret is not pickled")
 
 
+def redacted(text: str) -> str:
+    """Return a text without the secrets of the credentials in it, for whoever repeats what was sent."""
+    return _TEXT.sub(r"ocw_\1_***", text) if "ocw_" in text else text
+
+
 @dataclass(frozen=True, slots=True)
 class Credential:
     """One credential as it is stored. A token has `max_uses` and no role, a key the other way round."""
@@ -206,7 +211,13 @@ def _network(value: Any) -> Network:
         return value
     if not isinstance(value, str) or "%" in value:
         raise ValueError("a network is written like 192.0.2.0/24 or 2001:db8::/32, without a zone")
-    network = ip_network(value)
+    try:
+        network = ip_network(value)
+    except ValueError:
+        # Its own message repeats what was sent.
+        raise ValueError(
+            "not a network; write one like 192.0.2.0/24 or 2001:db8::/32, without host bits"
+        ) from None
     if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
         raise ValueError("IPv4 callers count as IPv4; write the network as such, like 192.0.2.0/24")
     return network
