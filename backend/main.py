@@ -149,8 +149,8 @@ def _read(config: WireGuardConfigManager, settings: Settings) -> None:
     stated = settings.wireguard_hub_public_key
     if stated is not None and stated != config.hub_public_key:
         raise StartRefusedError(
-            # What it is isn't repeated: it may be the private key, by mistake.
-            f"WIREGUARD_HUB_PUBLIC_KEY is another key, but the PrivateKey in {config.path} belongs to "
+            # Its value isn't repeated: by mistake it may be the private key.
+            f"WIREGUARD_HUB_PUBLIC_KEY is not the key of {config.path}, whose PrivateKey belongs to "
             f"{config.hub_public_key}; leave the setting empty, or set it to that"
         )
 

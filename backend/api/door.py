@@ -126,6 +126,13 @@ class DoorRoute(DomainErrorRoute):
             event = caller.event(datetime.now(UTC), action, AuditOutcome.REFUSED, subject, _reason(error))
             door.clerk.note(event)
 
+    async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:
+        """Count a credential that turned out to be good for nothing later than at the door."""
+        if isinstance(error, UnauthenticatedError) and hasattr(request.state, "caller"):
+            door: Door = request.state.door
+            return await door.count_failure(error, _source(request))
+        return error
+
 
 def _source(request: Request) -> str | None:
     client = request.scope.get("client")

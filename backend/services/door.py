@@ -134,7 +134,7 @@ class Door:
             await self._limit(LimitKind.SOURCE, source)
         if authorization is None:
             if not self.is_open:
-                raise await self._refused(UnauthenticatedError("missing"), source)
+                raise await self.count_failure(UnauthenticatedError("missing"), source)
             if not local:
                 raise DoorClosedError
             return Caller(CallerKind.LOOPBACK, None, source, request_id)
@@ -142,7 +142,7 @@ class Door:
         now = datetime.now(UTC)
         reason = credential.refusal(now, source, None)
         if reason is not None:
-            raise await self._refused(UnauthenticatedError(reason, credential.id), source)
+            raise await self.count_failure(UnauthenticatedError(reason, credential.id), source)
         token = credential.kind is CredentialKind.TOKEN
         await self._limit(LimitKind.TOKEN if token else LimitKind.KEY, credential.id)
         if not token:
@@ -263,7 +263,7 @@ class Door:
         if secret is None:
             if self.is_open and not local:
                 raise DoorClosedError
-            raise await self._refused(UnauthenticatedError("malformed"), source)
+            raise await self.count_failure(UnauthenticatedError("malformed"), source)
         credential = self._credentials.get(secret.id)
         if credential is None and time.monotonic() - self._looked_again_at > _LOOK_AGAIN_SECONDS:
             # It may have been made by the command line a moment ago.
@@ -273,12 +273,12 @@ class Door:
         if credential is None and self.is_open and not local:
             raise DoorClosedError
         if credential is None:
-            raise await self._refused(UnauthenticatedError("unknown"), source)
+            raise await self.count_failure(UnauthenticatedError("unknown"), source)
         if not credential.matches(secret):
-            raise await self._refused(UnauthenticatedError("secret", credential.id), source)
+            raise await self.count_failure(UnauthenticatedError("secret", credential.id), source)
         return credential
 
-    async def _refused(
+    async def count_failure(
         self, error: UnauthenticatedError, source: str | None
     ) -> UnauthenticatedError | RateLimitedError:
         """Count a failed try, and return what to say: who fails too often isn't even told that."""

@@ -427,7 +427,7 @@ def _after(undecided: Future[None], answer: Future[_T], again: Callable[[], None
     def judge(_: Future[None]) -> None:
         try:
             again()
-        except ProvisioningError as exc:
+        except Exception as exc:  # noqa: BLE001 - whoever waits is told, whatever it was
             _fail(answer, exc)
 
     undecided.add_done_callback(judge)
@@ -438,10 +438,10 @@ def _pass_on(source: Future[Peer], render: Callable[[Peer], bytes], answer: Futu
         answer.cancel()
         return
     error = source.exception()
-    if isinstance(error, ProvisioningError):
-        _fail(answer, error)
-    elif error is None:
+    if error is None:
         _succeed(answer, render(source.result()))
+    else:
+        _fail(answer, error)
 
 
 def _succeed(answer: Future[_T], value: _T) -> None:
@@ -450,6 +450,6 @@ def _succeed(answer: Future[_T], value: _T) -> None:
         answer.set_result(value)
 
 
-def _fail(answer: Future[_T], error: ProvisioningError) -> None:
+def _fail(answer: Future[_T], error: BaseException) -> None:
     if answer.set_running_or_notify_cancel():
         answer.set_exception(error)
