@@ -170,7 +170,7 @@ class Door:
 
     def check_node(self, caller: Caller, node_id: str) -> None:
         """Raise UnauthenticatedError unless the caller's token is for a node of this name."""
-        if caller.credential is not None:
+        if caller.credential is not None and caller.credential.node_id_pattern is not None:
             reason = caller.credential.refusal(datetime.now(UTC), caller.source, node_id)
             if reason is not None:
                 raise UnauthenticatedError(reason, caller.credential.id)

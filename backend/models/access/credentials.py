@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from hashlib import sha256
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Annotated, Any, Final, NoReturn, Self
@@ -189,6 +190,7 @@ class Credential:
         return CredentialState.USED_UP if self.used_up else CredentialState.ACTIVE
 
 
+@lru_cache(maxsize=4096)
 def _within(source: str | None, network: Network) -> bool:
     try:
         address = ip_address(source or "")
