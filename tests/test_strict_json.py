@@ -54,8 +54,8 @@ REFUSED = [
     (b'{"\\ud83d": 1}', "A text holds half of a surrogate pair, which is no character"),
     (nested(MAX_LEVELS + 1), "The body is nested more than 32 levels deep"),
     (nested(900), "The body is nested more than 32 levels deep"),
-    (b"[" * 60_000, "The body is nested more than 32 levels deep"),
-    (b'{"a":' * 10_000, "The body is nested more than 32 levels deep"),
+    (b"[" * 30_000 + b"]" * 30_000, "The body is nested more than 32 levels deep"),
+    (b'{"a":' * 9_000 + b"1" + b"}" * 9_000, "The body is nested more than 32 levels deep"),
 ]
 
 
