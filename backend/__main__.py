@@ -213,6 +213,7 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
             lifespan="on",
             log_config=None,
             log_level=settings.log_level,
+            access_log=settings.access_log,
             proxy_headers=False,
             server_header=False,
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,

@@ -259,6 +259,7 @@ class Settings(BaseSettings):
     )
     wireguard_require_proof: bool = False
     log_level: Annotated[LogLevel, BeforeValidator(_parse_log_level)] = LogLevel.INFO
+    access_log: bool = False
 
     @property
     def rate_limits(self) -> dict[LimitKind, str]:
@@ -314,7 +315,7 @@ def load_settings() -> Settings:
         name = str(error["loc"][0]).upper()
         if error["type"] == "value_error":
             reason = str(error["ctx"]["error"])
-        else:  # the one field that pydantic parses alone
+        else:  # a field that pydantic parses alone: a bool
             reason = "is neither true nor false; write one of the two"
         # The chain would show the value.
         raise StartRefusedError(f"{name} {reason}.") from None

@@ -154,6 +154,21 @@ def test_being_asked_to_stop_is_no_failure(tmp_path: Path, number: signal.Signal
         assert "Traceback" not in service.log
 
 
+@pytest.mark.parametrize(("settings", "lines"), [({}, 0), ({"ACCESS_LOG": "true"}, 1)])
+def test_a_request_is_logged_only_where_it_is_asked_for(
+    tmp_path: Path, settings: dict[str, object], lines: int
+) -> None:
+    settings |= hub_settings(tmp_path)
+    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    with ServiceProcess(tmp_path, settings) as service:
+        assert service.client.get("/healthz?token=secret").status_code == 200
+        service.terminate()
+        logged = [line for line in service.log.splitlines() if "/healthz" in line]
+        assert len(logged) == lines, logged
+        assert all("INFO uvicorn.access 127.0.0.1:" in line for line in logged)
+        assert "secret" not in service.log
+
+
 def test_a_response_does_not_name_the_server(tmp_path: Path) -> None:
     settings = hub_settings(tmp_path)
     assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0

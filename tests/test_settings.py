@@ -44,6 +44,7 @@ def test_nothing_set_gives_the_documented_defaults(tmp_path: Path) -> None:
     assert settings.database_url == f"sqlite:///{tmp_path}/var/provisioning.sqlite"
     assert settings.enable_dbos is True
     assert settings.log_level is LogLevel.INFO
+    assert settings.access_log is False
     assert settings.wireguard_rate_limit_storage == "memory://"
     assert settings.rate_limits == {
         LimitKind.SOURCE: "60000/minute",
@@ -163,6 +164,7 @@ WRONG = [
         "5/month",
         "counts for longer than a day; write one like 1000/day.",
     ),
+    ("ACCESS_LOG", "perhaps", "is neither true nor false; write one of the two."),
     ("LOG_LEVEL", "loud", "is unknown; write one of critical, error, warning, info, debug."),
     (
         "STATE_DIRECTORY",

@@ -261,6 +261,7 @@ def test_no_secret_comes_out_of_anything(
         hub_interface,
         tmp_path,
         LOG_LEVEL="debug",
+        ACCESS_LOG="true",
         WIREGUARD_RATE_LIMIT_FAILED_AUTHENTICATION="100000/minute",
         # Nobody is there, so that each request has something to complain about.
         WIREGUARD_RATE_LIMIT_STORAGE=f"redis://user:{REDIS_PASSWORD}@127.0.0.1:1/0",
