@@ -1,9 +1,11 @@
 # `make` alone says what there is.
 PYTHON ?= python3
 PORT ?= 8000
+WORKERS ?= 3
+MINUTES ?= 10
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check bench format clean
+.PHONY: help run test unit torture lint check bench format clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -15,8 +17,14 @@ help: ## Say what there is
 run: $(STAMP) ## Make a hub under ./var if there is none, and serve on 127.0.0.1:8000 (PORT=...); Ctrl-C stops
 	@exec $(BIN)/python -m backend run --port $(PORT)
 
-test: $(STAMP) ## Run all tests, with coverage
-	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+test: $(STAMP) .test-requirements ## Run all tests, with coverage, in some 5 minutes; as root on Debian or Ubuntu it installs what they need
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=97
+
+unit: $(STAMP) ## Run the tests beside tests/integration, under a minute, root or not
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore=tests/integration
+
+torture: $(STAMP) .test-requirements ## Repeat, as root, what fails only now and then, and wait in real time (MINUTES=10)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --torture=$(MINUTES)
 
 lint: $(STAMP) ## Check style, types and the direction of imports
 	$(BIN)/ruff check $(SOURCES)
@@ -44,6 +52,10 @@ $(STAMP): requirements.txt
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
+
+.PHONY: .test-requirements
+.test-requirements: $(STAMP)
+	@$(BIN)/python -m tests.harness.requirements
 
 # Debian and Ubuntu have the standard library's venv in a package of its own.
 .PHONY: .python3-venv

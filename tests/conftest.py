@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +21,44 @@ from tests.harness.wireguard import HubInterface
 _NOT_ISOLATED: Final = pytest.StashKey[str]()
 _GUARD: Final = pytest.StashKey[Guard]()
 _HUB_NUMBERS: Final = itertools.count()
+_SECONDS_EACH: Final = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what `make torture` uses."""
+    group = parser.getgroup("torture")
+    group.addoption(
+        "--torture",
+        type=float,
+        metavar="MINUTES",
+        help="run the tests that are marked `torture` and no others, all together for about this long",
+    )
+    group.addoption("--seed", type=int, default=random.SystemRandom().getrandbits(32), help="of `chance`")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Have pytest-cov alone measure a worker: coverage's own start of subprocesses would do so once more."""
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --torture choose the tests that have a longer form; without it, all that have a short one."""
+    minutes: float | None = config.option.torture
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        marker = item.get_closest_marker("torture")
+        if minutes is None:
+            wanted = marker is None or not marker.kwargs.get("only", False)
+        else:
+            wanted = marker is not None
+        (chosen if wanted else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+    if minutes is not None and chosen:
+        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        config.stash[_SECONDS_EACH] = minutes * 60 * workers / len(chosen)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,10 +80,34 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         sys.stderr.write(f"left running by the tests, and killed now: {', '.join(left)}\n")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    """Say whether the network tests can run."""
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say whether the network tests can run, and how to have the same random numbers again."""
     reason = config.stash.get(_NOT_ISOLATED, None)
-    return f"network: {reason or 'namespaces of its own'}"
+    return [
+        f"network: {reason or 'namespaces of its own'}",
+        f"seed: {config.option.seed} (--seed repeats it)",
+    ]
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """Return random numbers that depend on the test and on --seed alone."""
+    return random.Random(f"{request.config.option.seed} {request.node.nodeid}")  # noqa: S311 - not a secret
+
+
+@pytest.fixture
+def rounds(pytestconfig: pytest.Config) -> Callable[[int], Iterator[int]]:
+    """Give the test a loop: of as many rounds as it says, and under --torture until its time is over."""
+    seconds = pytestconfig.stash.get(_SECONDS_EACH, 0.0)
+
+    def loop(fewest: int) -> Iterator[int]:
+        deadline = time.monotonic() + seconds
+        for number in itertools.count():
+            if number >= fewest and time.monotonic() >= deadline:
+                return
+            yield number
+
+    return loop
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The harness keeps what it promises: what is isolated, what is real, and that nothing stays behind."""
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import psycopg
 import pytest
 
 from tests.harness.hosts import CommandFailedError, Host, LocalHost, connect
-from tests.harness.requirements import find_tool, require
+from tests.harness.requirements import find_tool, install, require, skipped
 from tests.harness.service import ServiceFailedError, ServiceProcess
 from tests.harness.wireguard import HubInterface, Interface, genkey
 
@@ -166,6 +167,48 @@ def test_a_missing_tool_is_a_failure_where_ci_installs_it(monkeypatch: pytest.Mo
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match=r"needs wg .* CI has to have it"):
         require("wg")
+
+
+@pytest.fixture
+def apt_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put an apt-get on the PATH that fails once; return the log of what it was called with."""
+    program, log = tmp_path / "apt-get", tmp_path / "log"
+    no_cluster = tmp_path / "postgresql-common" / "createcluster.d" / "none.conf"
+    program.write_text(f'#!/bin/sh\necho "$@" $(cat {no_cluster}) >>{log}\n[ "$(grep -c . {log})" -gt 1 ]\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("tests.harness.requirements._NO_CLUSTER", no_cluster)
+    return log
+
+
+def test_missing_packages_are_installed_without_a_cluster_of_postgresql(
+    apt_get: Path, tmp_path: Path
+) -> None:
+    install(["wg", "postgres", "initdb"])
+    asked = "install --yes --quiet --no-install-recommends postgresql wireguard-tools"
+    no_cluster = "create_main_cluster = false"
+    assert apt_get.read_text().splitlines() == [
+        f"{asked} {no_cluster}",
+        f"update --quiet {no_cluster}",
+        f"{asked} {no_cluster}",
+    ]
+    assert [path.name for path in (tmp_path / "postgresql-common").iterdir()] == []
+
+
+def test_what_will_be_skipped_is_said_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.harness.requirements.find_tool", lambda name: None if name == "wg" else name)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert skipped() == [
+        "the tests that need wg (Debian: wireguard-tools)",
+        "the tests with network namespaces or WireGuard interfaces: they need root",
+    ]
+
+
+def test_one_seed_gives_a_test_the_same_random_numbers(
+    chance: random.Random, pytestconfig: pytest.Config, request: pytest.FixtureRequest
+) -> None:
+    again = random.Random(f"{pytestconfig.option.seed} {request.node.nodeid}")  # noqa: S311 - not a secret
+    assert chance.random() == again.random()
 
 
 def test_tools_outside_of_path_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

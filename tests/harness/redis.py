@@ -20,7 +20,7 @@ class RedisServer:
     """Redis on 127.0.0.1 with a password, nothing on the disk. Skips the test where it isn't installed."""
 
     def __init__(self, directory: Path) -> None:
-        require("redis-server")
+        require("redis-check-rdb")
         self._directory = directory
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -39,13 +39,19 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it, empty, and wait until it answers."""
-        command: list[str | Path] = [find_tool("redis-server") or "redis-server"]
+        # One program under several names: it goes by the name that it is called by.
+        command: list[str | Path] = ["redis-server"]
         command += ["--bind", "127.0.0.1", "--port", str(self._port), "--requirepass", PASSWORD]
         command += ["--save", "", "--appendonly", "no", "--dir", self._directory]
         log = self._directory / "redis.log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command,
+                executable=find_tool("redis-check-rdb"),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         deadline = time.monotonic() + _START_SECONDS
         while not self._answers():

@@ -1,23 +1,38 @@
-"""What a test needs of the machine: missing is a skip with its reason, or a failure where CI installs it."""
+"""What the tests need of the machine.
+
+Run as a program, before the tests: as root on Debian or Ubuntu it installs what is missing; then it says what
+will be skipped. In a test, what is missing is a skip with its reason, or a failure with CI=true.
+"""
 
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
 import pytest
 
-# What .ci/run installs, by the package that brings it.
+# Debian's and Ubuntu's package for each program.
 PACKAGES: Final = {
+    "curl": "curl",
     "ip": "iproute2",
     "ping": "iputils-ping",
+    "mount": "mount",
     "wg": "wireguard-tools",
     "wireguard-go": "wireguard-go",
     "initdb": "postgresql",
     "postgres": "postgresql",
-    "redis-server": "redis-server",
+    # The server's program, see tests/harness/redis.py. The package redis-server would start a service.
+    "redis-check-rdb": "redis-tools",
     "systemd-analyze": "systemd",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
 }
+
+_NO_CLUSTER: Final = Path("/etc/postgresql-common/createcluster.d/wireguard-provisioning-tests.conf")
 
 
 def find_tool(name: str) -> Path | None:
@@ -34,15 +49,73 @@ def find_tool(name: str) -> Path | None:
 
 def require(*tools: str) -> None:
     """Skip the test unless all tools are there; fail it where `CI=true` says that they were installed."""
-    missing = [tool for tool in tools if find_tool(tool) is None]
-    if not missing:
-        return
-    packages = sorted({PACKAGES.get(tool, tool) for tool in missing})
-    do_without(f"needs {', '.join(missing)} (Debian: {' '.join(packages)})")
+    if missing := _missing(tools):
+        do_without(f"needs {_named(missing)}")
 
 
 def do_without(reason: str) -> NoReturn:
     """Skip the test for this reason; fail it where `CI=true` says that everything is there."""
     if os.environ.get("CI") == "true":
-        pytest.fail(f"{reason}, and CI has to have it: see .ci/run", pytrace=False)
+        pytest.fail(f"{reason}, and CI has to have it", pytrace=False)
     pytest.skip(reason)
+
+
+def _missing(tools: Iterable[str]) -> list[str]:
+    return [tool for tool in tools if find_tool(tool) is None]
+
+
+def _named(tools: Iterable[str]) -> str:
+    packages = sorted({PACKAGES.get(tool, tool) for tool in tools})
+    return f"{', '.join(tools)} (Debian: {' '.join(packages)})"
+
+
+def skipped() -> list[str]:
+    """Return which tests this machine can't run, and why."""
+    found = []
+    if missing := _missing(PACKAGES):
+        found.append(f"the tests that need {_named(missing)}")
+    if os.geteuid() != 0:
+        found.append("the tests with network namespaces or WireGuard interfaces: they need root")
+    elif subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, check=False).returncode:
+        found.append("the tests with network namespaces or WireGuard interfaces: none can be made here")
+    elif not Path("/dev/net/tun").exists():
+        found.append("the tests with WireGuard interfaces: they need /dev/net/tun")
+    return found
+
+
+def install(tools: Iterable[str]) -> None:
+    """Install the programs' packages with apt. No service of the machine's is made or started."""
+    # wireguard-tools recommends a kernel.
+    command = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends"]
+    command += sorted({PACKAGES[tool] for tool in tools})
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    with _no_postgresql_cluster():
+        if subprocess.run(command, env=environment, check=False).returncode != 0:
+            # The lists of packages may be missing, or too old.
+            subprocess.run(["apt-get", "update", "--quiet"], env=environment, check=False)
+            subprocess.run(command, env=environment, check=False)
+
+
+@contextmanager
+def _no_postgresql_cluster() -> Iterator[None]:
+    """Keep Debian's package of PostgreSQL from making a cluster that runs from then on."""
+    _NO_CLUSTER.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _NO_CLUSTER.write_text("create_main_cluster = false\n")
+    try:
+        yield
+    finally:
+        _NO_CLUSTER.unlink()
+        with suppress(OSError):  # it may have been there before
+            _NO_CLUSTER.parent.rmdir()
+
+
+def _main() -> None:
+    missing = _missing(PACKAGES)
+    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
+        install(missing)
+    for tests in skipped():
+        sys.stdout.write(f"skipped here: {tests}\n")
+
+
+if __name__ == "__main__":
+    _main()

@@ -22,6 +22,10 @@ _POLL_SECONDS: Final = 0.02
 _PORT_ATTEMPTS: Final = 3
 _TAIL_LINES: Final = 40
 
+# Without root all workers of pytest-xdist are on one network: each takes its ports from its own share.
+_WORKER: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_WORKERS: Final = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
 
 class ServiceFailedError(Exception):
     """The service ended, or didn't get ready or stop in time; the message has the end of its log."""
@@ -31,7 +35,7 @@ def free_port() -> int:
     """Find a TCP port on 127.0.0.1 that the kernel gives to no outgoing connection meanwhile."""
     while True:
         # Below the range that outgoing connections take theirs from, ip_local_port_range.
-        port = random.randrange(20000, 32000)  # noqa: S311 - not a secret
+        port = random.randrange(20000 + _WORKER, 32000, _WORKERS)  # noqa: S311 - not a secret
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
