@@ -5,34 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.harness.command_line import ROOT, backend, invoke
 from tests.harness.service import ServiceProcess, free_port
 
-ROOT = Path(__file__).parent.parent
 KEY = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
-
-
-def backend(
-    *arguments: str, directory: Path, settings: Mapping[str, object] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a command in `directory` with no settings but these."""
-    inherited = {
-        name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")
-    }
-    given = {name: str(value) for name, value in (settings or {}).items()}
-    return subprocess.run(
-        [sys.executable, "-m", "backend", *arguments],
-        cwd=directory,
-        env={**inherited, "PYTHONPATH": str(ROOT), **given},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
 
 
 def hub_settings(directory: Path) -> dict[str, object]:
@@ -49,7 +29,7 @@ def test_help_names_the_commands(tmp_path: Path) -> None:
     done = backend("--help", directory=tmp_path)
     assert done.returncode == 0
     assert [name for name in ("serve", "run", "hub") if name not in done.stdout] == []
-    done = backend("hub", "--help", directory=tmp_path)
+    done = invoke("hub", "--help", directory=tmp_path)
     assert [name for name in ("init", "up", "down", "show") if name not in done.stdout] == []
 
 
@@ -65,7 +45,7 @@ def test_help_waits_for_no_framework() -> None:
 
 @pytest.mark.parametrize("command", [["serve"], ["run"], ["hub", "init"], ["hub", "show"]])
 def test_a_wrong_setting_ends_every_command_with_one_sentence(tmp_path: Path, command: list[str]) -> None:
-    done = backend(*command, directory=tmp_path, settings={"WIREGUARD_IP_POOL": "10.0.0.5/24"})
+    done = invoke(*command, directory=tmp_path, settings={"WIREGUARD_IP_POOL": "10.0.0.5/24"})
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "error: WIREGUARD_IP_POOL has host bits set; write 10.0.0.0/24.\n"
@@ -88,7 +68,7 @@ def test_init_makes_a_private_file_and_prints_no_key(tmp_path: Path) -> None:
     assert port == "ListenPort = 51999"
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
-    shown = backend("hub", "show", directory=tmp_path, settings=settings)
+    shown = invoke("hub", "show", directory=tmp_path, settings=settings)
     assert private_key.removeprefix("PrivateKey = ") not in first.stdout + shown.stdout + shown.stderr
     assert "endpoint:       hub.example.com:51999\n" in shown.stdout
     assert "peers:          0 in the file\n" in shown.stdout
@@ -98,14 +78,14 @@ def test_init_leaves_a_config_that_is_there_alone(tmp_path: Path) -> None:
     settings = hub_settings(tmp_path)
     path = tmp_path / "wg0.conf"
     path.write_bytes(b"# mine\n")
-    done = backend("hub", "init", directory=tmp_path, settings=settings)
+    done = invoke("hub", "init", directory=tmp_path, settings=settings)
     assert (done.returncode, done.stdout) == (0, f"{path} is there already and was left as it is\n")
     assert path.read_bytes() == b"# mine\n"
 
 
 @pytest.mark.parametrize("command", ["up", "down", "show"])
 def test_a_hub_without_a_config_is_told_how_to_get_one(tmp_path: Path, command: str) -> None:
-    done = backend("hub", command, directory=tmp_path, settings=hub_settings(tmp_path))
+    done = invoke("hub", command, directory=tmp_path, settings=hub_settings(tmp_path))
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {tmp_path / 'wg0.conf'}: ")
     assert "hub init" in done.stderr
@@ -119,7 +99,7 @@ def test_a_port_that_is_taken_is_said_in_a_sentence_before_anything_is_made(
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
         settings = {"STATE_DIRECTORY": tmp_path / "state", "WIREGUARD_RELOAD": "off"}
-        done = backend(command, "--port", str(port), directory=tmp_path, settings=settings)
+        done = invoke(command, "--port", str(port), directory=tmp_path, settings=settings)
     assert done.returncode == 1
     assert done.stderr == (
         f"error: 127.0.0.1 port {port} can't be listened on (Address already in use); stop what holds it, or "
@@ -130,7 +110,7 @@ def test_a_port_that_is_taken_is_said_in_a_sentence_before_anything_is_made(
 
 def test_an_address_that_is_none_is_said_in_a_sentence(tmp_path: Path) -> None:
     settings = hub_settings(tmp_path)
-    done = backend("serve", "--host", "256.0.0.1.invalid", directory=tmp_path, settings=settings)
+    done = invoke("serve", "--host", "256.0.0.1.invalid", directory=tmp_path, settings=settings)
     assert done.returncode == 1
     assert done.stderr.startswith("error: 256.0.0.1.invalid is no address of this host (")
     assert done.stderr.count("\n") == 1
@@ -147,7 +127,7 @@ def test_a_start_that_is_refused_ends_with_the_reason_and_no_traceback(tmp_path:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_being_asked_to_stop_is_no_failure(tmp_path: Path, number: signal.Signals) -> None:
     settings = hub_settings(tmp_path)
-    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     with ServiceProcess(tmp_path, settings) as service:
         os.kill(service.pid, number)
         assert service.wait_exit() == 0
@@ -159,7 +139,7 @@ def test_a_request_is_logged_only_where_it_is_asked_for(
     tmp_path: Path, settings: dict[str, object], lines: int
 ) -> None:
     settings |= hub_settings(tmp_path)
-    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     with ServiceProcess(tmp_path, settings) as service:
         assert service.client.get("/healthz?token=secret").status_code == 200
         service.terminate()
@@ -171,7 +151,7 @@ def test_a_request_is_logged_only_where_it_is_asked_for(
 
 def test_a_response_does_not_name_the_server(tmp_path: Path) -> None:
     settings = hub_settings(tmp_path)
-    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     with ServiceProcess(tmp_path, settings) as service:
         assert "server" not in service.client.get("/healthz").headers
         service.terminate()

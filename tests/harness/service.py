@@ -13,6 +13,7 @@ from typing import Final, Self
 
 import httpx
 
+from tests.harness.command_line import invoke
 from tests.harness.hosts import LocalHost
 
 _ROOT: Final = Path(__file__).parents[2]
@@ -151,15 +152,7 @@ class ServiceProcess:
 
     def credential(self, *command: str) -> str:
         """Make a credential by the command line, beside the service, and return its secret."""
-        made = subprocess.run(
-            [sys.executable, "-m", "backend", *command],
-            env=self._environment(),
-            cwd=self.directory,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        made = invoke(*command, directory=self.directory, settings=self.settings)
         if made.returncode != 0:
             raise ServiceFailedError(made.stderr)
         return made.stdout.strip()

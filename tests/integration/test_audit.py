@@ -12,13 +12,13 @@ from typing import Any, Final
 
 import pytest
 
+from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
 from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for, without_ours
 from tests.harness.wireguard import HubInterface
 from tests.integration.test_failing_hub import Wrapper
-from tests.test_command_line import backend
 
 PREFIX: Final = "/api/v1/wireguard"
 PROVISION: Final = f"{PREFIX}/provision"
@@ -46,7 +46,7 @@ def service(
 
 def command(service: ServiceProcess, *arguments: str, **over: object) -> subprocess.CompletedProcess[str]:
     """Run a command beside the service, with its settings."""
-    return backend(*arguments, directory=service.directory, settings={**service.settings, **over})
+    return invoke(*arguments, directory=service.directory, settings={**service.settings, **over})
 
 
 class Script:

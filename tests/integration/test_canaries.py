@@ -15,12 +15,12 @@ import httpx
 import psycopg
 import pytest
 
+from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
 from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface, genkey
-from tests.test_command_line import backend
 
 API: Final = "/api/v1/wireguard"
 PROVISION: Final = f"{API}/provision"
@@ -107,7 +107,7 @@ def by(secret: str) -> dict[str, str]:
 
 def made_by_command(canaries: Canaries, directory: Path, settings: dict[str, object], *arguments: str) -> str:
     """Make a credential with the command line."""
-    done = backend(*arguments, directory=directory, settings=settings)
+    done = invoke(*arguments, directory=directory, settings=settings)
     assert done.returncode == 0, done.stderr
     canaries.hear(f"stderr of {arguments}", done.stderr)
     return canaries.plant(" ".join(arguments), done.stdout.strip())
@@ -115,7 +115,7 @@ def made_by_command(canaries: Canaries, directory: Path, settings: dict[str, obj
 
 def run_command(canaries: Canaries, directory: Path, settings: dict[str, object], *arguments: str) -> int:
     """Run a command whose output nobody needs to keep to themselves."""
-    done = backend(*arguments, directory=directory, settings=settings)
+    done = invoke(*arguments, directory=directory, settings=settings)
     canaries.hear(f"output of {arguments[:2]}", done.stdout + done.stderr)
     return done.returncode
 

@@ -15,13 +15,13 @@ from typing import Any, Final
 import httpx
 import pytest
 
+from tests.harness.command_line import invoke
 from tests.harness.hosts import Host, LocalHost, connect
 from tests.harness.patience import eventually
 from tests.harness.requests import provision_body
 from tests.harness.service import ServiceProcess, free_port
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
-from tests.test_command_line import backend
 
 PREFIX: Final = "/api/v1/wireguard"
 PROVISION: Final = f"{PREFIX}/provision"
@@ -116,7 +116,7 @@ def client_at(service: ServiceProcess, address: str = "127.0.0.1", secret: str |
 def make_key(service: ServiceProcess, role: str = "admin") -> str:
     """Make a key as an operator does on the command line."""
     settings = {name: service.settings[name] for name in ("STATE_DIRECTORY", "WIREGUARD_CONFIG_PATH")}
-    done = backend("key", "create", "--role", role, directory=service.directory, settings=settings)
+    done = invoke("key", "create", "--role", role, directory=service.directory, settings=settings)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -305,7 +305,7 @@ def test_what_the_command_line_made_and_revoked_counts_at_once_or_within_a_secon
         with client_at(service, secret=secret) as operator:
             assert operator.get(PEERS).status_code == 200
             assert here.get(PEERS).status_code == 401
-            done = backend(
+            done = invoke(
                 "key", "revoke", id_of(secret), directory=service.directory, settings=service.settings
             )
             assert done.returncode == 0, done.stderr

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.harness.command_line import backend, invoke
 from tests.harness.requests import provision_body
 from tests.harness.service import ServiceFailedError, ServiceProcess
-from tests.test_command_line import backend, hub_settings
+from tests.test_command_line import hub_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +75,7 @@ def test_every_file_of_a_running_service_is_private(tmp_path: Path) -> None:
     settings = durable_settings(tmp_path)
     before = os.umask(0)
     try:
-        assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+        assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
         with ServiceProcess(tmp_path, settings) as service:
             for number in range(3):
                 body = provision_body(f"node-{number}")
@@ -89,7 +90,7 @@ def test_every_file_of_a_running_service_is_private(tmp_path: Path) -> None:
 
 def test_the_router_in_an_app_without_a_umask_makes_private_files_too(tmp_path: Path) -> None:
     settings = {name: str(value) for name, value in durable_settings(tmp_path).items()}
-    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     inherited = {
         name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")
     }
@@ -108,7 +109,7 @@ def test_the_router_in_an_app_without_a_umask_makes_private_files_too(tmp_path: 
 @pytest.mark.parametrize("command", [["serve", "--port", "0"], ["run", "--port", "0"], ["hub", "up"]])
 def test_a_config_in_everybodys_directory_is_refused(tmp_path: Path, command: list[str]) -> None:
     settings = hub_settings(tmp_path / "etc")
-    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     (tmp_path / "etc").chmod(0o777)
     done = backend(*command, directory=tmp_path, settings=settings | {"STATE_DIRECTORY": tmp_path / "state"})
     assert done.returncode == 1
@@ -121,7 +122,7 @@ def test_a_config_in_everybodys_directory_is_refused(tmp_path: Path, command: li
 
 def test_init_writes_no_key_where_others_could_take_it(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
-    done = backend("hub", "init", directory=tmp_path, settings=hub_settings(tmp_path))
+    done = invoke("hub", "init", directory=tmp_path, settings=hub_settings(tmp_path))
     assert done.returncode == 1
     assert f"they can make files in {tmp_path}; choose another place" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -130,7 +131,7 @@ def test_init_writes_no_key_where_others_could_take_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["serve", "run"])
 def test_a_state_directory_of_everybodys_is_refused(tmp_path: Path, command: str) -> None:
     settings = hub_settings(tmp_path)
-    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     state = tmp_path / "state"
     state.mkdir()
     state.chmod(0o777)
@@ -147,7 +148,7 @@ def test_a_database_that_others_may_write_is_refused(tmp_path: Path) -> None:
     database.touch()
     database.chmod(0o666)
     settings = durable_settings(tmp_path) | {"DATABASE_URL": f"sqlite:///{database}"}
-    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     done = backend("serve", "--port", "0", directory=tmp_path, settings=settings)
     assert done.returncode == 1
     assert f"they can write to {database} (mode 0666); run `chmod go-w {database}`" in done.stderr
@@ -158,7 +159,7 @@ def test_a_config_that_others_may_write_is_refused_and_one_they_may_read_is_warn
     start_service: Callable[..., ServiceProcess], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = hub_settings(tmp_path)
-    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     path = tmp_path / "wg0.conf"
     path.chmod(0o646)
     with pytest.raises(ServiceFailedError, match=r"they can write to .*wg0\.conf \(mode 0646\)"):
