@@ -165,7 +165,6 @@ def postgres_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def postgres_database(postgres_url: str) -> Iterator[str]:
+def postgres_database(postgres_url: str) -> str:
     """Give the test an empty PostgreSQL database of its own, by URL."""
-    with fresh_database(postgres_url) as url:
-        yield url
+    return fresh_database(postgres_url)

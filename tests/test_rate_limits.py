@@ -202,12 +202,10 @@ def test_without_redis_each_process_counts_for_itself_until_it_is_back(
             redis.stop()
         else:
             redis.pause()
-        began = time.monotonic()
         assert await asyncio.gather(*(limits.hit(SOURCE, "192.0.2.1") for _ in range(3))) == [None, None, 60]
         clock.now += 5
         assert await limits.hit(SOURCE, "192.0.2.1") == 55
         assert await limits.check(SOURCE, "192.0.2.1") == 55
-        assert time.monotonic() - began < 10
         if outage == "gone":
             redis.start()
         else:

@@ -1,6 +1,8 @@
 """A `wg` that fails, really: everybody is told, nothing is left, and it goes on when `wg` works again."""
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,13 +30,16 @@ class Wrapper:
         self._mood = directory / "mood"
         real = shutil.which("wg")
         script = directory / "wg"
-        # The mood `fails` refuses; `lies` does the work and then says that it failed.
+        # The mood `fails` refuses; `lies` does the work and then says that it failed; `held` lasts until the
+        # mood changes, and fails.
         script.write_text(
             "#!/bin/sh\n"
             f"mood=$(cat {self._mood} 2>/dev/null)\n"
             'case "$1-$mood" in\n'
             "  syncconf-fails|set-fails) echo 'the device is on fire' >&2; exit 1;;\n"
             "  syncconf-hangs|set-hangs) exec sleep 20;;\n"
+            f'  syncconf-held|set-held) while [ "$(cat {self._mood})" = held ]; do sleep 0.02; done\n'
+            "    exit 1;;\n"
             f"  syncconf-lies|set-lies) {real} \"$@\"; echo 'lost the answer' >&2; exit 1;;\n"
             "esac\n"
             f'exec {real} "$@"\n'
@@ -42,7 +47,10 @@ class Wrapper:
         script.chmod(0o755)
 
     def be(self, mood: str) -> None:
-        self._mood.write_text(mood)
+        # In one step, so that nothing reads a file that is empty for a moment.
+        new = self._mood.with_suffix(".new")
+        new.write_text(mood)
+        new.replace(self._mood)
 
 
 @pytest.fixture
@@ -89,9 +97,21 @@ def test_a_batch_that_the_interface_refuses_leaves_nothing_anywhere(
     assert len(assert_in_step(service, hub_interface)) == 4
 
 
+@pytest.fixture
+def hasty_service(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, wg: Wrapper
+) -> ServiceProcess:
+    settings = settings_for(hub_interface, tmp_path)
+    return start_service(settings, path_prefix=wg.directory, module=("tests.harness.hasty_service",))
+
+
+@pytest.mark.parametrize(
+    "patience", ["hasty_service", pytest.param("service", marks=pytest.mark.torture(only=True))]
+)
 def test_a_wg_that_hangs_is_given_up_in_time_for_a_true_answer(
-    service: ServiceProcess, hub_interface: HubInterface, wg: Wrapper
+    request: pytest.FixtureRequest, hub_interface: HubInterface, wg: Wrapper, patience: str
 ) -> None:
+    service: ServiceProcess = request.getfixturevalue(patience)
     service.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
     wg.be("hangs")
     refused = service.client.post(PROVISION, json=provision_body("node-2"), timeout=60.0)
@@ -104,14 +124,17 @@ def test_a_wg_that_hangs_is_given_up_in_time_for_a_true_answer(
 
 
 def test_a_stop_in_the_middle_of_a_change_is_no_error_of_the_server(
-    service: ServiceProcess, hub_interface: HubInterface, wg: Wrapper
+    hasty_service: ServiceProcess, hub_interface: HubInterface, wg: Wrapper
 ) -> None:
-    wg.be("hangs")
+    service = hasty_service
+    wg.be("held")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(service.client.post, PROVISION, json=provision_body("node-1"), timeout=60.0)
         eventually(lambda: "node-1" in hub_interface.config_path.read_text())
-        service.terminate()
+        os.kill(service.pid, signal.SIGTERM)
         answer = waiting.result()
+        wg.be("fails")
+        assert service.wait_exit() == 0
     assert answer.status_code == 503
     assert "Retry-After" in answer.headers
     assert "Traceback" not in service.log
