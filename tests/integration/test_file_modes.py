@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.command_line import backend, invoke
+from tests.harness.command_line import invoke
 from tests.harness.requests import provision_body
 from tests.harness.service import ServiceFailedError, ServiceProcess
 from tests.test_command_line import hub_settings
@@ -111,7 +111,7 @@ def test_a_config_in_everybodys_directory_is_refused(tmp_path: Path, command: li
     settings = hub_settings(tmp_path / "etc")
     assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     (tmp_path / "etc").chmod(0o777)
-    done = backend(*command, directory=tmp_path, settings=settings | {"STATE_DIRECTORY": tmp_path / "state"})
+    done = invoke(*command, directory=tmp_path, settings=settings | {"STATE_DIRECTORY": tmp_path / "state"})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"error: WIREGUARD_CONFIG_PATH is within other users' reach: they can write to {tmp_path}/etc (mode "
@@ -135,7 +135,7 @@ def test_a_state_directory_of_everybodys_is_refused(tmp_path: Path, command: str
     state = tmp_path / "state"
     state.mkdir()
     state.chmod(0o777)
-    done = backend(command, "--port", "0", directory=tmp_path, settings=settings)
+    done = invoke(command, "--port", "0", directory=tmp_path, settings=settings)
     assert done.returncode == 1
     assert f"error: STATE_DIRECTORY is within other users' reach: they can write to {state} " in done.stderr
     assert list(state.iterdir()) == []
@@ -149,7 +149,7 @@ def test_a_database_that_others_may_write_is_refused(tmp_path: Path) -> None:
     database.chmod(0o666)
     settings = durable_settings(tmp_path) | {"DATABASE_URL": f"sqlite:///{database}"}
     assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
-    done = backend("serve", "--port", "0", directory=tmp_path, settings=settings)
+    done = invoke("serve", "--port", "0", directory=tmp_path, settings=settings)
     assert done.returncode == 1
     assert f"they can write to {database} (mode 0666); run `chmod go-w {database}`" in done.stderr
     assert database.read_bytes() == b""
