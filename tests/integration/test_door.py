@@ -18,7 +18,7 @@ import pytest
 from tests.harness.command_line import invoke
 from tests.harness.hosts import Host, LocalHost, connect
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import NO_TLS, provision_body
 from tests.harness.service import ServiceProcess, free_port
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
@@ -110,7 +110,7 @@ def bearer(secret: str | None) -> dict[str, str]:
 
 def client_at(service: ServiceProcess, address: str = "127.0.0.1", secret: str | None = None) -> httpx.Client:
     url = f"http://{address}:{service.port}"
-    return httpx.Client(base_url=url, headers=bearer(secret), trust_env=False, timeout=30.0)
+    return httpx.Client(base_url=url, headers=bearer(secret), trust_env=False, verify=NO_TLS, timeout=30.0)
 
 
 def make_key(service: ServiceProcess, role: str = "admin") -> str:

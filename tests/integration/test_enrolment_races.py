@@ -17,7 +17,7 @@ import pytest
 
 from tests.benchmarks.load import encode
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import NO_TLS, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.wireguard import HubInterface
@@ -361,7 +361,9 @@ class Enroller:
 
     def work(self) -> None:
         with (
-            httpx.Client(base_url=self.url, timeout=20.0, trust_env=False, headers=by(self.token)) as client,
+            httpx.Client(
+                base_url=self.url, timeout=20.0, trust_env=False, verify=NO_TLS, headers=by(self.token)
+            ) as client,
             contextlib.suppress(httpx.TransportError),
         ):
             for name in self.names:

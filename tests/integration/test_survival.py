@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import NO_TLS, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
@@ -73,7 +73,7 @@ class Client:
     def work(self) -> None:
         """Add and delete until nobody answers any more."""
         chance = random.Random(self.seed)  # noqa: S311 - not a secret
-        with httpx.Client(base_url=self.service.url, timeout=20.0, trust_env=False) as client:
+        with httpx.Client(base_url=self.service.url, timeout=20.0, trust_env=False, verify=NO_TLS) as client:
             try:
                 while True:
                     self._act(client, chance)
