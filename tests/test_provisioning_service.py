@@ -331,9 +331,12 @@ def test_a_hand_made_peer_keeps_what_a_deleted_peer_of_ours_had_too(
     address = world.provision("node-1", key).assigned_ip
     theirs = key if shared == "key" else new_key()
     allowed = address if shared == "address" else "10.0.0.9"
+    before_the_edit = hub.syncs
     with world.path.open("a") as file:
         file.write(f"\n[Peer]\nPublicKey = {theirs}\nAllowedIPs = {allowed}/32\n")
-    eventually(lambda: theirs in hub.table)
+    # Else it would be the removal's batch that notices the edit, and tells the interface everything for that.
+    eventually(lambda: hub.syncs > before_the_edit)
+    assert hub.table[key] == {f"{address}/32"}
     world.service.deprovision_peer("node-1", WAIT)
     assert hub.table == {theirs: frozenset({f"{allowed}/32"})}
 

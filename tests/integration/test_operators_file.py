@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.harness.patience import eventually
 from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess
@@ -79,6 +81,26 @@ def test_an_edit_between_two_writes_is_kept_and_its_address_is_taken(
     taken = service.client.post(PROVISION, json=provision_body("node-3", key))
     assert taken.status_code == 409
     assert taken.json()["detail"]["existing_config"] == {}
+
+
+@pytest.mark.parametrize("shared", ["key", "address"])
+def test_a_hand_made_peer_gets_back_what_a_deleted_peer_of_ours_had_too(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, shared: str
+) -> None:
+    """`wg set peer KEY remove` alone would leave it without its address, or take it off the interface."""
+    service = start_service(settings_for(hub_interface, tmp_path))
+    key, other = new_key(), new_key()
+    service.client.post(PROVISION, json=provision_body("node-1", key)).raise_for_status()
+    theirs = key if shared == "key" else new_key()
+    allowed = "10.0.0.2/32" if shared == "address" else "10.0.0.9/32"
+    with hub_interface.config_path.open("a") as file:
+        file.write(f"\n[Peer]\nPublicKey = {theirs}\nAllowedIPs = {allowed}\n")
+        # Nothing else would show that the interface was told of the edit.
+        file.write(f"\n[Peer]\nPublicKey = {other}\nAllowedIPs = 10.0.0.8/32\n")
+    eventually(lambda: other in hub_interface.peers())
+    assert hub_interface.peers()[key] == {"10.0.0.2/32"}
+    service.client.delete(f"{PEERS}/node-1").raise_for_status()
+    assert hub_interface.peers() == {theirs: {allowed}, other: {"10.0.0.8/32"}}
 
 
 def test_our_block_that_an_operator_deleted_comes_back_and_a_deleted_peer_does_not(
