@@ -63,7 +63,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         stack.callback(database.close)
         journal = _journal(settings, database, config)
         stack.callback(journal.close)
-        clerk = Clerk(SqlAccessStore(database.engine))
+        clerk = Clerk(SqlAccessStore(database))
         limits = RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage)
         service = WireGuardProvisioningService(
             pool=pool,
@@ -73,7 +73,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
                 pool.network, settings.wireguard_hub_endpoint, settings.wireguard_hub_ip, hand_made
             ),
             door=Door(
-                SqlAccessStore(database.engine),
+                SqlAccessStore(database),
                 clerk,
                 limits,
                 WireGuardChallenges() if settings.wireguard_require_proof else None,
@@ -194,7 +194,7 @@ def open_access(settings: Settings) -> Iterator[SqlAccessStore]:
         )
     database = open_beside(settings.database_url)
     try:
-        yield SqlAccessStore(database.engine)
+        yield SqlAccessStore(database)
     finally:
         database.close()
 

@@ -158,7 +158,7 @@ def recorded(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> World:
     database = Database(IN_MEMORY)
     database.migrate()
     world = make_world(SqlJournal(database))
-    store = SqlAccessStore(database.engine)
+    store = SqlAccessStore(database)
     world.service.door = Door(store, world.service.door.clerk, NoLimits())
     return world
 

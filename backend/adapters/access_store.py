@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from backend.adapters import access_records
+from backend.adapters.database import Database
 from backend.errors import RecordsUnavailableError
 from backend.models.access.answers import ANSWERS_KEPT, Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord, verify
@@ -15,10 +16,11 @@ from backend.models.access.credentials import Credential
 
 
 class SqlAccessStore:
-    """The store over an engine. SQLite lets one write at a time: the others wait for it, up to 30 s."""
+    """The store in a database. SQLite lets one write at a time: the others wait for it, up to 30 s."""
 
-    def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._engine = database.engine
 
     def load_credentials(self) -> tuple[int, list[Credential]]:
         """Return every credential, and their version."""
@@ -90,8 +92,11 @@ class SqlAccessStore:
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
+        self._database.check_file()
         try:
             with self._engine.begin() as connection:
                 yield connection
         except SQLAlchemyError as exc:
             raise RecordsUnavailableError("the records can't be written; check the database") from exc
+        # A commit to a file that was moved or deleted meanwhile succeeds, and is lost with it.
+        self._database.check_file()

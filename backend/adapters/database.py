@@ -17,9 +17,11 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.exc import SQLAlchemyError
 
+from backend.adapters.availability import Availability
+from backend.adapters.database_file import DatabaseFile
 from backend.adapters.lock_file import LockFile
 from backend.adapters.trusted_paths import make_private_directory, require_trusted_file
-from backend.errors import InUseError, OvertakenError, StartRefusedError
+from backend.errors import InUseError, OvertakenError, RecordsUnavailableError, StartRefusedError
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # A database that lives as long as the process.
@@ -44,7 +46,10 @@ class Database:
     def __init__(self, url: str, *, exclusive: bool = True) -> None:
         self.url = sa.make_url(url)
         self._exclusive = exclusive
+        self.availability = Availability(self._name())
         self._stack = ExitStack()
+        # Where the database is a file of this host's.
+        self._file: DatabaseFile | None = None
         # Where the lock is the server's: the connection that holds it, used by one thread at a time.
         self._presence: sa.Connection | None = None
         self._presence_lock = Lock()
@@ -127,12 +132,22 @@ class Database:
         if self._exclusive:
             lock = LockFile(path.with_name(path.name + ".lock"), f"The database {path}").acquire()
             self._stack.callback(lock.release)
+        self._file = DatabaseFile(path)
+        self._stack.callback(self._file.close)
         # Connections are handed from thread to thread by the pool, never used by two at once.
         engine = sa.create_engine(
             self.url, pool_size=_POOL_SIZE, max_overflow=_POOL_SIZE, connect_args={"check_same_thread": False}
         )
+        sa.event.listen(engine, "do_connect", self._before_connect)
         sa.event.listen(engine, "connect", _prepare_sqlite)
         return engine
+
+    def _before_connect(self, *_: Any) -> None:
+        """Open the service's own file or none: SQLite would make a new one where it is gone."""
+        try:
+            self.check_file()
+        except RecordsUnavailableError as exc:
+            raise sqlite3.OperationalError(str(exc)) from exc
 
     def _open_postgresql(self) -> sa.Engine:
         engine = sa.create_engine(
@@ -159,10 +174,34 @@ class Database:
             )
         return engine
 
+    def check_file(self) -> None:
+        """Raise RecordsUnavailableError where the database's path leads to another file by now, or to none.
+
+        Takes two microseconds. What was committed before is safe only if this raises nothing afterwards.
+        """
+        if self._file is None:
+            return
+        try:
+            self._file.check()
+        except RecordsUnavailableError as exc:
+            self.availability.lost(str(exc))
+            raise
+        self.availability.found()
+
     def check(self) -> None:
-        """Raise OvertakenError where another process has it by now, and SQLAlchemyError where it's away."""
+        """Raise RecordsUnavailableError unless the database answers, OvertakenError where another has it."""
         if self.url.get_backend_name() == "sqlite":
-            return  # nobody's but ours for as long as we hold its lock file, and never away
+            # Nobody's but ours for as long as we hold its lock file.
+            self.check_file()
+            return
+        try:
+            self._check_presence()
+        except SQLAlchemyError as exc:
+            self.availability.lost(said(exc))
+            raise RecordsUnavailableError("the database does not answer; nothing was changed") from exc
+        self.availability.found()
+
+    def _check_presence(self) -> None:
         with self._presence_lock:
             try:
                 if self._presence is not None:

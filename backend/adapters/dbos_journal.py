@@ -115,6 +115,7 @@ class DbosJournal(SqlJournal):
 
     def tidy(self) -> None:
         """Delete workflows that have ended."""
+        super().tidy()
         now = time.monotonic()
         if now - self._tidied_at < _TIDY_INTERVAL_SECONDS:
             return

@@ -1,8 +1,10 @@
 """The records in a database, and the way a batch gets into them: in one transaction, with all of it."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,6 +17,9 @@ from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.services.hub_committer import run_sequence
 from backend.services.ports import Action, Batch, Change, NextBatch, Peer, RecordedState
+
+# How often the database is looked at when nothing asks for it: seconds.
+_LOOK_INTERVAL_SECONDS: Final = 1.0
 
 
 class SqlJournal:
@@ -30,6 +35,7 @@ class SqlJournal:
         self._removed: list[records.Row] = []
         self._forgotten: list[Answer] = []
         self._apply: Callable[[Batch | None], str | None] = lambda _: None
+        self._looked_at = time.monotonic()
 
     def adopt(self, peers: Sequence[Peer]) -> None:
         """Take over peers of which nothing is known but what the file says."""
@@ -61,14 +67,15 @@ class SqlJournal:
             raise RecordsUnavailableError("the records can't be written; check the database") from exc
 
     def tidy(self) -> None:
-        """Nothing is left over by a batch."""
+        """Nothing is left over by a batch; look whether the database is still there."""
+        now = time.monotonic()
+        if now - self._looked_at >= _LOOK_INTERVAL_SECONDS:
+            self._looked_at = now
+            self._database.check()
 
     def check(self) -> None:
         """Raise RecordsUnavailableError unless the database answers."""
-        try:
-            self._database.check()
-        except SQLAlchemyError as exc:
-            raise RecordsUnavailableError("the database does not answer; nothing was changed") from exc
+        self._database.check()
         if not self._database.has_room():
             raise RecordsUnavailableError("the disk with the records is full; make room on it")
 
@@ -90,6 +97,8 @@ class SqlJournal:
             access_records.append_audit(
                 connection, [change.event for change in accepted if change.event is not None]
             )
+        # A commit to a file that was moved or deleted succeeds, and the next start knows nothing of it.
+        self._database.check_file()
 
     def apply(self, batch: Batch) -> str | None:
         """Bring the hub up to the records."""

@@ -144,7 +144,12 @@ class HubCommitter:
         self._mirror.check()
         if self._doubtful is not None:
             raise RecordsUnavailableError("the outcome of an earlier change is still being looked up")
-        if failed is not None and time.monotonic() - failed[0] < _FAILURE_SPEAKS_SECONDS:
+        # Records that couldn't be written were asked again just now.
+        if (
+            failed is not None
+            and not isinstance(failed[1], RecordsUnavailableError)
+            and time.monotonic() - failed[0] < _FAILURE_SPEAKS_SECONDS
+        ):
             raise failed[1]
 
     def _work(self) -> None:
@@ -214,9 +219,11 @@ class HubCommitter:
         except OvertakenError:
             raise
         except Exception as exc:  # noqa: BLE001 - whatever it was, the records know what became of it
-            # Without the traceback: a driver's message may quote a row.
-            reason = str(exc) if isinstance(exc, ProvisioningError) else type(exc).__name__
-            log.error("burst_failed", extra={"reason": reason})  # noqa: TRY400 - see above
+            # Records that are away say so in the log themselves, once.
+            if not isinstance(exc, RecordsUnavailableError):
+                # Without the traceback: a driver's message may quote a row.
+                reason = str(exc) if isinstance(exc, ProvisioningError) else type(exc).__name__
+                log.error("burst_failed", extra={"reason": reason})  # noqa: TRY400 - see above
             if self._first is not None:
                 # Nothing of it has been begun.
                 unwritten = RecordsUnavailableError("the records can't be written; nothing was changed")

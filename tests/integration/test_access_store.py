@@ -41,7 +41,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
 
 @pytest.fixture
 def store(database: Database) -> SqlAccessStore:
-    return SqlAccessStore(database.engine)
+    return SqlAccessStore(database)
 
 
 def event(action: AuditAction, subject: str) -> AuditEvent:

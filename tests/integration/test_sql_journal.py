@@ -62,7 +62,7 @@ def journal(database: Database) -> SqlJournal:
 
 @pytest.fixture
 def store(database: Database) -> SqlAccessStore:
-    return SqlAccessStore(database.engine)
+    return SqlAccessStore(database)
 
 
 def event(action: AuditAction, subject: str) -> AuditEvent:

@@ -1,0 +1,238 @@
+"""A SQLite file that is moved, deleted or replaced under a service that runs."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import pytest
+import sqlalchemy as sa
+
+from backend.adapters.access_store import SqlAccessStore
+from backend.adapters.database import Database
+from backend.adapters.sql_journal import SqlJournal
+from backend.errors import RecordsUnavailableError
+from backend.models.access.audit import AuditAction, AuditOutcome
+from backend.models.access.callers import SERVICE
+from backend.models.access.credentials import TokenRequest
+from backend.services.ports import Batch
+from tests.harness.patience import eventually
+from tests.harness.requests import provision_body
+from tests.harness.service import ServiceProcess
+from tests.harness.three_places import assert_in_step, listed, settings_for
+from tests.harness.wireguard import HubInterface
+from tests.integration.test_records import adding
+
+PROVISION: Final = "/api/v1/wireguard/provision"
+StartService = Callable[..., ServiceProcess]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "records.sqlite"
+
+
+@pytest.fixture
+def database(path: Path) -> Iterator[Database]:
+    database = Database(f"sqlite:///{path}")
+    database.migrate()
+    yield database
+    database.close()
+
+
+def move(path: Path) -> None:
+    path.rename(path.with_name("moved.sqlite"))
+
+
+def move_back(path: Path) -> None:
+    path.with_name("moved.sqlite").rename(path)
+
+
+def rename_directory(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("state.old"))
+
+
+def rename_directory_back(path: Path) -> None:
+    path.parent.with_name("state.old").rename(path.parent)
+
+
+def swap(path: Path) -> None:
+    move(path)
+    shutil.copyfile(path.with_name("moved.sqlite"), path)
+
+
+@pytest.mark.parametrize(
+    ("hazard", "remedy", "said"),
+    [
+        (move, move_back, "was moved under the running service, to .*/state/moved.sqlite; move it back"),
+        (rename_directory, rename_directory_back, "to .*/state.old/records.sqlite; move it back"),
+        (
+            swap,
+            move_back,
+            "another file than the database .* which is .*/moved.sqlite now; move that one back",
+        ),
+    ],
+)
+def test_a_database_that_was_moved_is_missed_until_it_is_back(
+    database: Database,
+    path: Path,
+    hazard: Callable[[Path], None],
+    remedy: Callable[[Path], None],
+    said: str,
+) -> None:
+    hazard(path)
+    for check in (database.check_file, database.check, SqlJournal(database).check):
+        with pytest.raises(RecordsUnavailableError, match=said):
+            check()
+    remedy(path)
+    database.check()
+
+
+def test_a_deleted_database_is_missed_and_never_made_anew(database: Database, path: Path) -> None:
+    database.engine.dispose()
+    path.unlink()
+    with pytest.raises(RecordsUnavailableError, match=r"was deleted .* put it back first, `cp -p /proc/"):
+        database.check()
+    with pytest.raises(sa.exc.OperationalError, match="was deleted"), database.engine.connect():
+        pass
+    assert not path.exists()
+    path.touch()
+    with pytest.raises(RecordsUnavailableError, match=r"another file .*, which was deleted; restart"):
+        database.check()
+
+
+def test_a_database_behind_a_link_that_leads_elsewhere_now_is_missed(tmp_path: Path) -> None:
+    link = tmp_path / "link.sqlite"
+    link.symlink_to(tmp_path / "first.sqlite")
+    database = Database(f"sqlite:///{link}")
+    try:
+        database.migrate()
+        database.check()
+        (tmp_path / "second.sqlite").touch(0o600)
+        link.unlink()
+        link.symlink_to(tmp_path / "second.sqlite")
+        with pytest.raises(RecordsUnavailableError, match=r"another file .* which is .*/first.sqlite now"):
+            database.check()
+    finally:
+        database.close()
+
+
+def test_a_batch_whose_database_is_deleted_while_it_commits_never_reaches_the_hub(
+    database: Database, path: Path
+) -> None:
+    journal = SqlJournal(database)
+    applied: list[Batch | None] = []
+    journal.launch(applied.append)
+    sa.event.listen(database.engine, "commit", lambda _: path.unlink(missing_ok=True))
+    batch = Batch(1, 0, [adding("node-1", "10.0.0.2")])
+    with pytest.raises(RecordsUnavailableError, match="was deleted"):
+        journal.run(iter([batch, None]).__next__)
+    assert applied == []
+
+
+def test_a_credential_made_in_a_database_that_was_moved_is_not_acknowledged(
+    database: Database, path: Path
+) -> None:
+    store = SqlAccessStore(database)
+    token, _ = TokenRequest().make("cli:root", datetime.now(UTC))
+    event = SERVICE.event(datetime.now(UTC), AuditAction.TOKEN_MADE, AuditOutcome.ACCEPTED, token.id)
+    sa.event.listen(database.engine, "commit", lambda _: move(path), once=True)
+    with pytest.raises(RecordsUnavailableError, match="was moved"):
+        store.keep_credential(token, event)
+    with pytest.raises(RecordsUnavailableError, match="was moved"):
+        store.keep_credential(token, event)
+    move_back(path)
+    # What is read goes on, and is the truth.
+    assert [known.id for known in store.load_credentials()[1]] == [token.id]
+
+
+def provision(service: ServiceProcess, *numbers: int) -> set[int]:
+    return {
+        service.client.post(PROVISION, json=provision_body(f"node-{number}")).status_code
+        for number in numbers
+    }
+
+
+def lines(service: ServiceProcess, event: str) -> list[str]:
+    return [line for line in service.log.splitlines() if f" {event} " in line]
+
+
+def test_a_service_whose_state_directory_is_renamed_says_so_and_goes_on_when_it_is_back(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    assert provision(service, 1, 2) == {200}
+    before = (hub_interface.config_path.read_bytes(), hub_interface.peers())
+    (tmp_path / "state").rename(tmp_path / "state.old")
+    # Without a request that asks for it.
+    eventually(lambda: len(lines(service, "database_away")) == 1)
+    assert provision(service, 3, 4) == {503}
+    red = service.client.get("/readyz")
+    assert red.status_code == 503
+    assert f"moved under the running service, to {tmp_path}/state.old/" in red.json()["detail"]
+    assert (hub_interface.config_path.read_bytes(), hub_interface.peers()) == before
+    assert set(listed(service)) == {"node-1", "node-2"}
+    assert not (tmp_path / "state").exists()
+    (tmp_path / "state.old").rename(tmp_path / "state")
+    eventually(lambda: service.client.get("/readyz").status_code == 200)
+    assert provision(service, 3) == {200}
+    service.restart()
+    assert set(assert_in_step(service, hub_interface)) == {"node-1", "node-2", "node-3"}
+    assert (len(lines(service, "database_away")), len(lines(service, "database_back"))) == (1, 1)
+    assert " ERROR " in lines(service, "database_away")[0]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_deleted_database_is_saved_by_the_command_that_readyz_names(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, everything: bool
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    assert provision(service, *range(5)) == {200}
+    before = assert_in_step(service, hub_interface)
+    if everything:
+        shutil.rmtree(tmp_path / "state")
+    else:
+        for file in (tmp_path / "state").glob("provisioning.sqlite*"):
+            file.unlink()
+    assert provision(service, 5) == {503}
+    detail = service.client.get("/readyz").json()["detail"]
+    found = re.search("`(.*)`", detail)
+    assert found is not None, detail
+    subprocess.run(found[1], shell=True, check=True)  # noqa: S602 - as the operator would
+    assert service.client.get("/readyz").status_code == 503
+    assert provision(service, 5) == {503}
+    service.restart()
+    assert assert_in_step(service, hub_interface) == before
+    assert provision(service, 5) == {200}
+
+
+def test_a_write_ahead_log_that_was_deleted_is_missed_and_a_restart_loses_nothing(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    assert provision(service, 1, 2) == {200}
+    (tmp_path / "state" / "provisioning.sqlite-wal").unlink()
+    assert provision(service, 3) == {503}
+    assert "write-ahead log" in service.client.get("/readyz").json()["detail"]
+    service.restart()
+    assert set(assert_in_step(service, hub_interface)) == {"node-1", "node-2"}
+    assert provision(service, 3) == {200}
+
+
+def test_a_backup_that_was_moved_over_the_database_is_not_taken_for_it(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    path = tmp_path / "state" / "provisioning.sqlite"
+    assert provision(service, 1) == {200}
+    shutil.copyfile(path, tmp_path / "backup.sqlite")
+    (tmp_path / "backup.sqlite").rename(path)
+    assert provision(service, 2) == {503}
+    red = service.client.get("/readyz")
+    assert red.status_code == 503
+    assert "another file than the database" in red.json()["detail"]
+    assert "restart the service to use the one that is there" in red.json()["detail"]
+    assert set(assert_in_step(service, hub_interface)) == {"node-1"}
