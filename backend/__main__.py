@@ -194,7 +194,7 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
     gc.disable()
     import uvicorn
 
-    from backend.adapters.http_protocol import BoundedProtocol
+    from backend.adapters.http_protocol import BoundedProtocol, answering_when_cancelled
     from backend.adapters.logs import configure_logging
     from backend.main import create_app, running_service
 
@@ -206,7 +206,7 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
     # Outside of uvicorn's lifespan, which would log a refused start as a traceback.
     with running_service(settings) as service:
         config = uvicorn.Config(
-            create_app(settings, service),
+            answering_when_cancelled(create_app(settings, service)),
             loop="uvloop",
             http=BoundedProtocol,
             ws="none",

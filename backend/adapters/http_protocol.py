@@ -7,11 +7,12 @@ the head (h11_max_incomplete_event_size is what its name says).
 
 import json
 import logging
-from asyncio import AbstractEventLoop, TimerHandle, Transport
+from asyncio import AbstractEventLoop, CancelledError, TimerHandle, Transport
 from collections import deque
 from http import HTTPStatus
 from typing import Any, ClassVar, Final, cast
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -19,6 +20,9 @@ from uvicorn.server import ServerState
 log = logging.getLogger(__name__)
 
 REQUEST_SECONDS: Final = 10.0
+# Shorter than uvicorn waits before it cancels what still runs (timeout_graceful_shutdown).
+STOP_SECONDS: Final = 1.0
+RETRY_AFTER_SECONDS: Final = 5
 MAX_HEAD_BYTES: Final = 32 * 1024
 
 _REASONS: Final = {
@@ -26,8 +30,12 @@ _REASONS: Final = {
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: (
         f"The request's head is larger than {MAX_HEAD_BYTES // 1024} KiB; send less of it"
     ),
+    HTTPStatus.SERVICE_UNAVAILABLE: (
+        "The service is stopping; the request had not come in completely, and nothing was done. Send it again"
+    ),
 }
 
+_CANCELLED: Final = "The service is stopping; ask again to learn what became of the request"
 
 # Where trailers go: behind the headers they could pass for what a proxy has checked.
 _NOWHERE: Final = cast(list[tuple[bytes, bytes]], deque[tuple[bytes, bytes]](maxlen=0))
@@ -48,11 +56,16 @@ class BoundedProtocol(HttpToolsProtocol):
     may pass with up to twice as much. What is neither a head nor a body has the same limit: extensions of
     chunks, and trailers, which are dropped.
 
+    A request that isn't complete `stop_seconds` after the service was told to stop gets a 503: uvicorn would
+    cancel it later, which ends in a 500. A client that shuts down its side of the connection after a complete
+    request, as HTTP allows (RFC 9112, 9.6), gets its answer.
+
     A request that comes in one piece costs no timer: one is set for the connection, and again only for a
     piece that leaves a request incomplete.
     """
 
     request_seconds: ClassVar[float] = REQUEST_SECONDS
+    stop_seconds: ClassVar[float] = STOP_SECONDS
     max_head_bytes: ClassVar[int] = MAX_HEAD_BYTES
 
     def __init__(
@@ -71,6 +84,8 @@ class BoundedProtocol(HttpToolsProtocol):
         # How many bytes have come in that are, as far as it is known, no part of a body.
         self._overhead = 0
         self._head_too_large = False
+        # Set when the service was told to stop while a request was coming in.
+        self._stop: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
@@ -84,10 +99,27 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop watching."""
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
+        for timer in (self._watch, self._stop):
+            if timer is not None:
+                timer.cancel()
+        self._watch = None
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override] # uvicorn's says None, which closes at once
+        """Say whether the connection stays open: until what was asked for completely has been answered."""
+        if not self._is_answering() or (self.cycle.more_body and not self.pipeline):
+            return False
+        self.cycle.keep_alive = False
+        return True
+
+    def shutdown(self) -> None:
+        """Close the connection as soon as nothing is asked for on it; called once, when the service stops."""
+        if not self._is_coming_in():
+            super().shutdown()
+            return
+        if self._is_answering():
+            self.cycle.keep_alive = False
+        self._stop = self.loop.call_later(self.stop_seconds, self._refuse_the_incomplete)
 
     def data_received(self, data: bytes) -> None:
         """Take what has come, and see whether more has to follow."""
@@ -113,6 +145,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 raise _HeadTooLargeError
         self._overhead = 0
         super().on_headers_complete()
+        if self._stop is not None:
+            self.cycle.keep_alive = False
         self.headers = _NOWHERE
 
     def on_body(self, body: bytes) -> None:
@@ -163,6 +197,15 @@ class BoundedProtocol(HttpToolsProtocol):
         """Tell whether it is for us to go on: nothing is read, or an earlier request isn't answered yet."""
         return self.flow.read_paused or (self._is_in_head() and self._is_answering())
 
+    def _is_coming_in(self) -> bool:
+        """Tell whether a part of a request has come, and not all of it."""
+        return bool(self._overhead) or self.scope is not self._complete
+
+    def _refuse_the_incomplete(self) -> None:
+        # While an earlier request is being answered, its answer closes the connection.
+        if self._is_coming_in() and not self.pipeline and not (self._is_in_head() and self._is_answering()):
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+
     def _is_in_head(self) -> bool:
         return self.cycle is None or self.scope is not self.cycle.scope
 
@@ -187,12 +230,42 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _answer(self, status: HTTPStatus) -> None:
         body = json.dumps({"detail": _REASONS[status]}).encode()
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"cache-control", b"no-store"),
-            (b"connection", b"close"),
-        ]
+        headers = [*self.server_state.default_headers, *_headers(status, body)]
         lines = [b"%b: %b\r\n" % header for header in headers]
         self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", body]))
+
+
+def answering_when_cancelled(app: ASGIApp) -> ASGIApp:
+    """Return the app with a 503 for requests that uvicorn cancels when it stops; by itself it says 500."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def note(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await app(scope, receive, note)
+        except CancelledError:
+            if started or scope["type"] != "http":
+                raise
+            body = json.dumps({"detail": _CANCELLED}).encode()
+            headers = _headers(HTTPStatus.SERVICE_UNAVAILABLE, body)
+            await send({"type": "http.response.start", "status": 503, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+    return answer
+
+
+def _headers(status: HTTPStatus, body: bytes) -> list[tuple[bytes, bytes]]:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"cache-control", b"no-store"),
+        (b"connection", b"close"),
+    ]
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        headers.append((b"retry-after", b"%d" % RETRY_AFTER_SECONDS))
+    return headers

@@ -36,6 +36,7 @@ StartService = Callable[..., ServiceProcess]
 
 class HastyProtocol(BoundedProtocol):
     request_seconds = 0.4
+    stop_seconds = 0.2
 
 
 def echoing_app() -> FastAPI:
