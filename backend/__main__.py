@@ -19,7 +19,6 @@ from backend.errors import DoorClosedError, StartRefusedError
 # Everything heavier is imported by the command that needs it, so that `--help` answers at once.
 if TYPE_CHECKING:
     import socket
-    from ipaddress import IPv4Interface
 
     from backend.settings import Settings
 
@@ -87,29 +86,50 @@ def run(port: Port = _PORT) -> None:
 
 
 @hub.command()
-def init() -> None:
-    """Write a config with a new key where WIREGUARD_CONFIG_PATH has none."""
+def init(
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Take the key of the interface that has the hub's name.")
+    ] = False,
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="Make a new key though nodes know another one of this hub.")
+    ] = False,
+) -> None:
+    """Write a config where WIREGUARD_CONFIG_PATH has none, with the hub's key if it had one."""
     with one_sentence():
-        from backend.adapters import hub_device
+        from backend.adapters.hub_key import Consent
+        from backend.models.operator_commands import command
+        from backend.quickstart import beside_lost, make_config
 
-        settings = _settings()
-        path = settings.wireguard_config_path
-        if hub_device.init(path, _hub_address(settings), settings.listen_port):
-            typer.echo(
-                f"made {path} with a new key; `python -m backend hub up` brings {settings.interface} up"
-            )
+        if recover and new_key:
+            raise StartRefusedError("--recover keeps the key and --new-key doesn't; leave one of them out")
+        settings = beside_lost(_settings())
+        if make_config(settings, Consent(settings.wireguard_hub_public_key, recover, new_key), typer.echo):
+            typer.echo(f"{command('hub up')} brings {settings.interface} up")
         else:
-            typer.echo(f"{path} is there already and was left as it is")
+            typer.echo(f"{settings.wireguard_config_path} is there already and was left as it is")
 
 
 @hub.command()
-def up() -> None:
+def up(
+    replace_key: Annotated[
+        bool,
+        typer.Option(
+            "--replace-key",
+            help="Give the interface the file's key, which WIREGUARD_HUB_PUBLIC_KEY names too.",
+        ),
+    ] = False,
+) -> None:
     """Make the hub's interface from its config, or see that it is up."""
     with one_sentence():
-        from backend.adapters import hub_device
+        from backend.adapters import hub_device, hub_key
+        from backend.quickstart import beside_run, hub_address
 
-        settings = _settings()
-        raised = hub_device.up(settings.wireguard_config_path, _hub_address(settings))
+        settings = beside_run(_settings())
+        path, stated = settings.wireguard_config_path, settings.wireguard_hub_public_key
+        if replace_key and (replaced := hub_key.replace(path, stated)):
+            typer.echo(f"interface {settings.interface} had the key {replaced.before or '(none)'}")
+            typer.echo(f"interface {settings.interface} has the key {replaced.after}")
+        raised = hub_device.up(path, hub_address(settings), stated)
         typer.echo(f"interface {settings.interface} {'is up' if raised.created else 'was up already'}")
         for warning in raised.warnings:
             typer.echo(f"note: {warning}", err=True)
@@ -120,8 +140,9 @@ def down() -> None:
     """Take the hub's interface away, if it has the config's key."""
     with one_sentence():
         from backend.adapters import hub_device
+        from backend.quickstart import beside_run
 
-        settings = _settings()
+        settings = beside_run(_settings())
         taken = hub_device.down(settings.wireguard_config_path)
         typer.echo(f"interface {settings.interface} {'is gone' if taken else 'was not there'}")
 
@@ -131,9 +152,12 @@ def show() -> None:
     """Say what the hub is and has, without any secret."""
     with one_sentence():
         from backend.adapters import hub_device
+        from backend.quickstart import beside_run
 
-        settings = _settings()
-        state = hub_device.show(settings.wireguard_config_path)
+        settings = beside_run(_settings())
+        state = hub_device.show(
+            settings.wireguard_config_path, settings.wireguard_hub_ip, settings.wireguard_hub_public_key
+        )
         on_interface = (
             "" if state.peers_on_interface is None else f", {state.peers_on_interface} on the interface"
         )
@@ -146,18 +170,14 @@ def show() -> None:
             ("peers", f"{state.peers_in_file} in the file{on_interface}"),
         ):
             typer.echo(f"{name + ':':16}{value}")
+        for problem in state.problems:
+            typer.echo(f"note: {problem}", err=True)
 
 
 def _settings() -> "Settings":
     from backend.settings import load_settings
 
     return load_settings()
-
-
-def _hub_address(settings: "Settings") -> "IPv4Interface":
-    from ipaddress import IPv4Interface
-
-    return IPv4Interface((settings.wireguard_hub_ip, settings.wireguard_ip_pool.prefixlen))
 
 
 @contextmanager

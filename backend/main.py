@@ -37,6 +37,7 @@ from backend.services.wireguard_provisioning_service import (
     UNRECORDED_PUBLIC_KEY,
     WireGuardProvisioningService,
 )
+from backend.services.wireguard_quick_keys import require_address
 from backend.settings import ReloadMode, Settings
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         require_trusted(settings.state_directory, "STATE_DIRECTORY")
         require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
         hub = _hub(settings)
-        config = WireGuardConfigManager(path, reload=hub.sync)
+        config = WireGuardConfigManager(path, hub.sync, stated_key=settings.wireguard_hub_public_key)
         lock = LockFile(config.path.with_name(f".{config.path.name}.lock"), f"The hub's config {path}")
         stack.callback(lock.acquire().release)
         config.remove_stale_temporaries()
@@ -137,6 +138,7 @@ def _read(config: WireGuardConfigManager, settings: Settings) -> None:
     """Read the hub's config, and refuse to start on one that can't be used."""
     try:
         config.refresh()
+        require_address(config.path, config.foreign, settings.wireguard_hub_ip)
     except ConfigFileError as exc:
         raise StartRefusedError(str(exc)) from exc
     mode = stat.S_IMODE(config.path.stat().st_mode)
@@ -145,13 +147,6 @@ def _read(config: WireGuardConfigManager, settings: Settings) -> None:
         log.warning(
             "private_key_readable",
             extra={"path": config.path, "mode": f"{mode:04o}", "remedy": f"chmod go-r {config.path}"},
-        )
-    stated = settings.wireguard_hub_public_key
-    if stated is not None and stated != config.hub_public_key:
-        raise StartRefusedError(
-            # Its value isn't repeated: by mistake it may be the private key.
-            f"WIREGUARD_HUB_PUBLIC_KEY is not the key of {config.path}, whose PrivateKey belongs to "
-            f"{config.hub_public_key}; leave the setting empty, or set it to that"
         )
 
 

@@ -10,8 +10,10 @@ from os.path import lexists
 from pathlib import Path
 from typing import Final
 
-from backend.adapters import hub_device
+from backend.adapters import hub_device, hub_key
 from backend.adapters.host_tools import install_missing, obstacles
+from backend.adapters.hub_key import Consent
+from backend.adapters.recorded_peers import count_recorded_peers
 from backend.adapters.trusted_paths import make_private_directory, require_trusted
 from backend.errors import StartRefusedError
 from backend.models.wireguard.keys import WireGuardPrivateKey
@@ -19,6 +21,7 @@ from backend.settings import ReloadMode, Settings
 
 _NAMES: Final = [f"wg{number}" for number in range(100)]
 _OWN_CONFIG: Final = re.compile(r"wg([0-9]+)\.conf")
+_PATTERN: Final = "wg*.conf"
 _SYSTEM_CONFIGS: Final = Path("/etc/wireguard")
 _PORTS_TO_TRY: Final = 100
 
@@ -37,12 +40,58 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Settings:
     settings = settings.model_copy(
         update={"wireguard_config_path": config_path, "wireguard_hub_endpoint": endpoint}
     )
-    address = IPv4Interface((settings.wireguard_hub_ip, settings.wireguard_ip_pool.prefixlen))
-    if hub_device.init(config_path, address, settings.listen_port):
-        say(f"made {config_path} with a new key")
+    make_config(settings, Consent(settings.wireguard_hub_public_key), say)
     if settings.wireguard_reload is ReloadMode.OFF:
         return settings
-    return _bring_up(settings, address, say)
+    return _bring_up(settings, say)
+
+
+def make_config(settings: Settings, consent: Consent, say: Callable[[str], None]) -> bool:
+    """Make the hub's config if there is none, and say how; HubUpdateError where its key would be lost."""
+    path = settings.wireguard_config_path
+    made = hub_key.init(
+        path,
+        hub_address(settings),
+        settings.listen_port,
+        consent,
+        lambda: count_recorded_peers(settings.database_url) if settings.enable_dbos else 0,
+    )
+    if made is None:
+        return False
+    if made.recovered is None:
+        say(f"made {path} with a new key")
+        return True
+    say(f"made {path} with the key of interface {path.stem}, {made.recovered}")
+    if made.noted_peers is not None:
+        say(
+            f"{made.noted_peers} has what the interface had: peers of the records come back by themselves, "
+            f"those made by hand belong into {path} once more"
+        )
+    return True
+
+
+def hub_address(settings: Settings) -> IPv4Interface:
+    """Return the hub's own address in the pool."""
+    return IPv4Interface((settings.wireguard_hub_ip, settings.wireguard_ip_pool.prefixlen))
+
+
+def beside_run(settings: Settings) -> Settings:
+    """Return the settings with the hub of `make run`, where nothing says that another one is meant."""
+    return _with_config(settings, _made_config(settings.state_directory) or _lost_config(settings))
+
+
+def beside_lost(settings: Settings) -> Settings:
+    """Return the settings with the hub of `make run` where its config is lost, for whoever makes it again."""
+    return _with_config(settings, _lost_config(settings))
+
+
+def _with_config(settings: Settings, path: Path | None) -> Settings:
+    named = "wireguard_config_path" in settings.model_fields_set
+    if path is None or named or lexists(_SYSTEM_CONFIGS / settings.wireguard_config_path.name):
+        return settings
+    return settings.model_copy(
+        update={"wireguard_config_path": path, "wireguard_hub_endpoint": _choose_endpoint(settings, path)}
+    )
 
 
 def try_it(url: str) -> str:
@@ -63,7 +112,7 @@ def try_it(url: str) -> str:
     )
 
 
-def _bring_up(settings: Settings, address: IPv4Interface, say: Callable[[str], None]) -> Settings:
+def _bring_up(settings: Settings, say: Callable[[str], None]) -> Settings:
     if installed := install_missing():
         say(f"installed with apt-get: {', '.join(installed)}")
     missing = obstacles()
@@ -71,7 +120,9 @@ def _bring_up(settings: Settings, address: IPv4Interface, say: Callable[[str], N
         say(f"no interface {settings.interface}: {'; '.join(missing)}")
         say("goes on with WIREGUARD_RELOAD=off, which keeps the records and the file only")
         return settings.model_copy(update={"wireguard_reload": ReloadMode.OFF})
-    raised = hub_device.up(settings.wireguard_config_path, address)
+    raised = hub_device.up(
+        settings.wireguard_config_path, hub_address(settings), settings.wireguard_hub_public_key
+    )
     say(f"interface {settings.interface} {'is up' if raised.created else 'was up already'}")
     for warning in raised.warnings:
         say(f"note: {warning}")
@@ -87,13 +138,11 @@ def _choose_config(settings: Settings, say: Callable[[str], None]) -> Path:
     if "wireguard_config_path" in settings.model_fields_set:
         return settings.wireguard_config_path
     directory = settings.state_directory
-    made = {
-        int(match[1]): path
-        for path in directory.glob("wg*.conf")
-        if (match := _OWN_CONFIG.fullmatch(path.name)) is not None
-    }
-    if made:
-        return made[min(made)]
+    if made := _made_config(directory):
+        return made
+    if lost := _lost_config(settings):
+        # Under another name the hub would come up with a new key, beside the interface that has its own.
+        return lost
     for name in _NAMES:
         if hub_device.interface_exists(name):
             say(f"{name} is left alone: an interface of that name exists")
@@ -104,6 +153,29 @@ def _choose_config(settings: Settings, say: Callable[[str], None]) -> Path:
     raise StartRefusedError(
         f"{_NAMES[0]} to {_NAMES[-1]} are all in use; name another one with WIREGUARD_CONFIG_PATH"
     )
+
+
+def _made_config(directory: Path) -> Path | None:
+    """Return the config that an earlier run made."""
+    made = {
+        int(match[1]): path
+        for path in directory.glob(_PATTERN)
+        if (match := _OWN_CONFIG.fullmatch(path.name))
+    }
+    return made[min(made)] if made else None
+
+
+def _lost_config(settings: Settings) -> Path | None:
+    """Return the config that an earlier run had and that is gone, by the lock that stays beside it."""
+    directory = settings.state_directory
+    if _made_config(directory) is not None:
+        return None
+    had = {
+        int(match[1]): directory / match[0]
+        for path in directory.glob(f".{_PATTERN}.lock")
+        if (match := _OWN_CONFIG.fullmatch(path.name[1 : -len(".lock")]))
+    }
+    return had[min(had)] if had else None
 
 
 def _choose_endpoint(settings: Settings, config_path: Path) -> str:

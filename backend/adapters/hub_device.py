@@ -17,10 +17,12 @@ from typing import Final
 
 from backend.adapters.host_tools import ToolRefusedError, find, query, run
 from backend.adapters.trusted_paths import make_private_directory, require_trusted_file
-from backend.errors import HubUpdateError
+from backend.errors import ConfigFileError, HubUpdateError
+from backend.models.operator_commands import put_key_back
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services.wireguard_config_manager import WireGuardConfigManager
+from backend.services.wireguard_quick_keys import require_address
 
 # 1500 less 80 for IPv6, UDP and WireGuard's own header, as wg-quick(8) does.
 _MTU: Final = 1420
@@ -49,6 +51,8 @@ class HubState:
     listen_port: int | None
     peers_in_file: int
     peers_on_interface: int | None
+    # Why the service doesn't start with it.
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,28 +71,52 @@ class _Route:
     local: bool
 
 
-def init(config_path: Path, address: IPv4Interface, port: int) -> bool:
-    """Write a minimal config with a new key where there is none; return whether it did."""
+def init(
+    config_path: Path,
+    address: IPv4Interface,
+    port: int,
+    key: WireGuardPrivateKey | None = None,
+    lines: Sequence[str] = (),
+) -> bool:
+    """Write a minimal config where there is none, with a new key unless one is given; return whether it did.
+
+    Whether a hub was here before, whose key has to be kept, is for `hub_key.init` to say.
+    """
     if os.path.lexists(config_path):
         return False
-    text = (
-        "[Interface]\n"
-        f"PrivateKey = {WireGuardPrivateKey.generate().reveal()}\n"
-        f"Address = {address}\n"
-        f"ListenPort = {port}\n"
-    )
+    text = [
+        "[Interface]",
+        f"PrivateKey = {(key or WireGuardPrivateKey.generate()).reveal()}",
+        f"Address = {address}",
+        f"ListenPort = {port}",
+        *lines,
+        "",
+    ]
     try:
         make_private_directory(config_path.parent)
         require_trusted_file(config_path, "WIREGUARD_CONFIG_PATH")
-        return _create(config_path, text.encode("ascii"))
+        return _create(config_path, "\n".join(text).encode("ascii"))
     except OSError as exc:
         raise HubUpdateError(f"{config_path} could not be written ({exc.strerror})") from exc
 
 
-def up(config_path: Path, address: IPv4Interface) -> Raised:
-    """Make the hub's interface from its config, or see that it has its address and is up."""
+def write_private(path: Path, content: bytes) -> None:
+    """Make the whole file at once, 0600, in place of what was there; raise HubUpdateError."""
+    try:
+        path.unlink(missing_ok=True)
+        _create(path, content)
+    except OSError as exc:
+        raise HubUpdateError(f"{path} could not be written ({exc.strerror})") from exc
+
+
+def up(config_path: Path, address: IPv4Interface, stated_key: WireGuardKey | None = None) -> Raised:
+    """Make the hub's interface from its config, or see that it has its address and is up.
+
+    `stated_key` is WIREGUARD_HUB_PUBLIC_KEY, which has to be the file's.
+    """
     require_trusted_file(config_path, "WIREGUARD_CONFIG_PATH")
-    manager = _read(config_path)
+    manager = _read(config_path, stated_key)
+    require_address(config_path, manager.foreign, address.ip)
     name = manager.interface
     ip, wg = find("ip"), find("wg")
     routes = list(_foreign_routes(ip, name))
@@ -99,8 +127,9 @@ def up(config_path: Path, address: IPv4Interface) -> Raised:
         return Raised(created=False, warnings=(*warnings, *_forwarding_hint()))
     if state is not InterfaceState.ABSENT:
         raise HubUpdateError(
-            f"interface {name} exists and isn't this hub's; it was left alone. Give the hub another name "
-            f"with WIREGUARD_CONFIG_PATH, or, if nobody needs the interface, `ip link delete dev {name}`"
+            f"interface {name} exists and isn't this hub's, whose key is {manager.hub_public_key}; it was "
+            f"left alone. If only the file has another key by now: {put_key_back(name)}. If the interface is "
+            "another program's, give the hub another name with WIREGUARD_CONFIG_PATH"
         )
     _require_free_port(config_path)
     _make_interface(ip, name)
@@ -131,8 +160,13 @@ def down(config_path: Path) -> bool:
     return True
 
 
-def show(config_path: Path) -> HubState:
-    """Say what the file holds, and what the interface has, if this process may see it."""
+def show(
+    config_path: Path, hub_ip: IPv4Address | None = None, stated_key: WireGuardKey | None = None
+) -> HubState:
+    """Say what the file holds, and what the interface has, if this process may see it.
+
+    Where the settings WIREGUARD_HUB_IP and WIREGUARD_HUB_PUBLIC_KEY don't fit the file, that's said, too.
+    """
     manager = _read(config_path)
     name = manager.interface
     port = peers = None
@@ -144,6 +178,13 @@ def show(config_path: Path) -> HubState:
             peers = len(run([wg, "show", name, "peers"]).split())
     except HubUpdateError:
         state = InterfaceState.UNKNOWN
+    problems = []
+    try:
+        _read(config_path, stated_key)
+        if hub_ip is not None:
+            require_address(config_path, manager.foreign, hub_ip)
+    except ConfigFileError as exc:
+        problems.append(str(exc))
     return HubState(
         config_path=config_path,
         interface=name,
@@ -152,6 +193,7 @@ def show(config_path: Path) -> HubState:
         listen_port=port,
         peers_in_file=len(manager.managed_peers) + len(manager.foreign_peers),
         peers_on_interface=peers,
+        problems=tuple(problems),
     )
 
 
@@ -190,8 +232,8 @@ def _require_free_port(config_path: Path) -> None:
         ) from exc
 
 
-def _read(config_path: Path) -> WireGuardConfigManager:
-    manager = WireGuardConfigManager(config_path)
+def _read(config_path: Path, stated_key: WireGuardKey | None = None) -> WireGuardConfigManager:
+    manager = WireGuardConfigManager(config_path, stated_key=stated_key)
     manager.refresh()
     return manager
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from backend.errors import HubUpdateError
 from backend.models.access.audit import AuditAction
+from backend.models.operator_commands import bring_up
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.ports import Action, Change, Hub, Peer
@@ -255,10 +256,7 @@ class HubMirror:
     def _require_interface(self) -> None:
         if self._hub.live and self._hub.incarnation() is None:
             name = self._config.interface
-            raise HubUpdateError(
-                f"interface {name} does not exist; bring it up with "
-                f"`python -m backend hub up` or `wg-quick up {name}`"
-            )
+            raise HubUpdateError(f"interface {name} does not exist; bring it up with {bring_up(name)}")
 
     def _note_foreign(self) -> None:
         foreign = self._config.foreign

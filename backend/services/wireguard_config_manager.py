@@ -19,10 +19,12 @@ from threading import Lock
 from typing import Final
 
 from backend.errors import ConfigFileError, HubUpdateError
+from backend.models.operator_commands import command, put_key_back
 from backend.models.wireguard.interface import InterfaceName
-from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services.wireguard_config_text import (
     ForeignPeer,
+    HubKeyError,
     InvalidConfigError,
     ManagedPeer,
     ParsedConfig,
@@ -73,13 +75,21 @@ class WireGuardConfigManager:
     """Keeps our peers in the file, and everything else in it as the operator wrote it, byte for byte."""
 
     def __init__(
-        self, config_path: str | os.PathLike[str], reload: Callable[[bytes], None] | None = None
+        self,
+        config_path: str | os.PathLike[str],
+        reload: Callable[[bytes], None] | None = None,
+        *,
+        stated_key: WireGuardKey | None = None,
     ) -> None:
-        """Read nothing yet. `reload` is what `reload_config` calls with the text for `wg syncconf`."""
+        """Read nothing yet. `reload` is what `reload_config` calls with the text for `wg syncconf`.
+
+        `stated_key` is WIREGUARD_HUB_PUBLIC_KEY: a file with another hub's key can't be used.
+        """
         # A symbolic link stays one: the file that it leads to is what is replaced.
         self.path: Final = Path(config_path).resolve()
         self._stem: Final = Path(config_path).stem
         self._reload = reload
+        self._stated_key = stated_key
         self._lock = Lock()  # guards the file against our own threads, and _version; held across file I/O
         self._version: _Version | None = None
 
@@ -117,6 +127,11 @@ class WireGuardConfigManager:
     def hub_public_key(self) -> WireGuardKey:
         """The public half of the file's PrivateKey."""
         return self._known().hub_public_key
+
+    @property
+    def private_key(self) -> WireGuardPrivateKey:
+        """The file's PrivateKey, as last found."""
+        return self._known().config.private_key
 
     def refresh(self) -> bool:
         """Read the file if somebody changed it; return whether what is foreign in it is new.
@@ -248,6 +263,8 @@ class WireGuardConfigManager:
             return replace(known, identity=identity, settled=settled)
         try:
             config = parse(text)
+        except HubKeyError as exc:
+            raise ConfigFileError(str(self.path), exc.problem, put_key_back(self._stem)) from None
         except InvalidConfigError as exc:
             raise ConfigFileError(str(self.path), exc.problem, exc.remedy) from None
         private_key = config.private_key
@@ -255,6 +272,14 @@ class WireGuardConfigManager:
             hub_public_key = known.hub_public_key
         else:
             hub_public_key = private_key.public_key()
+        if self._stated_key not in {None, hub_public_key}:
+            raise ConfigFileError(
+                str(self.path),
+                # The setting isn't repeated: by mistake it may be the private key.
+                f"its PrivateKey belongs to {hub_public_key}, and WIREGUARD_HUB_PUBLIC_KEY names another key",
+                f"{put_key_back(self._stem)}. Where the key was changed on purpose, set that to it, run "
+                f"{command('hub up --replace-key')}, and restart the service",
+            )
         return _Version(text, identity, settled, config, hub_public_key)
 
     def _read(self) -> tuple[bytes, _Identity, bool]:
@@ -276,7 +301,9 @@ class WireGuardConfigManager:
             raise ConfigFileError(
                 str(self.path),
                 "the file doesn't exist",
-                "Make one with `python -m backend hub init`, or set WIREGUARD_CONFIG_PATH to the hub's file",
+                f"Put the hub's own back from a backup, or run {command('hub init')}, which takes the key "
+                "from the interface while that lives, and makes a new one for a new hub only. If it is "
+                "elsewhere, set WIREGUARD_CONFIG_PATH",
             ) from None
         except IsADirectoryError:
             raise self._not_a_file() from None

@@ -57,7 +57,7 @@ _HOST_NAME_MAX: Final = 253
 _LINK_LOCAL: Final = IPv6Network("fe80::/10")
 
 _CORRECT_IT: Final = "Correct the line, see wg(8) and wg-quick(8)"
-_KEY_REMEDY: Final = "Use what `wg genkey`, `wg pubkey` or `wg genpsk` prints, unchanged"
+_KEY_REMEDY: Final = "Use what `wg pubkey` or `wg genpsk` prints, unchanged"
 
 
 class InvalidConfigError(ValueError):
@@ -70,6 +70,13 @@ class InvalidConfigError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.problem}. {self.remedy}"
+
+
+class HubKeyError(InvalidConfigError):
+    """The hub's own key isn't there. Never a reason to make a new one: the nodes know the old one."""
+
+    def __init__(self, problem: str, remedy: str = "Put the hub's own key back") -> None:
+        super().__init__(problem, remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +149,7 @@ def parse(text: bytes) -> ParsedConfig:
         try:
             reader.read(number, raw, compact)
         except InvalidConfigError as exc:
-            raise InvalidConfigError(f"line {number}: {exc.problem}", exc.remedy) from None
+            raise type(exc)(f"line {number}: {exc.problem}", exc.remedy) from None
     private_key, foreign_peers = reader.finish()
     managed = (_managed_peer(label, lines) for label, lines in splitter.blocks)
     return ParsedConfig(
@@ -353,6 +360,8 @@ class _Section:
         if not equals or key.lower() not in self.keys:
             raise InvalidConfigError("a key that `wg` doesn't know in this section")
         name, take = self.keys[key.lower()]
+        if not value and name == "PrivateKey":
+            raise HubKeyError(f"{name} has no value")
         if not value:
             raise InvalidConfigError(f"{name} has no value", "Give it one, or take the line out")
         take(value)
@@ -371,11 +380,12 @@ class _InterfaceSection(_Section):
         }
 
     def _take_private_key(self, value: bytes) -> None:
-        key = _key(value, "PrivateKey")
+        if _KEY_BYTES.fullmatch(value) is None:
+            raise HubKeyError("PrivateKey is not the canonical base64 of 32 bytes")
         if value == _NO_KEY:
             # It would take the key away from the interface.
-            raise InvalidConfigError("PrivateKey is all zero, which is no key", _KEY_REMEDY)
-        self.private_key = WireGuardPrivateKey.parse(key)
+            raise HubKeyError("PrivateKey is all zero, which is no key")
+        self.private_key = WireGuardPrivateKey.parse(value.decode("ascii"))
 
 
 class _PeerSection(_Section):
@@ -448,10 +458,7 @@ class _ForeignReader:
             peers.append(ForeignPeer(peer.public_key, tuple(peer.allowed_ips)))
         if self._interface.private_key is None:
             # `wg syncconf` would answer 0, take the hub's key away and choose another port.
-            raise InvalidConfigError(
-                "no [Interface] section has a PrivateKey",
-                "Put the hub's there: PrivateKey = (what `wg genkey` prints)",
-            )
+            raise HubKeyError("no [Interface] section has a PrivateKey")
         return self._interface.private_key, tuple(peers)
 
     def _open(self, number: int, header: bytes) -> _Section:

@@ -18,8 +18,9 @@ import pytest
 
 from backend import quickstart
 from backend.adapters import host_tools
-from backend.errors import StartRefusedError
+from backend.errors import HubUpdateError, StartRefusedError
 from backend.settings import Settings
+from tests.harness.command_line import invoke
 from tests.harness.requirements import require
 from tests.harness.service import free_port
 from tests.harness.wireguard import HubInterface
@@ -186,6 +187,43 @@ class TestNames:
         settings, said = prepare()
         assert settings.wireguard_config_path == tmp_path / "var" / "wg2.conf"
         assert said == []
+
+    def test_commands_beside_it_find_its_hub(self, tmp_path: Path) -> None:
+        made, _ = prepare()
+        beside = quickstart.beside_run(Settings())
+        assert beside.wireguard_config_path == made.wireguard_config_path
+        assert beside.wireguard_hub_endpoint == made.wireguard_hub_endpoint
+        for command in ("show", "down"):
+            done = invoke("hub", command, directory=tmp_path)
+            assert (done.returncode, made.interface in done.stdout) == (0, True), done.stderr
+
+    def test_commands_beside_it_prefer_the_hub_that_is_named_or_the_systems(self, tmp_path: Path) -> None:
+        prepare()
+        named = Settings(wireguard_config_path=tmp_path / "mine.conf")
+        assert quickstart.beside_run(named) is named
+        (tmp_path / "system" / "wg0.conf").touch()
+        assert quickstart.beside_run(Settings()).wireguard_config_path == Path("/etc/wireguard/wg0.conf")
+
+    def test_a_lost_config_is_made_under_its_own_name_with_the_interfaces_key(
+        self, hub_interface: HubInterface, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Under the next free name the hub would come up with a new key, and its nodes would be lost."""
+        monkeypatch.setattr(quickstart, "_OWN_CONFIG", re.compile(r"wghub([0-9]+)\.conf"))
+        monkeypatch.setattr(quickstart, "_PATTERN", "wghub*.conf")
+        (tmp_path / "var").mkdir(mode=0o700)
+        path = tmp_path / "var" / hub_interface.config_path.name
+        (path.parent / f".{path.name}.lock").touch()
+        with pytest.raises(HubUpdateError, match=r"hub init --recover` makes .*/var/wghub"):
+            prepare()
+        # `hub init` means the same hub.
+        assert quickstart.beside_lost(Settings()).wireguard_config_path == path
+        settings, said = prepare(wireguard_hub_public_key=hub_interface.public_key)
+        assert settings.wireguard_config_path == path
+        assert said == [
+            f"made {path} with the key of interface {hub_interface.name}, {hub_interface.public_key}"
+        ]
+        assert f"PrivateKey = {hub_interface.private_key}\n" in path.read_text()
+        assert quickstart.beside_lost(Settings()).wireguard_config_path != path
 
     def test_the_config_that_is_set_is_taken(self, tmp_path: Path) -> None:
         settings, _ = prepare(wireguard_config_path=tmp_path / "mine.conf")
