@@ -38,7 +38,7 @@ from backend.services.wireguard_provisioning_service import (
     WireGuardProvisioningService,
 )
 from backend.services.wireguard_quick_keys import require_address
-from backend.settings import ReloadMode, Settings
+from backend.settings import ReloadMode, Settings, unknown_settings
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         # Before anything is made in them.
         require_trusted(settings.state_directory, "STATE_DIRECTORY")
         require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
+        _warn_of_unknown_settings()
         hub = _hub(settings)
         config = WireGuardConfigManager(path, hub.sync, stated_key=settings.wireguard_hub_public_key)
         lock = LockFile(config.path.with_name(f".{config.path.name}.lock"), f"The hub's config {path}")
@@ -148,6 +149,11 @@ def _read(config: WireGuardConfigManager, settings: Settings) -> None:
             "private_key_readable",
             extra={"path": config.path, "mode": f"{mode:04o}", "remedy": f"chmod go-r {config.path}"},
         )
+
+
+def _warn_of_unknown_settings() -> None:
+    for name, nearest in unknown_settings().items():
+        log.warning("unknown_setting", extra={"setting": name} | ({"nearest": nearest} if nearest else {}))
 
 
 def _hub(settings: Settings) -> Hub:

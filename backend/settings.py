@@ -1,12 +1,16 @@
 """What an operator can set: the environment, or `.env` in the working directory. See `.env.example`."""
 
+import os
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from enum import StrEnum
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
+from dotenv import dotenv_values
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -15,6 +19,7 @@ from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.ports import LimitKind
 
+_PREFIX: Final = "WIREGUARD_"
 _LONGEST_PREFIX: Final = 30
 _SHORTEST_PREFIX: Final = 8
 _LARGEST_PORT: Final = 65535
@@ -304,6 +309,33 @@ class Settings(BaseSettings):
         from sqlalchemy.engine import URL  # noqa: PLC0415 - as above
 
         return URL.create("sqlite", database=str(directory / "provisioning.sqlite")).render_as_string()
+
+
+def unknown_settings() -> dict[str, str | None]:
+    """Return names in the environment or `.env` that look like ours and aren't, each with the nearest.
+
+    A setting whose name is misspelt would be ignored in silence.
+    """
+    names = {name.upper() for name in (*os.environ, *_names_in_env_file())}
+    known = {
+        name.upper().removeprefix(_PREFIX)
+        for name in Settings.model_fields
+        if name.upper().startswith(_PREFIX)
+    }
+    found = {}
+    for name in sorted(names):
+        suffix = name.removeprefix(_PREFIX)
+        if suffix != name and suffix not in known:
+            nearest = get_close_matches(suffix, known, 1)
+            found[name] = _PREFIX + nearest[0] if nearest else None
+    return found
+
+
+def _names_in_env_file() -> Iterable[str]:
+    try:
+        return dotenv_values(".env", interpolate=False, encoding="utf-8")
+    except (OSError, UnicodeError):
+        return ()  # load_settings() says so
 
 
 def load_settings() -> Settings:

@@ -124,6 +124,20 @@ def test_a_start_that_is_refused_ends_with_the_reason_and_no_traceback(tmp_path:
     assert "Traceback" not in done.stderr
 
 
+def test_misspelt_setting_is_warned_about_without_its_value(tmp_path: Path) -> None:
+    """WIREGUARD_IPPOOL was ignored in silence, and the default pool handed out."""
+    settings = hub_settings(tmp_path)
+    assert backend("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    (tmp_path / ".env").write_text("WIREGUARD_HUB_PUBLICKEY=hunter2\n")
+    with ServiceProcess(tmp_path, settings | {"WIREGUARD_IPPOOL": "10.8.0.0/24"}) as service:
+        service.terminate()
+    assert "unknown_setting setting=WIREGUARD_IPPOOL nearest=WIREGUARD_IP_POOL\n" in service.log
+    assert "unknown_setting setting=WIREGUARD_HUB_PUBLICKEY nearest=WIREGUARD_HUB_PUBLIC_KEY\n" in service.log
+    assert service.log.count("unknown_setting") == 2
+    assert "hunter2" not in service.log
+    assert "10.8.0.0" not in service.log
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_being_asked_to_stop_is_no_failure(tmp_path: Path, number: signal.Signals) -> None:
     settings = hub_settings(tmp_path)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from backend.errors import StartRefusedError
 from backend.services.ports import LimitKind
-from backend.settings import LogLevel, ReloadMode, Settings, load_settings
+from backend.settings import LogLevel, ReloadMode, Settings, load_settings, unknown_settings
 
 KEY = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
 EXAMPLE = Path(__file__).parent.parent / ".env.example"
@@ -81,6 +81,32 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
     for name in Settings.model_fields:
         monkeypatch.setenv(name.upper(), "")
     assert load_settings() == plain
+
+
+def test_misspelt_names_are_found_with_what_was_meant(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in unknown_settings():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WIREGUARD_IPPOOL", "10.8.0.0/24")
+    monkeypatch.setenv("wireguard_hubip", "10.8.0.1")
+    monkeypatch.setenv("WIREGUARD_RELOAD", "off")
+    monkeypatch.setenv("WIRE", "1")
+    (tmp_path / ".env").write_text(
+        "WIREGUARD_CONFIG=a\nexport WIREGUARD_XYZ='b'\nwireguard_hub_ip=10.0.0.1\nOTHER=$HOME\n"
+        "# WIREGUARD_C=1\n"
+    )
+    assert unknown_settings() == {
+        "WIREGUARD_CONFIG": "WIREGUARD_CONFIG_PATH",
+        "WIREGUARD_HUBIP": "WIREGUARD_HUB_IP",
+        "WIREGUARD_IPPOOL": "WIREGUARD_IP_POOL",
+        "WIREGUARD_XYZ": None,
+    }
+
+
+def test_env_file_that_is_not_text_holds_no_names(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"WIREGUARD_IPPOOL=\xff\n")
+    assert "WIREGUARD_IPPOOL" not in unknown_settings()
 
 
 def test_settings_do_not_change() -> None:
