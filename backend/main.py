@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
@@ -12,9 +11,9 @@ from fastapi import FastAPI
 
 from backend import __version__
 from backend.adapters.access_store import SqlAccessStore
+from backend.adapters.config_guard import ConfigGuard
 from backend.adapters.database import IN_MEMORY, Database, open_beside
 from backend.adapters.dbos_journal import DbosJournal
-from backend.adapters.lock_file import LockFile
 from backend.adapters.rate_limits import RateLimits
 from backend.adapters.sql_journal import SqlJournal
 from backend.adapters.trusted_paths import require_trusted, require_trusted_file
@@ -54,9 +53,9 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
         _warn_of_unknown_settings()
         hub = _hub(settings)
-        config = WireGuardConfigManager(path, hub.sync, stated_key=settings.wireguard_hub_public_key)
-        lock = LockFile(config.path.with_name(f".{config.path.name}.lock"), f"The hub's config {path}")
-        stack.callback(lock.acquire().release)
+        guard = stack.enter_context(ConfigGuard(path))
+        stated = settings.wireguard_hub_public_key
+        config = WireGuardConfigManager(path, hub.sync, stated_key=stated, admit=guard.admit)
         config.remove_stale_temporaries()
         _read(config, settings)
         pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
@@ -142,13 +141,6 @@ def _read(config: WireGuardConfigManager, settings: Settings) -> None:
         require_address(config.path, config.foreign, settings.wireguard_hub_ip)
     except ConfigFileError as exc:
         raise StartRefusedError(str(exc)) from exc
-    mode = stat.S_IMODE(config.path.stat().st_mode)
-    if mode & (stat.S_IRGRP | stat.S_IROTH):
-        # wg-quick(8) warns, too: the group may be there on purpose.
-        log.warning(
-            "private_key_readable",
-            extra={"path": config.path, "mode": f"{mode:04o}", "remedy": f"chmod go-r {config.path}"},
-        )
 
 
 def _warn_of_unknown_settings() -> None:

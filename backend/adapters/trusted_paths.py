@@ -62,6 +62,11 @@ def require_trusted_file(path: Path, what: str) -> None:
     require_trusted(Path(os.path.realpath(path)).parent, what)
 
 
+def problem_with_file(path: Path) -> str | None:
+    """Say how others could change a file, or put theirs beside it, and what to do; None if they can't."""
+    return _problem(path) or _problem(Path(os.path.realpath(path)).parent)
+
+
 def is_trusted(path: Path) -> bool:
     """Tell whether nobody else could change what is there."""
     return _problem(path) is None

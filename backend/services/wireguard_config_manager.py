@@ -8,7 +8,6 @@ import os
 import re
 import stat
 import tempfile
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.operator_commands import command, put_key_back
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from backend.services.config_reader import ConfigReader, FileIdentity
 from backend.services.wireguard_config_text import (
     ForeignPeer,
     HubKeyError,
@@ -37,25 +37,8 @@ __all__ = ["ForeignPeer", "ManagedPeer", "WireGuardConfigManager"]
 _ATTEMPTS: Final = 5
 # What a batch may add to the file, and a block for the directory.
 _SPARE_BYTES: Final = 128 * 1024
-# A file system's clock ticks up to every 10 ms: a change within a tick of the last look may leave the time of
-# modification as it was, so a version counts as known by its time only when that lies well behind.
-_SETTLED_NS: Final = 50_000_000
 # What tempfile puts between the prefix and the suffix.
 _RANDOM_PART: Final = "[a-z0-9_]{8}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Identity:
-    """What tells one version of the file from another without reading it."""
-
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> "_Identity":
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +46,7 @@ class _Version:
     """The file as it was last read or written. Never changed, so it's read without the lock."""
 
     text: bytes = field(repr=False)
-    identity: _Identity
+    identity: FileIdentity
     settled: bool
     config: ParsedConfig
     hub_public_key: WireGuardKey
@@ -80,18 +63,27 @@ class WireGuardConfigManager:
         reload: Callable[[bytes], None] | None = None,
         *,
         stated_key: WireGuardKey | None = None,
+        admit: Callable[[Path], None] = lambda _path: None,
     ) -> None:
         """Read nothing yet. `reload` is what `reload_config` calls with the text for `wg syncconf`.
 
-        `stated_key` is WIREGUARD_HUB_PUBLIC_KEY: a file with another hub's key can't be used.
+        `stated_key` is WIREGUARD_HUB_PUBLIC_KEY: a file with another hub's key can't be used. `admit` is
+        asked before a version of the file is used, and raises ConfigFileError where that must not be.
         """
-        # A symbolic link stays one: the file that it leads to is what is replaced.
-        self.path: Final = Path(config_path).resolve()
+        self._reader: Final = ConfigReader(Path(config_path))
         self._stem: Final = Path(config_path).stem
         self._reload = reload
         self._stated_key = stated_key
+        self._admit = admit
         self._lock = Lock()  # guards the file against our own threads, and _version; held across file I/O
         self._version: _Version | None = None
+        # Where the file was when it was last admitted.
+        self._admitted: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file that is read and replaced. A symbolic link stays one: this is where it leads to by now."""
+        return self._reader.path
 
     @property
     def interface(self) -> InterfaceName:
@@ -224,7 +216,7 @@ class WireGuardConfigManager:
     def get_config(self) -> str:
         """Return the file's text as it is now, the private key included; odd bytes as lone surrogates."""
         with self._lock:
-            text, _, _ = self._read()
+            text, _, _ = self._reader.read()
         return text.decode(errors="surrogateescape")
 
     def reload_config(self) -> None:
@@ -252,12 +244,21 @@ class WireGuardConfigManager:
     def _refresh(self) -> _Version:
         """Return the present version. One that can't be used is never kept, so each call finds it anew."""
         known = self._version
-        if known is None or not known.settled or self._status_identity() != known.identity:
+        if (
+            known is None
+            or not known.settled
+            or self._reader.identity() != known.identity
+            # It may have been moved, and a link put in its place.
+            or self._reader.path != self._admitted
+        ):
             self._version = known = self._load()
         return known
 
     def _load(self) -> _Version:
-        text, identity, settled = self._read()
+        path = self._reader.path
+        text, identity, settled = self._reader.read()
+        self._admit(path)
+        self._admitted = path
         known = self._version
         if known is not None and known.text == text:
             return replace(known, identity=identity, settled=settled)
@@ -282,52 +283,6 @@ class WireGuardConfigManager:
             )
         return _Version(text, identity, settled, config, hub_public_key)
 
-    def _read(self) -> tuple[bytes, _Identity, bool]:
-        """Return the file's bytes, which version that is, and whether its time tells it from the next."""
-        try:
-            with open(self.path, "rb", opener=_open_at_once) as file:
-                for _ in range(_ATTEMPTS):
-                    now = time.time_ns()
-                    before = os.fstat(file.fileno())
-                    if not stat.S_ISREG(before.st_mode):
-                        raise self._not_a_file()
-                    file.seek(0)
-                    text = file.read()
-                    identity = _Identity.of(os.fstat(file.fileno()))
-                    # Otherwise somebody is writing into it at this moment.
-                    if identity == _Identity.of(before) and len(text) == identity.size:
-                        return text, identity, now - identity.modified_ns > _SETTLED_NS
-        except FileNotFoundError:
-            raise ConfigFileError(
-                str(self.path),
-                "the file doesn't exist",
-                f"Put the hub's own back from a backup, or run {command('hub init')}, which takes the key "
-                "from the interface while that lives, and makes a new one for a new hub only. If it is "
-                "elsewhere, set WIREGUARD_CONFIG_PATH",
-            ) from None
-        except IsADirectoryError:
-            raise self._not_a_file() from None
-        except OSError as exc:
-            raise ConfigFileError(
-                str(self.path),
-                f"the file can't be read: {_reason(exc)}",
-                "Let the service's user read and replace it",
-            ) from exc
-        raise ConfigFileError(
-            str(self.path), "somebody keeps writing into the file", "Wait until that is done"
-        )
-
-    def _not_a_file(self) -> ConfigFileError:
-        return ConfigFileError(
-            str(self.path), "it is not a regular file", "Set WIREGUARD_CONFIG_PATH to the hub's wg-quick file"
-        )
-
-    def _status_identity(self) -> _Identity | None:
-        try:
-            return _Identity.of(self.path.stat())
-        except OSError:
-            return None
-
     def _write(self, peers: tuple[ManagedPeer, ...]) -> bool:
         for _ in range(_ATTEMPTS):
             known = self._refresh()
@@ -350,15 +305,16 @@ class WireGuardConfigManager:
             return True
         raise HubUpdateError(f"{self.path} could not be replaced: somebody keeps changing it")
 
-    def _replace(self, text: bytes, expected: _Identity) -> tuple[_Identity, bool] | None:
+    def _replace(self, text: bytes, expected: FileIdentity) -> tuple[FileIdentity, bool] | None:
         """Replace the file as a whole; return the new version's identity and whether that is settled.
 
         None, and nothing is done, if the file isn't `expected` any more.
         """
-        fd, temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".tmp", dir=self.path.parent)
+        path = self.path
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         try:
             with os.fdopen(fd, "wb") as file:
-                old = self.path.stat()
+                old = path.stat()
                 # Ownership first: changing it may take mode bits away.
                 if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
                     os.fchown(fd, old.st_uid, old.st_gid)
@@ -367,11 +323,12 @@ class WireGuardConfigManager:
                 file.flush()
                 settled = _mark(fd)
                 os.fsync(fd)
-                identity = _Identity.of(os.fstat(fd))
-            now = self.path.stat()
-            if _Identity.of(now) != expected or _access(now) != _access(old):
+                identity = FileIdentity.of(os.fstat(fd))
+            # Not followed: a link that has just taken its place would be replaced.
+            now = path.lstat()
+            if FileIdentity.of(now) != expected or _access(now) != _access(old):
                 return None
-            Path(temporary).replace(self.path)
+            Path(temporary).replace(path)
         except FileNotFoundError:
             # Somebody is replacing the file in two steps, or took it away: the next look tells.
             return None
@@ -388,11 +345,6 @@ class WireGuardConfigManager:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; a named pipe would otherwise wait for somebody to write into it."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _rendered(known: _Version, peers: tuple[ManagedPeer, ...]) -> bytes:

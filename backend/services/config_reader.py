@@ -1,0 +1,115 @@
+"""Reads the hub's file: where it is by now, which version of it that is, and its bytes."""
+
+import os
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from backend.errors import ConfigFileError
+from backend.models.operator_commands import command
+
+_ATTEMPTS: Final = 5
+# A file system's clock ticks up to every 10 ms: a change within a tick of the last look may leave the time of
+# modification as it was, so a version counts as known by its time only when that lies well behind.
+_SETTLED_NS: Final = 50_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What tells one version of the file from another without reading it; whose it is counts, too."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    mode: int
+    user: int
+    group: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "FileIdentity":
+        """Take what counts out of a status."""
+        return cls(
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_mode,
+            status.st_uid,
+            status.st_gid,
+        )
+
+
+class ConfigReader:
+    """A file that an operator may edit, replace, chmod, or turn into a symbolic link at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self._given: Final = path.absolute()
+
+    @property
+    def path(self) -> Path:
+        """The file itself, which is to be replaced: where a symbolic link leads to by now."""
+        # One look where it is none. Links among the directories are of no consequence.
+        try:
+            if not stat.S_ISLNK(os.lstat(self._given).st_mode):
+                return self._given
+        except OSError:
+            return self._given
+        return Path(os.path.realpath(self._given))
+
+    def identity(self) -> FileIdentity | None:
+        """Return which version there is now; None if there is none, or it can't be looked at."""
+        try:
+            return FileIdentity.of(os.stat(self._given))  # noqa: PTH116 - called for each batch
+        except OSError:
+            return None
+
+    def read(self) -> tuple[bytes, FileIdentity, bool]:
+        """Return the file's bytes, which version that is, and whether its time tells it from the next.
+
+        Raises ConfigFileError where there is no file, or none that can be read.
+        """
+        path = self.path
+        try:
+            with open(path, "rb", opener=_open_at_once) as file:
+                for _ in range(_ATTEMPTS):
+                    now = time.time_ns()
+                    before = os.fstat(file.fileno())
+                    if not stat.S_ISREG(before.st_mode):
+                        raise _not_a_file(path)
+                    file.seek(0)
+                    text = file.read()
+                    identity = FileIdentity.of(os.fstat(file.fileno()))
+                    # Otherwise somebody is writing into it at this moment.
+                    if identity == FileIdentity.of(before) and len(text) == identity.size:
+                        return text, identity, now - identity.modified_ns > _SETTLED_NS
+        except FileNotFoundError:
+            raise ConfigFileError(
+                str(path),
+                "the file doesn't exist",
+                f"Put the hub's own back from a backup, or run {command('hub init')}, which takes the key "
+                "from the interface while that lives, and makes a new one for a new hub only. If it is "
+                "elsewhere, set WIREGUARD_CONFIG_PATH",
+            ) from None
+        except IsADirectoryError:
+            raise _not_a_file(path) from None
+        except OSError as exc:
+            raise ConfigFileError(
+                str(path),
+                f"the file can't be read: {exc.strerror or type(exc).__name__}",
+                "Let the service's user read and replace it",
+            ) from exc
+        raise ConfigFileError(str(path), "somebody keeps writing into the file", "Wait until that is done")
+
+
+def _not_a_file(path: Path) -> ConfigFileError:
+    return ConfigFileError(
+        str(path), "it is not a regular file", "Set WIREGUARD_CONFIG_PATH to the hub's wg-quick file"
+    )
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a named pipe would otherwise wait for somebody to write into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
