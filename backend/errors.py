@@ -5,6 +5,7 @@
     ├── DuplicatePeerError          the node or the key is already known
     ├── PeerNotFoundError           nobody of that name
     ├── IPPoolExhaustedError        no address is left
+    │   └── PeerLimitError          the interface takes no more peers, however many addresses there are
     ├── AddressTakenError           an operator's hand-made peer took the address meanwhile
     ├── HubUpdateError              wg0.conf or the interface could not be brought up to date
     │   └── ConfigFileError         wg0.conf itself is unusable, and only an operator can mend it
@@ -94,6 +95,17 @@ class IPPoolExhaustedError(ProvisioningError):
 
     def __str__(self) -> str:
         return f"IP pool exhausted: {self.allocated_count} addresses allocated from range {self.pool_range}"
+
+
+class PeerLimitError(IPPoolExhaustedError):
+    """The interface has as many peers as whatever implements it can take."""
+
+    def __init__(self, interface: str, limit: int) -> None:
+        super().__init__(interface, limit)
+
+    def __str__(self) -> str:
+        interface, limit = self.args
+        return f"Interface {interface} takes no more than {limit} peers and has them all; delete some first"
 
 
 class AddressTakenError(ProvisioningError):

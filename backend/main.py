@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from backend.adapters.access_store import SqlAccessStore
 from backend.adapters.config_guard import ConfigGuard
 from backend.adapters.database import IN_MEMORY, Database, open_beside
 from backend.adapters.dbos_journal import DbosJournal
+from backend.adapters.interface_kind import most_peers
 from backend.adapters.rate_limits import RateLimits
 from backend.adapters.sql_journal import SqlJournal
 from backend.adapters.trusted_paths import require_trusted, require_trusted_file
@@ -29,6 +31,7 @@ from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
 from backend.services.hub_mirror import HubMirror
 from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.peer_limit import PeerLimit
 from backend.services.ports import Hub, Peer
 from backend.services.proof import WireGuardChallenges
 from backend.services.wireguard_config_manager import WireGuardConfigManager
@@ -59,7 +62,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         config.remove_stale_temporaries()
         _read(config, settings)
         pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
-        hand_made = HandMadePeers(pool)
+        hand_made = HandMadePeers(pool, _peer_limit(settings, pool))
         database = _database(settings)
         stack.callback(database.close)
         journal = _journal(settings, database, config)
@@ -155,6 +158,23 @@ def _hub(settings: Settings) -> Hub:
         return WgInterface(settings.interface)
     except HubUpdateError as exc:
         raise StartRefusedError(f"{exc}, or set WIREGUARD_RELOAD=off for the file alone") from exc
+
+
+def _peer_limit(settings: Settings, pool: IPPoolManager) -> PeerLimit:
+    if settings.wireguard_reload is ReloadMode.OFF:
+        return PeerLimit()
+    name = settings.interface
+    most = most_peers(name)
+    if pool.available_count() > most:
+        log.warning(
+            "pool_larger_than_interface",
+            extra={
+                "pool": pool.network,
+                "interface": name,
+                "consequence": f"when there are {most} peers, the next one gets a 503",
+            },
+        )
+    return PeerLimit(name, partial(most_peers, name))
 
 
 def _database(settings: Settings) -> Database:

@@ -779,6 +779,7 @@ def test_every_error_survives_pickle() -> None:
         errors.DuplicatePeerError("node", {"a": 1}),
         errors.PeerNotFoundError("node"),
         errors.IPPoolExhaustedError("10.0.0.0/24", 253),
+        errors.PeerLimitError("wg0", 65536),
         errors.AddressTakenError("10.0.0.2"),
         errors.HubUpdateError("why"),
         errors.ConfigFileError("path", "problem", "remedy"),

@@ -149,7 +149,7 @@ def obstacles() -> list[str]:
     if not permitted:
         found.append("it takes root (CAP_NET_ADMIN): run it with sudo")
     found += [f"`{name}` isn't installed: install the package {_PACKAGES[name]}" for name in _missing_tools()]
-    if permitted and not _kernel_has_wireguard() and not _tun_opens():
+    if permitted and not kernel_has_wireguard() and not _tun_opens():
         found.append(
             f"the kernel has no WireGuard and {_TUN} can't be opened: `modprobe wireguard` or `modprobe tun`"
         )
@@ -200,7 +200,7 @@ def _installed(name: str) -> Iterator[Path]:
 
 
 def _missing_tools() -> list[str]:
-    needed = ["wg", "ip"] if _kernel_has_wireguard() else ["wg", "ip", "wireguard-go"]
+    needed = ["wg", "ip"] if kernel_has_wireguard() else ["wg", "ip", "wireguard-go"]
     return [name for name in needed if _which(name) is None]
 
 
@@ -211,7 +211,8 @@ def _may_administer_the_network() -> bool:
     return False
 
 
-def _kernel_has_wireguard() -> bool:
+def kernel_has_wireguard() -> bool:
+    """Tell whether an interface would be the kernel's own."""
     if Path("/sys/module/wireguard").exists():
         return True
     modprobe = _which("modprobe")

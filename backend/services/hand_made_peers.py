@@ -6,6 +6,7 @@ from ipaddress import IPv4Address, IPv4Network
 from backend.errors import AddressTakenError, DuplicatePeerError, ProvisioningError
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.peer_limit import PeerLimit
 from backend.services.ports import Peer
 from backend.services.wireguard_config_manager import ForeignPeer
 
@@ -13,8 +14,9 @@ from backend.services.wireguard_config_manager import ForeignPeer
 class HandMadePeers:
     """Keeps their addresses out of the pool, and says when a new peer would collide with one of them."""
 
-    def __init__(self, pool: IPPoolManager) -> None:
+    def __init__(self, pool: IPPoolManager, limit: PeerLimit | None = None) -> None:
         self._pool = pool
+        self._limit = limit or PeerLimit()
         self._keys: frozenset[str] = frozenset()
         self._hub_key: WireGuardKey | None = None
 
@@ -24,6 +26,10 @@ class HandMadePeers:
         self._pool.set_external(network for network in networks if isinstance(network, IPv4Network))
         self._keys = frozenset(peer.public_key for peer in peers)
         self._hub_key = hub_key
+
+    def require_room_beside(self, ours: int) -> None:
+        """Raise PeerLimitError where the interface takes no more than them and so many of our peers."""
+        self._limit.require_room(ours + len(self._keys))
 
     @property
     def hub_key(self) -> WireGuardKey:

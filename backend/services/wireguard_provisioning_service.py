@@ -236,6 +236,7 @@ class WireGuardProvisioningService:
     def check(self) -> None:
         """Raise the ProvisioningError that a new node's request would meet now, if any."""
         self._committer.check()
+        self._hand_made.require_room_beside(len(self._by_node))
         if self._pool.available_count() == 0:
             stats = self._pool.get_pool_stats()
             raise IPPoolExhaustedError(str(self._pool.network), stats["allocated_addresses"])
@@ -284,6 +285,7 @@ class WireGuardProvisioningService:
     def _admit(self, asked: _Request, answer: Future[Peer]) -> None:
         """Reserve an address and the two names, and hand the record over."""
         request, caller = asked.body, asked.caller
+        self._hand_made.require_room_beside(len(self._by_node))
         # Reserved before anything is written: a crash may leak an address, never share one.
         address = IPv4Address(self._pool.allocate_ip(request.node_id))
         record = ProvisioningRecord(

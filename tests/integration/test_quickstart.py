@@ -261,7 +261,7 @@ class TestInstalling:
         monkeypatch.setenv("PATH", str(directory))
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"ID": "other", "ID_LIKE": "debian"})
-        monkeypatch.setattr(host_tools, "_kernel_has_wireguard", lambda: False)
+        monkeypatch.setattr(host_tools, "kernel_has_wireguard", lambda: False)
         return directory
 
     def script(self, directory: Path, text: str) -> Path:
