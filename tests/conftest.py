@@ -14,6 +14,7 @@ import pytest
 from tests.harness.hosts import LocalHost
 from tests.harness.namespaces import Guard, enter_new_namespaces
 from tests.harness.postgres import fresh_database, postgres_cluster
+from tests.harness.properties import try_more
 from tests.harness.requirements import do_without, require
 from tests.harness.service import ServiceProcess
 from tests.harness.wireguard import HubInterface
@@ -56,13 +57,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (chosen if wanted else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
-    if minutes is not None and chosen:
+    if minutes is not None:
         workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-        config.stash[_SECONDS_EACH] = minutes * 60 * workers / len(chosen)
+        loops = sum("rounds" in getattr(item, "fixturenames", ()) for item in chosen)
+        config.stash[_SECONDS_EACH] = minutes * 60 * min(1.0, workers / max(1, loops))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Move pytest into namespaces of its own, where that is possible."""
+    if config.option.torture is not None:
+        try_more()
     if os.geteuid() != 0:
         config.stash[_NOT_ISOLATED] = "needs root, for network namespaces"
         return

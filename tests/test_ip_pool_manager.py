@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from backend.errors import IPPoolExhaustedError
 from backend.services.address_bitmap import AddressBitmap
 from backend.services.ip_pool_manager import IPPoolManager
+from tests.harness.properties import tried
 
 
 def _stats(pool: IPPoolManager) -> tuple[int, int, int, int]:
@@ -289,7 +290,7 @@ _SIZE = 2**17
 _EDGES = st.sampled_from([0, 1, 255, 256, 257, 511, 512, 65_535, 65_536, 65_537, 66_000, _SIZE - 1])
 
 
-@settings(max_examples=60, deadline=None)
+@tried(30)
 @given(
     st.lists(
         st.one_of(

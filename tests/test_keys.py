@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from tests.harness.properties import tried
 from tests.harness.requirements import require
 from tests.harness.wireguard import genkey
 
@@ -66,7 +67,7 @@ def nearly_keys(draw: st.DrawFn) -> str:
     )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tried(100)
 @given(text=nearly_keys())
 def test_our_verdict_on_a_key_is_that_of_wg(tmp_path: Path, text: str) -> None:
     require("wg")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from backend.errors import ConfigFileError, HubUpdateError
@@ -18,6 +18,7 @@ from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services import wireguard_config_manager, wireguard_config_text
 from backend.services.wireguard_config_manager import ForeignPeer, ManagedPeer, WireGuardConfigManager
 from backend.services.wireguard_config_text import InvalidConfigError, parse, render, strip
+from tests.harness.properties import tried
 from tests.harness.requirements import require
 
 _PRIVATE: Final = "iB4Y8yRkAyI8mdFBYCpOUXLTn1kAbGbyGmtXGvRZ/F4="
@@ -490,10 +491,7 @@ def _texts(draw: st.DrawFn) -> bytes:
     return text
 
 
-_SLOW: Final = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much)
-
-
-@settings(max_examples=500, deadline=None, suppress_health_check=_SLOW)
+@tried(150, HealthCheck.filter_too_much)
 @given(text=_texts())
 def test_what_we_accept_is_never_refused_by_wg(text: bytes, wg_accepts: Callable[[bytes], bool]) -> None:
     try:
@@ -503,7 +501,7 @@ def test_what_we_accept_is_never_refused_by_wg(text: bytes, wg_accepts: Callable
     assert wg_accepts(stripped)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=_SLOW)
+@tried(100, HealthCheck.filter_too_much)
 @given(name=_NAMES, value=_VALUES, odd=_ODD_BYTES, data=st.data())
 def test_line_that_we_accept_is_never_refused_by_wg(
     name: str, value: str, odd: bytes, data: st.DataObject, wg_accepts: Callable[[bytes], bool]
@@ -520,7 +518,7 @@ def test_line_that_we_accept_is_never_refused_by_wg(
         assert wg_accepts(stripped)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=_SLOW)
+@tried(30, HealthCheck.filter_too_much)
 @given(text=_texts().filter(lambda text: b"managed peer" not in text))
 @example(text=_OPERATORS)
 @example(text=_MINIMAL + b"[Interface]=x\nAddress = 10.0.0.1/24\n")
@@ -537,7 +535,7 @@ def test_what_we_accept_is_never_refused_after_wg_quick(
     assert b"".join(line + b"\n" for line in lines if line) == parsed.foreign_stripped
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=_SLOW)
+@tried(150, HealthCheck.filter_too_much)
 @given(text=_texts(), numbers=st.lists(st.integers(0, 39), unique=True, max_size=3))
 def test_taking_apart_and_putting_together_changes_nothing_more(text: bytes, numbers: list[int]) -> None:
     try:
@@ -553,7 +551,7 @@ def test_taking_apart_and_putting_together_changes_nothing_more(text: bytes, num
         assert again.private_key.reveal() == once.private_key.reveal()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=_SLOW)
+@tried(100, HealthCheck.filter_too_much)
 @given(
     text=_texts(),
     numbers=st.lists(st.integers(0, 39), max_size=3),
@@ -587,7 +585,7 @@ def test_blocks_that_are_taken_off_at_once_are_what_they_are_line_by_line(  # no
         assert at_once == outcome()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=_SLOW)
+@tried(100, HealthCheck.filter_too_much)
 @given(
     foreign=_texts().filter(lambda text: b"managed peer" not in text),
     keepalive=st.one_of(st.none(), st.integers(0, 65_535)),
@@ -659,7 +657,7 @@ def test_first_look_is_taken_when_somebody_asks(config: Path, manager: WireGuard
     assert WireGuardConfigManager(str(config)).refresh()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=_SLOW)
+@tried(50, HealthCheck.filter_too_much)
 @given(
     turns=st.lists(st.lists(st.integers(0, 5), unique=True), min_size=1, max_size=8),
     comes_to_the_end=st.booleans(),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.adapters import dbos_journal, records
@@ -28,6 +28,7 @@ from backend.errors import (
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.provisioning import NodeCapabilities, ProvisioningRecord
 from backend.services.ports import Action, Batch, Change, Peer
+from tests.harness.properties import tried
 from tests.harness.requests import new_key
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
@@ -237,7 +238,7 @@ def test_a_generation_never_goes_back(database: Database) -> None:
     assert state(database)[2] == 3
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tried(30)
 @given(
     batches=st.lists(
         st.lists(
