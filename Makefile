@@ -32,7 +32,7 @@ lint: $(STAMP) ## Check style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test ## Both of these
+check: lint test ## Run lint and test
 
 bench: $(STAMP) ## Measure the service against the limit, as root (ARGS=--quick or --json)
 	@$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -113,6 +113,7 @@ def _main() -> None:
     missing = _missing(PACKAGES)
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         install(missing)
+    sys.stdout.write(f"The tests need root, /dev/net/tun and {', '.join(PACKAGES)}.\n")
     for tests in skipped():
         sys.stdout.write(f"skipped here: {tests}\n")
 

@@ -243,16 +243,19 @@ def test_a_connection_may_rest_between_two_requests(server: Server) -> None:
             time.sleep(0.7)
 
 
-def test_what_is_sent_ahead_waits_for_the_answer_before_it(server: Server) -> None:
+def test_what_is_sent_ahead_waits_for_the_answer_before_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Long enough for a busy machine, and shorter than an answer takes.
+    monkeypatch.setattr(HastyProtocol, "request_seconds", 1.5)
     whole = post(b'{"a": 1}')
     with server.connect() as client:
-        client.send(get("/slow/1") + whole[:20])
+        client.send(get("/slow/2") + whole[:20])
         assert client.answer() == (200, b'"slow"')
         # It has its time from now on.
-        time.sleep(0.1)
         client.send(whole[20:])
         assert client.status() == 200
-        client.send(get("/slow/1") + whole[:-1])
+        client.send(get("/slow/2") + whole[:-1])
         assert client.answer() == (200, b'"slow"')
         client.send(whole[-1:])
         assert client.status() == 200
