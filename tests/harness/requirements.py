@@ -15,6 +15,8 @@ from typing import Final, NoReturn
 
 import pytest
 
+from tests.harness.namespaces import Guard
+
 # Debian's and Ubuntu's package for each program.
 PACKAGES: Final = {
     "curl": "curl",
@@ -76,11 +78,19 @@ def skipped() -> list[str]:
         found.append(f"the tests that need {_named(missing)}")
     if os.geteuid() != 0:
         found.append("the tests with network namespaces or WireGuard interfaces: they need root")
-    elif subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, check=False).returncode:
-        found.append("the tests with network namespaces or WireGuard interfaces: none can be made here")
+    elif reason := _no_namespaces():
+        found.append(f"the tests with network namespaces or WireGuard interfaces: {reason}")
     elif not Path("/dev/net/tun").exists():
         found.append("the tests with WireGuard interfaces: they need /dev/net/tun")
     return found
+
+
+def _no_namespaces() -> str:
+    try:
+        Guard.of_new_namespaces().close()
+    except OSError as exc:
+        return str(exc)
+    return ""
 
 
 def install(tools: Iterable[str]) -> None:
