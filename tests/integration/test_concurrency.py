@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.harness.requests import NO_TLS, new_key, provision_body
 from tests.harness.service import ServiceProcess
@@ -31,15 +32,16 @@ async def post_all(url: str, bodies: Iterator[dict[str, Any]], clients: int) -> 
     return answers
 
 
-def test_two_thousand_nodes_at_once_get_two_thousand_addresses(
-    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+@pytest.mark.parametrize("nodes", [400, pytest.param(2000, marks=pytest.mark.torture(only=True))])
+def test_as_many_nodes_as_come_at_once_get_as_many_addresses(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, nodes: int
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path, WIREGUARD_IP_POOL="10.0.0.0/20"))
-    bodies = iter([provision_body(f"node-{number}") for number in range(2000)])
+    bodies = iter([provision_body(f"node-{number}") for number in range(nodes)])
     answers = asyncio.run(post_all(service.url, bodies, clients=64))
-    assert Counter(answer.status_code for answer in answers) == {200: 2000}
+    assert Counter(answer.status_code for answer in answers) == {200: nodes}
     addresses = {answer.json()["config"]["assigned_ip"] for answer in answers}
-    assert len(addresses) == 2000
+    assert len(addresses) == nodes
     assert set(assert_in_step(service, hub_interface).values()) == addresses
 
 
