@@ -5,7 +5,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -111,6 +111,29 @@ def test_a_peer_whose_removal_was_taken_back_is_read_in_its_old_place(database: 
     with database.engine.begin() as connection:
         assert records.revoke_intent(connection, 2, [removal], removed)
     assert state(database)[0] == before
+
+
+@pytest.fixture
+def far_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Move host and server to where the clock shows nine hours more."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        patch.setenv("PGTZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+def test_a_time_is_read_as_it_was_written_wherever_host_and_server_are(far_away: None, url: str) -> None:
+    database = Database(url)
+    database.migrate()
+    west = NOON.astimezone(timezone(timedelta(hours=-5)))
+    change = adding("node-1", "10.0.0.2")
+    change.record = change.record and change.record.model_copy(update={"provisioned_at": west})
+    intend(database, 1, change)
+    (peer,), _, _ = state(database)
+    assert (peer.provisioned_at, peer.provisioned_at.utcoffset()) == (NOON, timedelta(0))
+    database.close()
 
 
 def test_migrating_again_changes_nothing(database: Database) -> None:
