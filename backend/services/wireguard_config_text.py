@@ -19,10 +19,35 @@ peers claim one address `wg` gives it to the later one, which has to be ours.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Final
 
 from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, WireGuardPrivateKey
+from backend.services.wireguard_config_values import (
+    UINT16_MAX,
+    HubKeyError,
+    InvalidConfigError,
+    allowed_ip,
+    check_endpoint,
+    check_fwmark,
+    check_listen_port,
+    check_preshared_key,
+    check_save_config,
+    keepalive,
+    key_text,
+    private_key,
+)
+
+__all__ = [
+    "ForeignPeer",
+    "HubKeyError",
+    "InvalidConfigError",
+    "ManagedPeer",
+    "ParsedConfig",
+    "parse",
+    "render",
+    "strip",
+]
 
 _WHITESPACE: Final = b" \t\r\v\f"
 _INTERFACE: Final = b"[interface]"
@@ -32,51 +57,15 @@ _MARKER_START: Final = b"# wireguard-provisioning: managed peer "
 _MARKER: Final = re.compile(re.escape(_MARKER_START) + rb"([A-Za-z0-9_-]{1,128})\r?")
 _LABEL: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _KEY: Final = re.compile(KEY_PATTERN)
-_KEY_BYTES: Final = re.compile(KEY_PATTERN.encode())
 _BLOCK: Final = re.compile(
     rb"\n%s([A-Za-z0-9_-]{1,128})\n\[Peer\]\nPublicKey = (%s)\nAllowedIPs = ([0-9.]{7,15})/32\n"
     rb"(?:PersistentKeepalive = (0|[1-9][0-9]{0,4})\n)?"
     % (re.escape(_MARKER_START), KEY_PATTERN[1:-1].encode())
 )
-_NO_KEY: Final = b"A" * 43 + b"="
 # wg-quick(8), CONFIGURATION: these are its own, and `wg` would refuse them.
 _QUICK_KEYS: Final = frozenset(
     {b"address", b"mtu", b"dns", b"table", b"preup", b"predown", b"postup", b"postdown", b"saveconfig"}
 )
-_UINT16_MAX: Final = 2**16 - 1
-_UINT32_MAX: Final = 2**32 - 1
-_DECIMAL: Final = re.compile(rb"0*([0-9]{1,10})")
-_HEXADECIMAL: Final = re.compile(rb"0x0*[0-9A-Fa-f]{1,8}")
-_ALLOWED_IP: Final = re.compile(rb"([0-9A-Fa-f:.]+)(?:/0*([0-9]{1,3}))?")
-_ENDPOINT: Final = re.compile(rb"(?:\[([^\[\]]+)\]|([^\[\]]+)):([0-9]+)")
-_SCOPE: Final = re.compile(rb"[A-Za-z0-9_.-]+")
-_HOST_NAME: Final = re.compile(
-    rb"[A-Za-z0-9_]+(?:-+[A-Za-z0-9_]+)*(?:\.[A-Za-z0-9_]+(?:-+[A-Za-z0-9_]+)*)*\.?"
-)
-_HOST_NAME_MAX: Final = 253
-_LINK_LOCAL: Final = IPv6Network("fe80::/10")
-
-_CORRECT_IT: Final = "Correct the line, see wg(8) and wg-quick(8)"
-_KEY_REMEDY: Final = "Use what `wg pubkey` or `wg genpsk` prints, unchanged"
-
-
-class InvalidConfigError(ValueError):
-    """`wg` or wg-quick would refuse the text, or we must. Never repeats a value: it may be a key."""
-
-    def __init__(self, problem: str, remedy: str = _CORRECT_IT) -> None:
-        super().__init__(problem, remedy)
-        self.problem = problem
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.problem}. {self.remedy}"
-
-
-class HubKeyError(InvalidConfigError):
-    """The hub's own key isn't there. Never a reason to make a new one: the nodes know the old one."""
-
-    def __init__(self, problem: str, remedy: str = "Put the hub's own key back") -> None:
-        super().__init__(problem, remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +93,8 @@ class ManagedPeer:
             f"AllowedIPs = {self.address}/32",
         ]
         if self.persistent_keepalive is not None:
-            if not 0 <= self.persistent_keepalive <= _UINT16_MAX:
-                raise ValueError(f"PersistentKeepalive is 0 to {_UINT16_MAX} seconds")
+            if not 0 <= self.persistent_keepalive <= UINT16_MAX:
+                raise ValueError(f"PersistentKeepalive is 0 to {UINT16_MAX} seconds")
             lines.append(f"PersistentKeepalive = {self.persistent_keepalive:d}")
         object.__setattr__(self, "block", "\n".join([*lines, ""]).encode())
 
@@ -272,82 +261,6 @@ def _join(gaps: Iterable[bytes]) -> bytes:
     return bytes(text)
 
 
-def _number(value: bytes, limit: int, name: str) -> int:
-    match = _DECIMAL.fullmatch(value)
-    number = -1 if match is None else int(match[1])
-    if not 0 <= number <= limit:
-        raise InvalidConfigError(f"{name} is not a number from 0 to {limit}")
-    return number
-
-
-def _key(value: bytes, name: str) -> str:
-    if _KEY_BYTES.fullmatch(value) is None:
-        raise InvalidConfigError(f"{name} is not the canonical base64 of 32 bytes", _KEY_REMEDY)
-    return value.decode("ascii")
-
-
-def _allowed_ip(value: bytes) -> IPv4Network | IPv6Network:
-    """Read one of AllowedIPs as inet_pton(3) would; host bits are dropped, as `wg` does.
-
-    The + and - in front of it that newer versions of `wg` take are refused: they depend on what the
-    interface had before, which a file can't know, and older versions refuse the whole file.
-    """
-    match = _ALLOWED_IP.fullmatch(value)
-    if match is None:
-        raise InvalidConfigError("AllowedIPs is not a list of addresses in CIDR notation")
-    text = match[1].decode("ascii")
-    try:
-        if ":" in text:
-            return IPv6Network((IPv6Address(text), int(match[2] or 128)), strict=False)
-        return IPv4Network((IPv4Address(text), int(match[2] or 32)), strict=False)
-    except ValueError:
-        raise InvalidConfigError("AllowedIPs is not a list of addresses in CIDR notation") from None
-
-
-def _is_host(value: bytes) -> bool:
-    """Whether this may be a host: an address, or a name, of which only DNS knows whether it is one."""
-    if b":" in value:
-        address, percent, scope = value.partition(b"%")
-        try:
-            parsed = IPv6Address(address.decode("ascii"))
-        except ValueError:
-            return False
-        return not percent or (parsed in _LINK_LOCAL and _SCOPE.fullmatch(scope) is not None)
-    if not value.strip(b"0123456789."):
-        try:
-            IPv4Address(value.decode("ascii"))
-        except ValueError:
-            return False
-        return True
-    return len(value) <= _HOST_NAME_MAX and _HOST_NAME.fullmatch(value) is not None
-
-
-def _check_endpoint(value: bytes) -> None:
-    match = _ENDPOINT.fullmatch(value)
-    if match is None or not _is_host(match[1] or match[2]):
-        raise InvalidConfigError("Endpoint is not host:port, or [IPv6 address]:port")
-    if _number(match[3], _UINT16_MAX, "Endpoint's port") == 0:
-        raise InvalidConfigError("Endpoint's port is 0")
-
-
-def _keepalive(value: bytes) -> int:
-    return 0 if value.lower() == b"off" else _number(value, _UINT16_MAX, "PersistentKeepalive")
-
-
-def _check_listen_port(value: bytes) -> None:
-    # getaddrinfo(3) reads it for `wg`, so service names would do as well; they depend on the machine.
-    _number(value, _UINT16_MAX, "ListenPort")
-
-
-def _check_preshared_key(value: bytes) -> None:
-    _key(value, "PresharedKey")
-
-
-def _check_fwmark(value: bytes) -> None:
-    if value.lower() != b"off" and _HEXADECIMAL.fullmatch(value) is None:
-        _number(value, _UINT32_MAX, "FwMark")
-
-
 class _Section:
     """What the keys of one section add up to."""
 
@@ -375,17 +288,12 @@ class _InterfaceSection(_Section):
         self.private_key: WireGuardPrivateKey | None = None
         self.keys = {
             b"privatekey": ("PrivateKey", self._take_private_key),
-            b"listenport": ("ListenPort", _check_listen_port),
-            b"fwmark": ("FwMark", _check_fwmark),
+            b"listenport": ("ListenPort", check_listen_port),
+            b"fwmark": ("FwMark", check_fwmark),
         }
 
     def _take_private_key(self, value: bytes) -> None:
-        if _KEY_BYTES.fullmatch(value) is None:
-            raise HubKeyError("PrivateKey is not the canonical base64 of 32 bytes")
-        if value == _NO_KEY:
-            # It would take the key away from the interface.
-            raise HubKeyError("PrivateKey is all zero, which is no key")
-        self.private_key = WireGuardPrivateKey.parse(value.decode("ascii"))
+        self.private_key = private_key(value)
 
 
 class _PeerSection(_Section):
@@ -399,20 +307,20 @@ class _PeerSection(_Section):
         self.persistent_keepalive: int | None = None
         self.keys = {
             b"publickey": ("PublicKey", self._take_public_key),
-            b"presharedkey": ("PresharedKey", _check_preshared_key),
+            b"presharedkey": ("PresharedKey", check_preshared_key),
             b"allowedips": ("AllowedIPs", self._take_allowed_ips),
-            b"endpoint": ("Endpoint", _check_endpoint),
+            b"endpoint": ("Endpoint", check_endpoint),
             b"persistentkeepalive": ("PersistentKeepalive", self._take_keepalive),
         }
 
     def _take_public_key(self, value: bytes) -> None:
-        self.public_key = _key(value, "PublicKey")
+        self.public_key = key_text(value, "PublicKey")
 
     def _take_allowed_ips(self, value: bytes) -> None:
-        self.allowed_ips.extend(map(_allowed_ip, value.split(b",")))
+        self.allowed_ips.extend(map(allowed_ip, value.split(b",")))
 
     def _take_keepalive(self, value: bytes) -> None:
-        self.persistent_keepalive = _keepalive(value)
+        self.persistent_keepalive = keepalive(value)
 
 
 class _ForeignReader:
@@ -438,7 +346,7 @@ class _ForeignReader:
             self._section = self._open(number, compact.lower())
         elif self._quick_interface and key in _QUICK_KEYS:
             if key == b"saveconfig":
-                _check_save_config(value.strip(_WHITESPACE).lower())
+                check_save_config(value.strip(_WHITESPACE).lower())
             return
         elif self._section is None:
             raise InvalidConfigError("a key outside of any section")
@@ -468,18 +376,6 @@ class _ForeignReader:
             self._peers.append(_PeerSection(number))
             return self._peers[-1]
         raise InvalidConfigError("a section other than [Interface] and [Peer]")
-
-
-def _check_save_config(value: bytes) -> None:
-    if value == b"true":
-        raise InvalidConfigError(
-            "SaveConfig = true lets `wg-quick down` overwrite the file",
-            "Set it to false, or take the line out",
-        )
-    if value != b"false":
-        raise InvalidConfigError(
-            "SaveConfig is neither true nor false", "Set it to false, or take the line out"
-        )
 
 
 def _managed_peer(label: str, lines: Iterable[bytes]) -> ManagedPeer | None:
