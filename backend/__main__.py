@@ -96,14 +96,13 @@ def init(
 ) -> None:
     """Write a config where WIREGUARD_CONFIG_PATH has none, with the hub's key if it had one."""
     with one_sentence():
-        from backend.adapters.hub_key import Consent
         from backend.models.operator_commands import command
         from backend.quickstart import beside_lost, make_config
 
         if recover and new_key:
             raise StartRefusedError("--recover keeps the key and --new-key doesn't; leave one of them out")
         settings = beside_lost(_settings())
-        if make_config(settings, Consent(settings.wireguard_hub_public_key, recover, new_key), typer.echo):
+        if make_config(settings, typer.echo, recover=recover, new_key=new_key):
             typer.echo(f"{command('hub up')} brings {settings.interface} up")
         else:
             typer.echo(f"{settings.wireguard_config_path} is there already and was left as it is")

@@ -40,20 +40,27 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Settings:
     settings = settings.model_copy(
         update={"wireguard_config_path": config_path, "wireguard_hub_endpoint": endpoint}
     )
-    make_config(settings, Consent(settings.wireguard_hub_public_key), say)
+    make_config(settings, say)
     if settings.wireguard_reload is ReloadMode.OFF:
         return settings
     return _bring_up(settings, say)
 
 
-def make_config(settings: Settings, consent: Consent, say: Callable[[str], None]) -> bool:
+def make_config(
+    settings: Settings, say: Callable[[str], None], *, recover: bool = False, new_key: bool = False
+) -> bool:
     """Make the hub's config if there is none, and say how; HubUpdateError where its key would be lost."""
     path = settings.wireguard_config_path
     made = hub_key.init(
         path,
         hub_address(settings),
         settings.listen_port,
-        consent,
+        Consent(
+            settings.wireguard_hub_public_key,
+            settings.wireguard_reload is not ReloadMode.OFF,
+            recover,
+            new_key,
+        ),
         lambda: count_recorded_peers(settings.database_url) if settings.enable_dbos else 0,
     )
     if made is None:

@@ -23,9 +23,11 @@ _NONE: Final = "(none)"
 
 @dataclass(frozen=True, slots=True)
 class Consent:
-    """What an operator has said: the setting WIREGUARD_HUB_PUBLIC_KEY, and options of `hub init`."""
+    """What an operator has said: settings, and options of `hub init`."""
 
     stated_key: WireGuardKey | None = None
+    # False: WIREGUARD_RELOAD=off, so that an interface of the hub's name is another program's.
+    has_interface: bool = True
     recover: bool = False
     new_key: bool = False
 
@@ -62,7 +64,8 @@ def init(
     if os.path.lexists(config_path):
         return None
     name = InterfaceName.parse(config_path.stem)
-    found = None if consent.new_key else _private_key_of(name)
+    look = consent.recover or (consent.has_interface and not consent.new_key)
+    found = _private_key_of(name) if look else None
     if found is None:
         if not consent.new_key:
             _refuse_to_forget(config_path, consent, recorded_peers)

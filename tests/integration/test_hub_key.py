@@ -97,6 +97,12 @@ def test_no_new_key_while_nodes_know_the_old_one(lost: HubInterface) -> None:
     assert lost.private_key not in lost.config_path.read_text()
 
 
+def test_hub_that_is_a_file_only_takes_no_interfaces_key(lost: HubInterface) -> None:
+    """WIREGUARD_RELOAD=off: an interface of that name is another program's."""
+    assert init(lost, Consent(has_interface=False)) == hub_key.Made()
+    assert lost.private_key not in lost.config_path.read_text()
+
+
 def test_interface_without_a_key_has_none_to_lose(lost: HubInterface) -> None:
     lost.down()
     lost.up()

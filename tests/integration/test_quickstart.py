@@ -19,6 +19,7 @@ import pytest
 from backend import quickstart
 from backend.adapters import host_tools
 from backend.errors import HubUpdateError, StartRefusedError
+from backend.models.wireguard.keys import WireGuardKey
 from backend.settings import Settings
 from tests.harness.command_line import invoke
 from tests.harness.requirements import require
@@ -213,14 +214,18 @@ class TestNames:
         (tmp_path / "var").mkdir(mode=0o700)
         path = tmp_path / "var" / hub_interface.config_path.name
         (path.parent / f".{path.name}.lock").touch()
+        said: list[str] = []
         with pytest.raises(HubUpdateError, match=r"hub init --recover` makes .*/var/wghub"):
-            prepare()
+            quickstart.prepare(Settings(), said.append)
         # `hub init` means the same hub.
         assert quickstart.beside_lost(Settings()).wireguard_config_path == path
-        settings, said = prepare(wireguard_hub_public_key=hub_interface.public_key)
+        settings = quickstart.prepare(
+            Settings(wireguard_hub_public_key=WireGuardKey.parse(hub_interface.public_key)), said.append
+        )
         assert settings.wireguard_config_path == path
-        assert said == [
-            f"made {path} with the key of interface {hub_interface.name}, {hub_interface.public_key}"
+        assert said[:2] == [
+            f"made {path} with the key of interface {hub_interface.name}, {hub_interface.public_key}",
+            f"interface {hub_interface.name} was up already",
         ]
         assert f"PrivateKey = {hub_interface.private_key}\n" in path.read_text()
         assert quickstart.beside_lost(Settings()).wireguard_config_path != path

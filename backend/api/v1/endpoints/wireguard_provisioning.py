@@ -116,7 +116,7 @@ def _json(text: str | bytes) -> Response:
 _NOT_FOUND = problem("No such peer.", "Peer swarm-node-001 not found")
 _UNAVAILABLE = problem(
     "The hub or the records could not be updated, nothing was changed; ask again after Retry-After seconds.",
-    "interface wg0 does not exist; bring it up (`python -m backend hub up` or `wg-quick up wg0`)",
+    "interface wg0 does not exist; bring it up with `python -m backend hub up`",
 )
 
 
