@@ -696,7 +696,7 @@ def test_nobody_is_answered_before_the_records_say_what_became_of_it(
     doubtful = world.service.submit_provision(request("node-1"))
     eventually(lambda: world.service._committer._doubtful is not None)
     assert not doubtful.done()
-    with pytest.raises(errors.RecordsUnavailableError, match="no answer at load"):
+    with pytest.raises(errors.RecordsUnavailableError, match="still being looked up; nothing was changed"):
         world.provision("node-2")
     with pytest.raises(errors.RecordsUnavailableError, match="looked up"):
         world.service.check()

@@ -84,6 +84,7 @@ class SqlAccessStore:
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
+        self._database.require()
         try:
             with self._engine.connect() as connection:
                 yield connection
@@ -92,6 +93,7 @@ class SqlAccessStore:
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
+        self._database.require()
         self._database.check_file()
         try:
             with self._engine.begin() as connection:

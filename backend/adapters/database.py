@@ -6,7 +6,6 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -20,14 +19,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from backend.adapters.availability import Availability
 from backend.adapters.database_file import DatabaseFile
 from backend.adapters.lock_file import LockFile
+from backend.adapters.postgresql import NOTHING_CHANGED, PostgreSQL, said, without_timeouts
 from backend.adapters.trusted_paths import make_private_directory, require_trusted_file
-from backend.errors import InUseError, OvertakenError, RecordsUnavailableError, StartRefusedError
+from backend.errors import InUseError, RecordsUnavailableError, StartRefusedError
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # A database that lives as long as the process.
 IN_MEMORY: Final = "sqlite:///:memory:"
-# Any number that nothing else takes: "wgprov" in ASCII.
-_ADVISORY_LOCK: Final = 0x776770726F76
 _BUSY_TIMEOUT_MS: Final = 30_000
 # How long a command waits for somebody else's migration.
 _MIGRATION_SECONDS: Final = 3.0
@@ -50,9 +48,8 @@ class Database:
         self._stack = ExitStack()
         # Where the database is a file of this host's.
         self._file: DatabaseFile | None = None
-        # Where the lock is the server's: the connection that holds it, used by one thread at a time.
-        self._presence: sa.Connection | None = None
-        self._presence_lock = Lock()
+        # Where it is a server's.
+        self._server: PostgreSQL | None = None
         if url == IN_MEMORY:
             self.engine = _open_memory()
         elif self.url.get_backend_name() == "sqlite":
@@ -98,7 +95,8 @@ class Database:
                         f"{self._name()} is used by a service of another version; restart that one"
                     )
                 config.attributes["connection"] = connection
-                command.upgrade(config, "head")
+                with without_timeouts(connection):
+                    command.upgrade(config, "head")
         except CommandError as exc:
             raise StartRefusedError(
                 f"{self._name()} was made by a newer version; run that one, or restore a backup"
@@ -150,29 +148,27 @@ class Database:
             raise sqlite3.OperationalError(str(exc)) from exc
 
     def _open_postgresql(self) -> sa.Engine:
-        engine = sa.create_engine(
-            self.url,
-            pool_size=_POOL_SIZE,
-            max_overflow=_POOL_SIZE,
-            # A connection that the server has closed meanwhile is found out before it is used.
-            pool_pre_ping=True,
-            connect_args={"connect_timeout": 5, "application_name": "wireguard-provisioning"},
-        )
-        self._stack.callback(self._leave)
+        server = PostgreSQL(self.url, self.availability, patient=not self._exclusive, pool_size=_POOL_SIZE)
+        self._server = server
+        self._stack.callback(server.leave)
+        mine = True
         try:
-            mine = self._occupy(engine) if self._exclusive else _answers(engine)
+            if self._exclusive:
+                mine = server.occupy()
+            else:
+                server.answers()
         except SQLAlchemyError as exc:
-            engine.dispose()
+            server.engine.dispose()
             raise StartRefusedError(
                 f"{self._name()} does not answer; check DATABASE_URL: {said(exc)}"
             ) from exc
         if not mine:
-            self._leave()
-            engine.dispose()
+            server.leave()
+            server.engine.dispose()
             raise InUseError(
                 f"The database {self._name()} is already used by another hub's service; give each hub its own"
             )
-        return engine
+        return server.engine
 
     def check_file(self) -> None:
         """Raise RecordsUnavailableError where the database's path leads to another file by now, or to none.
@@ -188,42 +184,26 @@ class Database:
             raise
         self.availability.found()
 
+    def require(self) -> None:
+        """Raise RecordsUnavailableError where the database is known to be away: at once, for any thread."""
+        if self._server is not None and self.availability.reason is not None:
+            raise RecordsUnavailableError(NOTHING_CHANGED)
+
     def check(self) -> None:
-        """Raise RecordsUnavailableError unless the database answers, OvertakenError where another has it."""
-        if self.url.get_backend_name() == "sqlite":
+        """Raise RecordsUnavailableError unless the database answers, OvertakenError where another has it.
+
+        This alone finds out that a server is back.
+        """
+        if self._server is None:
             # Nobody's but ours for as long as we hold its lock file.
             self.check_file()
             return
         try:
-            self._check_presence()
+            self._server.check()
         except SQLAlchemyError as exc:
             self.availability.lost(said(exc))
-            raise RecordsUnavailableError("the database does not answer; nothing was changed") from exc
+            raise RecordsUnavailableError(NOTHING_CHANGED) from exc
         self.availability.found()
-
-    def _check_presence(self) -> None:
-        with self._presence_lock:
-            try:
-                if self._presence is not None:
-                    self._presence.execute(sa.select(1))
-                    return
-            except SQLAlchemyError:
-                # With the connection went the lock, and whoever came first has it now.
-                self._leave()
-            if not self._occupy(self.engine):
-                self._leave()
-                raise OvertakenError
-
-    def _occupy(self, engine: sa.Engine) -> bool:
-        """Take the lock that says that somebody is here, by a connection that is kept for it."""
-        self._presence = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        return bool(self._presence.scalar(sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK))))
-
-    def _leave(self) -> None:
-        if self._presence is not None:
-            self._presence.invalidate()
-            self._presence.close()
-            self._presence = None
 
 
 def open_beside(url: str) -> Database:
@@ -261,11 +241,6 @@ def _is_current(url: str) -> bool:
         database.close()
 
 
-def _answers(engine: sa.Engine) -> bool:
-    with engine.connect():
-        return True
-
-
 def _open_memory() -> sa.Engine:
     # One connection, for which its users wait: another one would be another database.
     engine = sa.create_engine(
@@ -296,9 +271,3 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
 
 def _unixepoch(_modifier: str) -> float:
     return round(time.time(), 3)
-
-
-def said(exc: Exception) -> str:
-    """Return the driver's own first line: SQLAlchemy's text would quote the statement and its values."""
-    text = str(getattr(exc, "orig", None) or exc).strip()
-    return text.splitlines()[0] if text else type(exc).__name__

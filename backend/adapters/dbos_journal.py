@@ -7,7 +7,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from backend.adapters.database import Database, said
+from backend.adapters.availability import Availability
+from backend.adapters.database import Database
+from backend.adapters.postgresql import said
 from backend.adapters.sql_journal import SqlJournal
 from backend.errors import StartRefusedError
 from backend.services.hub_committer import run_sequence
@@ -22,14 +24,25 @@ _WORKFLOW: Final = "commit_burst"
 _KEEP_FINISHED: Final = timedelta(minutes=5)
 _TIDY_INTERVAL_SECONDS: Final = 10.0
 _TIDY_LIMIT: Final = 2_000
+# DBOS's listener says this before anything of ours meets the outage. It connects again by itself.
+_LISTENER: Final = "Notification listener error"
 
 
-def _brief(record: logging.LogRecord) -> bool:
-    """Leave the tracebacks out: while a database is away there would be one each second."""
-    if record.exc_info is not None and record.exc_info[0] is not None:
-        record.msg, record.args = f"{record.getMessage()} {record.exc_info[0].__name__}", None
-        record.exc_info = None
-    return True
+class _Brief(logging.Filter):
+    """Leaves out DBOS's tracebacks, and while the database is away all that it says: we have said so."""
+
+    def __init__(self, availability: Availability) -> None:
+        super().__init__()
+        self._availability = availability
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Make a record brief, or drop it."""
+        if not self._availability.is_settled() or record.getMessage().startswith(_LISTENER):
+            return False
+        if record.exc_info is not None and record.exc_info[0] is not None:
+            record.msg, record.args = f"{record.getMessage()} {record.exc_info[0].__name__}", None
+            record.exc_info = None
+        return True
 
 
 class DbosJournal(SqlJournal):
@@ -48,6 +61,7 @@ class DbosJournal(SqlJournal):
     def __init__(self, database: Database, hub_name: str) -> None:
         super().__init__(database)
         self._hub_name = hub_name
+        self._brief = _Brief(database.availability)
         self._burst = ""
         self._next_batch: NextBatch = lambda: None
         self._raised: Exception | None = None
@@ -63,7 +77,7 @@ class DbosJournal(SqlJournal):
         self._dbos = DBOS
         dbos_log = logging.getLogger("dbos")
         dbos_log.setLevel(logging.WARNING)
-        dbos_log.addFilter(_brief)
+        dbos_log.addFilter(self._brief)
         # DBOS writes to stderr by itself unless somebody else has taken its log.
         if not dbos_log.handlers:
             dbos_log.addHandler(logging.NullHandler())
@@ -86,7 +100,7 @@ class DbosJournal(SqlJournal):
                 self._apply(None)
 
         self._workflow = commit_burst
-        DBOS(
+        dbos = DBOS(
             config={
                 "name": "wireguard-provisioning",
                 "system_database_url": self._database.url.render_as_string(hide_password=False),
@@ -101,9 +115,11 @@ class DbosJournal(SqlJournal):
             DBOS.launch()
         except Exception as exc:
             raise StartRefusedError(f"DBOS can't start on the database: {said(exc)}") from exc
+        # Or it would wait for a database that is away, in the one thread that writes, for as long as that
+        # takes, and up to a minute longer. DBOS offers this to its client alone.
+        dbos._sys_db._retry_connection_errors = False  # noqa: SLF001 - see above
 
-    def run(self, next_batch: NextBatch) -> None:
-        """Take batches through their sequence, in this thread, until there is none."""
+    def _run(self, next_batch: NextBatch) -> None:
         self._next_batch, self._raised = next_batch, None
         self._burst = uuid.uuid4().hex
         try:
@@ -136,4 +152,5 @@ class DbosJournal(SqlJournal):
         """Stop DBOS and close the database."""
         if self._launched:
             self._dbos.destroy(destroy_registry=True)
+            logging.getLogger("dbos").removeFilter(self._brief)
         super().close()

@@ -75,9 +75,14 @@ hub_state: Final = sa.Table(
 Row = Mapping[str, Any]
 
 
-def load_state(connection: sa.Connection) -> RecordedState:
-    """Read every peer, in the order they came, and the hub's generations."""
-    state = connection.execute(sa.select(hub_state.c.generation, hub_state.c.applied_generation)).one()
+def load_state(connection: sa.Connection, *, settled: bool = False) -> RecordedState:
+    """Read every peer, in the order they came, and the hub's generations.
+
+    `settled` waits for whoever is writing: of a batch whose commit got no answer, PostgreSQL may be about to
+    commit it yet.
+    """
+    statement = sa.select(hub_state.c.generation, hub_state.c.applied_generation)
+    state = connection.execute(statement.with_for_update() if settled else statement).one()
     columns = (
         peers.c.node_id,
         peers.c.public_key,

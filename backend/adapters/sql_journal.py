@@ -2,15 +2,19 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from threading import get_ident
 from typing import Final
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from backend.adapters import access_records, records
 from backend.adapters.database import Database
+from backend.adapters.postgresql import said
 from backend.errors import RecordsUnavailableError, UnauthenticatedError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditAction, AuditOutcome
@@ -36,6 +40,15 @@ class SqlJournal:
         self._forgotten: list[Answer] = []
         self._apply: Callable[[Batch | None], str | None] = lambda _: None
         self._looked_at = time.monotonic()
+        # Since when which thread has been waiting for the database.
+        self._waiting: dict[int, float] = {}
+        # Whether the last batch may or may not be written.
+        self._in_doubt = False
+
+    @property
+    def busy_since(self) -> float | None:
+        """Since when, by time.monotonic(), a call has been waiting for the database, or None."""
+        return min(list(self._waiting.values()), default=None)
 
     def adopt(self, peers: Sequence[Peer]) -> None:
         """Take over peers of which nothing is known but what the file says."""
@@ -45,10 +58,12 @@ class SqlJournal:
     def load(self) -> RecordedState:
         """Read everything; raise RecordsUnavailableError."""
         try:
-            with self._engine.connect() as connection:
-                return records.load_state(connection)
+            with self._waits(), self._engine.connect() as connection:
+                state = records.load_state(connection, settled=self._in_doubt)
         except SQLAlchemyError as exc:
             raise RecordsUnavailableError("the records can't be read; check the database") from exc
+        self._in_doubt = False
+        return state
 
     def launch(self, apply: Callable[[Batch | None], str | None]) -> None:
         """Remember how a batch gets to the hub."""
@@ -56,12 +71,28 @@ class SqlJournal:
 
     def run(self, next_batch: NextBatch) -> None:
         """Take batches through their sequence, in this thread, until there is none."""
+
+        def elsewhere() -> Batch | None:
+            with self._waits_not():
+                return next_batch()
+
+        try:
+            with self._waits():
+                self._run(elsewhere)
+        except BaseException as exc:
+            self._in_doubt = True
+            if isinstance(exc, OperationalError | InterfaceError | PoolTimeoutError):
+                self._database.availability.lost(said(exc))
+                raise RecordsUnavailableError("the records can't be written; check the database") from None
+            raise
+
+    def _run(self, next_batch: NextBatch) -> None:
         run_sequence(next_batch, self)
 
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`, outside of any batch."""
         try:
-            with self._engine.begin() as connection:
+            with self._waits(), self._engine.begin() as connection:
                 records.mark_applied(connection, generation)
         except SQLAlchemyError as exc:
             raise RecordsUnavailableError("the records can't be written; check the database") from exc
@@ -71,11 +102,13 @@ class SqlJournal:
         now = time.monotonic()
         if now - self._looked_at >= _LOOK_INTERVAL_SECONDS:
             self._looked_at = now
-            self._database.check()
+            with self._waits():
+                self._database.check()
 
     def check(self) -> None:
         """Raise RecordsUnavailableError unless the database answers."""
-        self._database.check()
+        with self._waits():
+            self._database.check()
         if not self._database.has_room():
             raise RecordsUnavailableError("the disk with the records is full; make room on it")
 
@@ -102,7 +135,8 @@ class SqlJournal:
 
     def apply(self, batch: Batch) -> str | None:
         """Bring the hub up to the records."""
-        return self._apply(batch)
+        with self._waits_not():
+            return self._apply(batch)
 
     def revoke(self, batch: Batch) -> None:
         """Take the intent back, the uses and answers with it, and log that, in one transaction."""
@@ -124,6 +158,24 @@ class SqlJournal:
                     for change in accepted
                 ],
             )
+
+    @contextmanager
+    def _waits(self) -> Iterator[None]:
+        """Have it seen that this thread waits for the database."""
+        self._waiting[get_ident()] = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting.pop(get_ident(), None)
+
+    @contextmanager
+    def _waits_not(self) -> Iterator[None]:
+        """Have it seen that this thread, in between, waits for something else."""
+        self._waiting.pop(get_ident(), None)
+        try:
+            yield
+        finally:
+            self._waiting[get_ident()] = time.monotonic()
 
 
 def _tokens(changes: Sequence[Change]) -> Counter[str]:

@@ -1,7 +1,7 @@
 """How an endpoint gets at the service, and how it waits for it."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Final, TypeVar
@@ -15,6 +15,9 @@ T = TypeVar("T")
 
 # Longer than two batches that meet a `wg` which hangs, shorter than the patience of most HTTP clients.
 ANSWER_TIMEOUT_SECONDS: Final = 45.0
+# For how long nobody asks whether the records leave it in doubt, and how often from then on: seconds.
+_CERTAIN_SECONDS: Final = 2.5
+_LOOK_SECONDS: Final = 0.5
 
 
 async def provisioning_service(request: Request) -> WireGuardProvisioningService:
@@ -29,27 +32,42 @@ async def provisioning_service(request: Request) -> WireGuardProvisioningService
 Service = Annotated[WireGuardProvisioningService, Depends(provisioning_service)]
 
 
-async def outcome(future: Future[T]) -> T:
+async def outcome(future: Future[T], in_doubt: Callable[[], bool]) -> T:
     """Await a change without holding a thread; raise OutcomeUnknownError when it takes too long.
 
-    The change itself goes on: whoever asks again learns how it ended.
+    `in_doubt` says that the records don't tell how it ends; then that takes 3 s. The change itself goes on:
+    who asks again learns how it ended.
     """
     loop = asyncio.get_running_loop()
     decided = loop.create_future()
     future.add_done_callback(lambda _: _tell(loop, decided))
-    deadline = loop.call_later(ANSWER_TIMEOUT_SECONDS, _wake, decided)
+    until = loop.time() + ANSWER_TIMEOUT_SECONDS
+    timer: asyncio.TimerHandle
+
+    def look() -> None:
+        nonlocal timer
+        if in_doubt() or loop.time() >= until:
+            _wake(decided)
+        else:
+            timer = loop.call_later(_LOOK_SECONDS, look)
+
+    timer = loop.call_later(min(_CERTAIN_SECONDS, ANSWER_TIMEOUT_SECONDS), look)
     try:
         await decided
     except asyncio.CancelledError:
         # The server gives its requests up when it stops; uncaught that would be a 500.
         raise OutcomeUnknownError("the service is stopping; ask again to learn how it ended") from None
     finally:
-        deadline.cancel()
-    if not future.done():
+        timer.cancel()
+    if future.done():
+        return future.result()
+    if loop.time() < until:
         raise OutcomeUnknownError(
-            f"no outcome within {ANSWER_TIMEOUT_SECONDS:.0f} s; it goes on, ask again to learn how it ended"
+            "the records do not answer, and the change may yet happen; ask again to learn how it ended"
         )
-    return future.result()
+    raise OutcomeUnknownError(
+        f"no outcome within {ANSWER_TIMEOUT_SECONDS:.0f} s; it goes on, ask again to learn how it ended"
+    )
 
 
 def _tell(loop: asyncio.AbstractEventLoop, decided: "asyncio.Future[None]") -> None:

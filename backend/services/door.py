@@ -85,6 +85,7 @@ class Door:
         self._version: int | None = None
         self._credentials: dict[str, Credential] = {}
         self._looked_again_at = float("-inf")
+        self._looking: asyncio.Future[None] | None = None
         # Guards _uses: how many uses of a token have been granted, as far as is known.
         self._counting = Lock()
         self._uses: dict[str, int] = {}
@@ -265,10 +266,9 @@ class Door:
                 raise DoorClosedError
             raise await self.count_failure(UnauthenticatedError("malformed"), source)
         credential = self._credentials.get(secret.id)
-        if credential is None and time.monotonic() - self._looked_again_at > _LOOK_AGAIN_SECONDS:
+        if credential is None:
             # It may have been made by the command line a moment ago.
-            self._looked_again_at = time.monotonic()
-            await asyncio.to_thread(self.refresh)
+            await self._look_again()
             credential = self._credentials.get(secret.id)
         if credential is None and self.is_open and not local:
             raise DoorClosedError
@@ -277,6 +277,22 @@ class Door:
         if not credential.matches(secret):
             raise await self.count_failure(UnauthenticatedError("secret", credential.id), source)
         return credential
+
+    async def _look_again(self) -> None:
+        """Load the credentials, unless that was done a moment ago; raise RecordsUnavailableError.
+
+        Who comes while that goes on waits for its end, which says whether the credential is good.
+        """
+        looking = self._looking
+        if looking is None or looking.done():
+            if time.monotonic() - self._looked_again_at <= _LOOK_AGAIN_SECONDS:
+                return
+            looking = self._looking = asyncio.ensure_future(asyncio.to_thread(self._look))
+        await asyncio.shield(looking)
+
+    def _look(self) -> None:
+        self.refresh()
+        self._looked_again_at = time.monotonic()
 
     async def count_failure(
         self, error: UnauthenticatedError, source: str | None

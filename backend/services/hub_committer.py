@@ -30,12 +30,15 @@ HEAL_INTERVAL_SECONDS: Final = 1.0
 _FAILURE_SPEAKS_SECONDS: Final = 10.0
 # From when on a batch under way says that something is wrong: seconds.
 _LONG_BATCH_SECONDS: Final = 5.0
+# From when on records that don't answer leave whoever waits in doubt: seconds.
+_DOUBT_SECONDS: Final = 2.0
 # How long a workflow waits for more work before it ends, and how long it may go on: seconds.
 _LINGER_SECONDS: Final = 0.05
 _LONGEST_BURST_SECONDS: Final = 2.0
 # How long a stop waits for what was accepted: seconds.
 _STOP_SECONDS: Final = 10.0
 
+_LOOKED_UP: Final = "the outcome of an earlier change is still being looked up"
 _UNFORESEEN: Final = "the change failed in an unforeseen way; see the service's log"
 
 
@@ -104,7 +107,13 @@ class HubCommitter:
         self._thread.start()
 
     def submit(self, change: Change) -> None:
-        """Hand a change over; raise HubUpdateError when the service is stopping."""
+        """Hand a change over; raise HubUpdateError or RecordsUnavailableError where it can't be taken."""
+        if self._doubtful is not None:
+            raise RecordsUnavailableError(f"{_LOOKED_UP}; nothing was changed, try again in a moment")
+        if self.in_doubt():
+            raise RecordsUnavailableError(
+                "the records do not answer; nothing was changed, try again in a moment"
+            )
         with self._lock:
             if not self._open:
                 raise HubUpdateError("the service is stopping; try again in a moment")
@@ -133,6 +142,11 @@ class HubCommitter:
         """False where only the file is kept."""
         return self._mirror.live
 
+    def in_doubt(self) -> bool:
+        """Whether the records don't say how the changes under way end. Costs nothing."""
+        since = self._journal.busy_since
+        return self._doubtful is not None or (since is not None and time.monotonic() - since > _DOUBT_SECONDS)
+
     def check(self) -> None:
         """Raise a ProvisioningError unless a change could be committed now."""
         if self._overtaken is not None:
@@ -143,7 +157,7 @@ class HubCommitter:
         self._journal.check()
         self._mirror.check()
         if self._doubtful is not None:
-            raise RecordsUnavailableError("the outcome of an earlier change is still being looked up")
+            raise RecordsUnavailableError(_LOOKED_UP)
         # Records that couldn't be written were asked again just now.
         if (
             failed is not None

@@ -99,6 +99,10 @@ class BatchSteps(Protocol):
 class Journal(Protocol):
     """The records, and the way a batch gets into them. Called by one thread at a time."""
 
+    @property
+    def busy_since(self) -> float | None:
+        """Since when, by time.monotonic(), a call has been waiting, or None; any thread may ask."""
+
     def load(self) -> RecordedState:
         """Read everything; raise RecordsUnavailableError."""
 

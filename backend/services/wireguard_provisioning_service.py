@@ -233,6 +233,10 @@ class WireGuardProvisioningService:
         """False where only the file is kept, and no interface is told."""
         return self._committer.live
 
+    def in_doubt(self) -> bool:
+        """Whether the records don't say how the changes under way end."""
+        return self._committer.in_doubt()
+
     def check(self) -> None:
         """Raise the ProvisioningError that a new node's request would meet now, if any."""
         self._committer.check()

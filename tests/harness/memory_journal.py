@@ -19,6 +19,11 @@ class MemoryJournal:
         self._undo: dict[str, Peer] = {}
         self._apply: Callable[[Batch | None], str | None] = lambda _: None
 
+    @property
+    def busy_since(self) -> float | None:
+        """Memory keeps nobody waiting."""
+        return None
+
     def load(self) -> RecordedState:
         """Return everything."""
         return RecordedState(tuple(self._records.values()), self._generation, self._applied_generation)

@@ -100,4 +100,18 @@ def test_a_request_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(dependencies, "ANSWER_TIMEOUT_SECONDS", 0.01)
     never: Future[None] = Future()
     with pytest.raises(OutcomeUnknownError, match="ask again"):
-        asyncio.run(dependencies.outcome(never))
+        asyncio.run(dependencies.outcome(never, lambda: False))
+
+
+def test_a_request_is_not_kept_waiting_where_the_records_leave_it_in_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dependencies, "_CERTAIN_SECONDS", 0.01)
+    monkeypatch.setattr(dependencies, "_LOOK_SECONDS", 0.01)
+    never: Future[None] = Future()
+    looks = iter([False, False, True])
+    with pytest.raises(OutcomeUnknownError, match="the change may yet happen; ask again"):
+        asyncio.run(dependencies.outcome(never, looks.__next__))
+    decided: Future[int] = Future()
+    decided.set_result(1)
+    assert asyncio.run(dependencies.outcome(decided, lambda: True)) == 1

@@ -9,8 +9,11 @@ from datetime import UTC, datetime, timedelta, timezone
 from ipaddress import IPv4Address
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy as sa
+from dbos._dbos import _get_dbos_instance
+from dbos._sys_db import db_retry
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -359,6 +362,31 @@ def test_a_burst_of_batches_is_one_workflow_that_ends_and_is_forgotten(
         monkeypatch.setattr(dbos_journal, "_KEEP_FINISHED", timedelta(seconds=-60))
         journal.tidy()
         assert workflows() == []
+    finally:
+        journal.close()
+
+
+def test_dbos_hands_the_loss_of_its_database_on_instead_of_waiting(url: str) -> None:
+    """A release of DBOS that names this otherwise would keep the one writing thread for a minute or more."""
+    database = Database(url)
+    journal = DbosJournal(database, "wg0")
+    attempts: list[int] = []
+
+    @db_retry(initial_backoff=30.0, sys_db=None)
+    def ask(_: object) -> None:
+        attempts.append(1)
+        raise sa.exc.OperationalError(
+            None, None, psycopg.OperationalError("gone"), connection_invalidated=True
+        )
+
+    try:
+        database.migrate()
+        journal.launch(lambda _: None)
+        system_database = _get_dbos_instance()._sys_db
+        assert system_database._retry_connection_errors is False
+        with pytest.raises(sa.exc.OperationalError):
+            ask(system_database)
+        assert attempts == [1]
     finally:
         journal.close()
 

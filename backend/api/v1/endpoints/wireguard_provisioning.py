@@ -148,11 +148,11 @@ async def provision_peer(
     caller = await proven(request, body, caller, service)
     keys = request.headers.getlist("idempotency-key")
     if not keys:
-        return _json(service.answer(await outcome(service.submit_provision(body, caller))))
+        return _json(service.answer(await outcome(service.submit_provision(body, caller), service.in_doubt)))
     # Several would be joined by a space, which no key has.
     key = IdempotencyKey.parse(" ".join(keys), await request.body())
     answer = await asyncio.to_thread(service.submit_provision_once, body, caller, key)
-    first = await outcome(answer)
+    first = await outcome(answer, service.in_doubt)
     return _json(first)
 
 
@@ -183,7 +183,7 @@ async def get_peer(node_id: str, _: Reader, service: Service) -> Response:
 @audited(AuditAction.DEPROVISION)
 async def deprovision_peer(node_id: str, caller: Operator, service: Service) -> Deprovisioned:
     """Take a peer off the hub and free its address. The answer comes when the hub has forgotten it."""
-    await outcome(service.submit_deprovision(node_id, caller))
+    await outcome(service.submit_deprovision(node_id, caller), service.in_doubt)
     return Deprovisioned(message=f"Peer {node_id} deprovisioned successfully")
 
 
