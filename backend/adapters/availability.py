@@ -1,4 +1,4 @@
-"""Whether the database answers; the log says once that it went away, and once that it is back."""
+"""Whether the database answers, or can be written: the log says once that it can't, and once that it can."""
 
 import logging
 import time
@@ -12,17 +12,19 @@ _CONSEQUENCE: Final = "every change gets a 503, reads go on from memory"
 
 
 class Availability:
-    """What was last seen of a database by whichever thread used it."""
+    """What was last seen of it by whichever thread used the database."""
 
-    def __init__(self, database: str) -> None:
+    def __init__(self, database: str, lost: str = "database_away", found: str = "database_back") -> None:
+        """Begin with a database that is there. `lost` and `found` are the events in the log."""
         self._database = database
+        self._events = lost, found
         self._lock = Lock()  # guards _reason, so that each line is written once
         self._reason: str | None = None
         self._found_at = float("-inf")
 
     @property
     def reason(self) -> str | None:
-        """Why the database is known to be away, or None."""
+        """Why it is known not to, or None."""
         return self._reason
 
     @property
@@ -35,21 +37,21 @@ class Availability:
         return self._reason is None and time.monotonic() - self._found_at > _SETTLED_SECONDS
 
     def lost(self, reason: str) -> None:
-        """Note that the database is away."""
+        """Note that it doesn't, and why."""
         with self._lock:
             known, self._reason = self._reason, reason
         if known is None:
             log.error(
-                "database_away",
+                self._events[0],
                 extra={"database": self._database, "reason": reason, "consequence": _CONSEQUENCE},
             )
 
     def found(self) -> None:
-        """Note that the database answers."""
+        """Note that it does."""
         if self._reason is None:
             return
         with self._lock:
             known, self._reason = self._reason, None
             self._found_at = time.monotonic()
         if known is not None:
-            log.info("database_back", extra={"database": self._database})
+            log.info(self._events[1], extra={"database": self._database})

@@ -4,7 +4,8 @@ import os
 import sqlite3
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,12 @@ _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # A database that lives as long as the process.
 IN_MEMORY: Final = "sqlite:///:memory:"
 _BUSY_TIMEOUT_MS: Final = 30_000
+_TRIAL_TIMEOUT_MS: Final = 2_000
+# For how long what was written shows that the next can be: seconds.
+_WRITTEN_SECONDS: Final = 1.0
+# How long a connection is used that SQLite could open for reading only.
+_READ_ONLY_SECONDS: Final = 0.5
+_READ_ONLY_SINCE: Final = "read only since"
 # How long a command waits for somebody else's migration.
 _MIGRATION_SECONDS: Final = 3.0
 # DBOS keeps about five connections busy for a moment while a datasource transaction holds another.
@@ -45,6 +52,8 @@ class Database:
         self.url = sa.make_url(url)
         self._exclusive = exclusive
         self.availability = Availability(self._name())
+        self.writability = Availability(self._name(), "database_not_writable", "database_writable")
+        self._written_at = float("-inf")
         self._stack = ExitStack()
         # Where the database is a file of this host's.
         self._file: DatabaseFile | None = None
@@ -56,6 +65,36 @@ class Database:
             self.engine = self._open_sqlite()
         else:
             self.engine = self._open_postgresql()
+
+    def note_written(self) -> None:
+        """Have it known that something was committed just now."""
+        self._written_at = time.monotonic()
+        self.writability.found()
+
+    def note_not_written(self, exc: Exception) -> None:
+        """Have it known that something could not be committed; the log says so once."""
+        self._written_at = float("-inf")
+        if self.availability.reason is None:
+            self.writability.lost(said(exc))
+
+    @contextmanager
+    def trial(self) -> Iterator[sa.Connection | None]:
+        """Yield a connection for a write that shows whether the next one would succeed.
+
+        It waits no longer than a health check may. None where something was written a moment ago.
+        """
+        if time.monotonic() - self._written_at < _WRITTEN_SECONDS:
+            yield None
+            return
+        sqlite = self.engine.dialect.name == "sqlite"
+        with self.engine.begin() as connection:
+            if sqlite:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout={_TRIAL_TIMEOUT_MS}")
+            try:
+                yield connection
+            finally:
+                if sqlite and not connection.invalidated:
+                    connection.exec_driver_sql(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
 
     def has_room(self) -> bool:
         """Say whether more can be written, as far as this host can see: a server's disk is its own affair."""
@@ -138,7 +177,15 @@ class Database:
         )
         sa.event.listen(engine, "do_connect", self._before_connect)
         sa.event.listen(engine, "connect", _prepare_sqlite)
+        sa.event.listen(engine, "checkout", _drop_read_only)
+        sa.event.listen(engine, "handle_error", self._note_read_only)
         return engine
+
+    def _note_read_only(self, context: sa.engine.ExceptionContext) -> None:
+        if _refuses_writes(context.original_exception):
+            context.is_disconnect = True
+            # Before DBOS meets it, which tries to write once a second.
+            self.note_not_written(Exception(context.original_exception))
 
     def _before_connect(self, *_: Any) -> None:
         """Open the service's own file or none: SQLite would make a new one where it is gone."""
@@ -254,7 +301,9 @@ def _open_memory() -> sa.Engine:
     return engine
 
 
-def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+def _prepare_sqlite(connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry) -> None:
+    if _is_read_only(connection):
+        record.info[_READ_ONLY_SINCE] = time.monotonic()
     for pragma in (
         "journal_mode=WAL",
         # An acknowledged peer survives a power cut: NORMAL would lose the last commits.
@@ -267,6 +316,36 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
         # From Python 3.12 on, DBOS's schema asks for unixepoch('subsec'), which older SQLite answers with
         # NULL (Debian 12 has 3.40). The connection's own function stands in for the built-in one.
         connection.create_function("unixepoch", 1, _unixepoch)
+
+
+def _is_read_only(connection: sqlite3.Connection) -> bool:
+    connection.execute("PRAGMA busy_timeout=0").close()
+    try:
+        # SQLite makes a reading one of it, without a word, where it can do no other.
+        connection.execute("BEGIN IMMEDIATE").close()
+        connection.execute("PRAGMA user_version=0").close()
+    except sqlite3.OperationalError as exc:
+        # Or somebody else writes at this moment: then so can we.
+        return _refuses_writes(exc)
+    finally:
+        connection.rollback()
+    return False
+
+
+def _refuses_writes(exc: BaseException) -> bool:
+    # The lower byte is the primary code (https://www.sqlite.org/rescode.html).
+    return getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF == sqlite3.SQLITE_READONLY
+
+
+def _drop_read_only(_connection: object, record: sa.pool.ConnectionPoolEntry, _proxy: object) -> None:
+    """Have a connection opened anew that is for reading only, and has been for a moment.
+
+    SQLite opens it so, without a word, where the file can't be opened for writing at that moment; and so it
+    would stay for as long as it lives.
+    """
+    opened_at = record.info.get(_READ_ONLY_SINCE)
+    if opened_at is not None and time.monotonic() - opened_at > _READ_ONLY_SECONDS:
+        raise sa.exc.DisconnectionError
 
 
 def _unixepoch(_modifier: str) -> float:

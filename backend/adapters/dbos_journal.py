@@ -29,18 +29,21 @@ _LISTENER: Final = "Notification listener error"
 
 
 class _Brief(logging.Filter):
-    """Leaves out DBOS's tracebacks, and while the database is away all that it says: we have said so."""
+    """Leaves out DBOS's tracebacks and statements, and all that it says while the database fails."""
 
-    def __init__(self, availability: Availability) -> None:
+    def __init__(self, *watched: Availability) -> None:
         super().__init__()
-        self._availability = availability
+        self._watched = watched
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Make a record brief, or drop it."""
-        if not self._availability.is_settled() or record.getMessage().startswith(_LISTENER):
+        message = record.getMessage()
+        if message.startswith(_LISTENER) or not all(each.is_settled() for each in self._watched):
             return False
+        # A driver's second line has the statement's values.
+        record.msg, record.args = message.partition("\n")[0], None
         if record.exc_info is not None and record.exc_info[0] is not None:
-            record.msg, record.args = f"{record.getMessage()} {record.exc_info[0].__name__}", None
+            record.msg += f" {record.exc_info[0].__name__}"
             record.exc_info = None
         return True
 
@@ -61,7 +64,7 @@ class DbosJournal(SqlJournal):
     def __init__(self, database: Database, hub_name: str) -> None:
         super().__init__(database)
         self._hub_name = hub_name
-        self._brief = _Brief(database.availability)
+        self._brief = _Brief(database.availability, database.writability)
         self._burst = ""
         self._next_batch: NextBatch = lambda: None
         self._raised: Exception | None = None

@@ -133,6 +133,11 @@ def revoke_intent(
     return True
 
 
+def touch(connection: sa.Connection) -> None:
+    """Write what is there already."""
+    connection.execute(sa.update(hub_state).values(generation=hub_state.c.generation))
+
+
 def forget(connection: sa.Connection, node_ids: Sequence[str]) -> None:
     """Take rows out that were written in this transaction, and should not have been."""
     if node_ids:

@@ -9,7 +9,7 @@ from threading import get_ident
 from typing import Final
 
 import sqlalchemy as sa
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from backend.adapters import access_records, records
@@ -24,6 +24,8 @@ from backend.services.ports import Action, Batch, Change, NextBatch, Peer, Recor
 
 # How often the database is looked at when nothing asks for it: seconds.
 _LOOK_INTERVAL_SECONDS: Final = 1.0
+# What says nothing of the change itself: the database is away, locked, full or read-only.
+_NOT_WRITTEN: Final = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
 
 
 class SqlJournal:
@@ -81,8 +83,8 @@ class SqlJournal:
                 self._run(elsewhere)
         except BaseException as exc:
             self._in_doubt = True
-            if isinstance(exc, OperationalError | InterfaceError | PoolTimeoutError):
-                self._database.availability.lost(said(exc))
+            if isinstance(exc, _NOT_WRITTEN):
+                self._database.note_not_written(exc)
                 raise RecordsUnavailableError("the records can't be written; check the database") from None
             raise
 
@@ -112,6 +114,19 @@ class SqlJournal:
         if not self._database.has_room():
             raise RecordsUnavailableError("the disk with the records is full; make room on it")
 
+    def check_writable(self) -> None:
+        """Raise RecordsUnavailableError unless a batch could be committed now; not for an event loop."""
+        self.check()
+        try:
+            with self._waits(), self._database.trial() as connection:
+                if connection is None:
+                    return
+                records.touch(connection)
+        except SQLAlchemyError as exc:
+            self._database.note_not_written(exc)
+            raise RecordsUnavailableError(f"the database can't be written: {said(exc)}") from exc
+        self._database.note_written()
+
     def close(self) -> None:
         """Close the database."""
         self._database.close()
@@ -132,6 +147,7 @@ class SqlJournal:
             )
         # A commit to a file that was moved or deleted succeeds, and the next start knows nothing of it.
         self._database.check_file()
+        self._database.note_written()
 
     def apply(self, batch: Batch) -> str | None:
         """Bring the hub up to the records."""

@@ -124,6 +124,9 @@ class Journal(Protocol):
     def check(self) -> None:
         """Raise RecordsUnavailableError unless the records answer."""
 
+    def check_writable(self) -> None:
+        """Raise RecordsUnavailableError unless a batch could be written now; any thread may ask."""
+
     def close(self) -> None:
         """Let go of everything."""
 

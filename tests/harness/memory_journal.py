@@ -46,6 +46,9 @@ class MemoryJournal:
     def check(self) -> None:
         """Memory always answers."""
 
+    def check_writable(self) -> None:
+        """Memory can always be written."""
+
     def close(self) -> None:
         """Nothing is to be closed."""
 
