@@ -4,7 +4,6 @@ import itertools
 import os
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -14,15 +13,14 @@ import pytest
 from tests.harness.hosts import LocalHost
 from tests.harness.namespaces import Guard, enter_new_namespaces
 from tests.harness.postgres import fresh_database, postgres_cluster
-from tests.harness.properties import try_more
 from tests.harness.requirements import do_without, require
 from tests.harness.service import ServiceProcess
+from tests.harness.torture import TORTURE
 from tests.harness.wireguard import HubInterface
 
 _NOT_ISOLATED: Final = pytest.StashKey[str]()
 _GUARD: Final = pytest.StashKey[Guard]()
 _HUB_NUMBERS: Final = itertools.count()
-_SECONDS_EACH: Final = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,14 +57,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
     if minutes is not None:
         workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-        loops = sum("rounds" in getattr(item, "fixturenames", ()) for item in chosen)
-        config.stash[_SECONDS_EACH] = minutes * 60 * min(1.0, workers / max(1, loops))
+        TORTURE.divide(minutes * 60, len(chosen), workers)
+
+
+def pytest_runtest_setup() -> None:
+    """Begin no test of `make torture` after its time."""
+    if TORTURE.is_on and not TORTURE.begin_test():
+        pytest.skip("the time is over")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Move pytest into namespaces of its own, where that is possible."""
-    if config.option.torture is not None:
-        try_more()
+    TORTURE.is_on = config.option.torture is not None
     if os.geteuid() != 0:
         config.stash[_NOT_ISOLATED] = "needs root, for network namespaces"
         return
@@ -97,21 +99,6 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def chance(request: pytest.FixtureRequest) -> random.Random:
     """Return random numbers that depend on the test and on --seed alone."""
     return random.Random(f"{request.config.option.seed} {request.node.nodeid}")  # noqa: S311 - not a secret
-
-
-@pytest.fixture
-def rounds(pytestconfig: pytest.Config) -> Callable[[int], Iterator[int]]:
-    """Give the test a loop: of as many rounds as it says, and under --torture until its time is over."""
-    seconds = pytestconfig.stash.get(_SECONDS_EACH, 0.0)
-
-    def loop(fewest: int) -> Iterator[int]:
-        deadline = time.monotonic() + seconds
-        for number in itertools.count():
-            if number >= fewest and time.monotonic() >= deadline:
-                return
-            yield number
-
-    return loop
 
 
 @pytest.fixture(scope="session")

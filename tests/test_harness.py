@@ -1,5 +1,6 @@
 """The harness keeps what it promises: what is isolated, what is real, and that nothing stays behind."""
 
+import itertools
 import os
 import random
 import subprocess
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable
 from ipaddress import IPv4Address
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Final
 
 import psycopg
@@ -16,6 +18,7 @@ import pytest
 from tests.harness.hosts import CommandFailedError, Host, LocalHost, connect
 from tests.harness.requirements import find_tool, install, require, skipped
 from tests.harness.service import ServiceFailedError, ServiceProcess
+from tests.harness.torture import Torture
 from tests.harness.wireguard import HubInterface, Interface, genkey
 
 _ROOT: Final = Path(__file__).parents[1]
@@ -202,6 +205,22 @@ def test_what_will_be_skipped_is_said_with_what_it_needs(monkeypatch: pytest.Mon
         "the tests that need wg (Debian: wireguard-tools)",
         "the tests with network namespaces or WireGuard interfaces: they need root",
     ]
+
+
+def test_a_loop_has_few_rounds_and_under_torture_as_many_as_its_share_of_the_time_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = itertools.count(100.0)  # each look at the clock takes a second
+    monkeypatch.setattr("tests.harness.torture.time", SimpleNamespace(monotonic=lambda: next(now)))
+    torture = Torture()
+    assert list(torture.rounds(2)) == [0, 1]
+    torture.is_on = True
+    torture.divide(seconds=20, tests=2, workers=1)
+    assert torture.begin_test()
+    assert len(list(torture.rounds(2))) == 2 + 9
+    assert torture.begin_test()
+    assert len(list(torture.rounds(2))) == 2 + 7
+    assert not torture.begin_test()
 
 
 def test_one_seed_gives_a_test_the_same_random_numbers(

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from backend.errors import IPPoolExhaustedError
 from backend.services.address_bitmap import AddressBitmap
 from backend.services.ip_pool_manager import IPPoolManager
-from tests.harness.properties import tried
+from tests.harness.torture import tried
 
 
 def _stats(pool: IPPoolManager) -> tuple[int, int, int, int]:

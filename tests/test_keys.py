@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from tests.harness.properties import tried
 from tests.harness.requirements import require
+from tests.harness.torture import tried
 from tests.harness.wireguard import genkey
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"

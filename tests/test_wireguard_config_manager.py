@@ -18,8 +18,8 @@ from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services import wireguard_config_manager, wireguard_config_text
 from backend.services.wireguard_config_manager import ForeignPeer, ManagedPeer, WireGuardConfigManager
 from backend.services.wireguard_config_text import InvalidConfigError, parse, render, strip
-from tests.harness.properties import tried
 from tests.harness.requirements import require
+from tests.harness.torture import tried
 
 _PRIVATE: Final = "iB4Y8yRkAyI8mdFBYCpOUXLTn1kAbGbyGmtXGvRZ/F4="
 _HUB: Final = WireGuardPrivateKey.parse(_PRIVATE).public_key()

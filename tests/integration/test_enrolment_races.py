@@ -20,6 +20,7 @@ from tests.harness.patience import eventually
 from tests.harness.requests import NO_TLS, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
+from tests.harness.torture import TORTURE
 from tests.harness.wireguard import HubInterface
 from tests.integration.test_failing_hub import Wrapper
 
@@ -383,7 +384,6 @@ def test_killed_under_load_no_token_has_let_in_more_than_were_counted(
     start_service: StartService,
     tmp_path: Path,
     chance: random.Random,
-    rounds: Callable[[int], Iterator[int]],
 ) -> None:
     settings = settings_for(hub_interface, tmp_path, WIREGUARD_IP_POOL="10.0.0.0/16")
     service = admitted(start_service(settings))
@@ -391,7 +391,7 @@ def test_killed_under_load_no_token_has_let_in_more_than_were_counted(
     tokens = [new_token(service, max_uses) for max_uses in (20, 100_000, 100_000)]
     acknowledged: dict[str, str] = {}
     statuses: Counter[int] = Counter()
-    for kill in rounds(3):
+    for kill in TORTURE.rounds(3):
         enrollers = [
             Enroller(service.url, token, iter([f"node-{t}-{kill}-{client}-{n}" for n in range(10_000)]))
             for t, token in enumerate(tokens)

@@ -31,8 +31,8 @@ from backend.errors import (
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.provisioning import NodeCapabilities, ProvisioningRecord
 from backend.services.ports import Action, Batch, Change, Peer
-from tests.harness.properties import tried
 from tests.harness.requests import new_key
+from tests.harness.torture import tried
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
 KEYS = [new_key() for _ in range(6)]

@@ -4,7 +4,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -16,12 +16,12 @@ from tests.harness.patience import eventually
 from tests.harness.requests import NO_TLS, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, listed, settings_for
+from tests.harness.torture import TORTURE
 from tests.harness.wireguard import HubInterface
 
 PROVISION = "/api/v1/wireguard/provision"
 PEERS = "/api/v1/wireguard/peers"
 StartService = Callable[..., ServiceProcess]
-Rounds = Callable[[int], Iterator[int]]
 
 CLIENTS: Final = 16
 
@@ -104,12 +104,11 @@ def test_killed_under_load_keeps_every_promise(
     start_service: StartService,
     tmp_path: Path,
     chance: random.Random,
-    rounds: Rounds,
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path, WIREGUARD_IP_POOL="10.0.0.0/16"))
     present: dict[str, str] = {}
     kills, answers, in_doubt, survived = 0, 0, 0, 0
-    for _ in rounds(3):
+    for _ in TORTURE.rounds(3):
         clients = [Client(service, number, chance.randrange(10**9)) for number in range(CLIENTS)]
         threads = [threading.Thread(target=client.work) for client in clients]
         for thread in threads:
