@@ -180,7 +180,9 @@ def _peer_limit(settings: Settings, pool: IPPoolManager) -> PeerLimit:
 def _database(settings: Settings) -> Database:
     if not settings.enable_dbos:
         log.warning("records_in_memory", extra={"consequence": "a restart forgets all but the file"})
-    database = Database(settings.database_url if settings.enable_dbos else IN_MEMORY)
+    database = Database(
+        settings.database_url if settings.enable_dbos else IN_MEMORY, copies=settings.state_directory
+    )
     try:
         database.migrate()
     except BaseException:
@@ -205,7 +207,7 @@ def open_access(settings: Settings) -> Iterator[SqlAccessStore]:
             "with ENABLE_DBOS=false credentials live in the service's memory; make them from this host over "
             "HTTP, an admin's key first: POST /api/v1/wireguard/keys"
         )
-    database = open_beside(settings.database_url)
+    database = open_beside(settings.database_url, settings.state_directory)
     try:
         yield SqlAccessStore(database)
     finally:

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from backend.adapters.availability import Availability
 from backend.adapters.database_file import DatabaseFile
 from backend.adapters.lock_file import LockFile
+from backend.adapters.migration_copy import copy_before_migration
 from backend.adapters.postgresql import NOTHING_CHANGED, PostgreSQL, said, without_timeouts
 from backend.adapters.trusted_paths import make_private_directory, require_trusted_file
 from backend.errors import InUseError, RecordsUnavailableError, StartRefusedError
@@ -48,8 +49,10 @@ class Database:
     The service has it for itself (`exclusive`); the command line works beside it, in short transactions.
     """
 
-    def __init__(self, url: str, *, exclusive: bool = True) -> None:
+    def __init__(self, url: str, *, exclusive: bool = True, copies: Path | None = None) -> None:
+        """Open it. `copies` is where a SQLite file is copied to before a migration; by default, beside it."""
         self.url = sa.make_url(url)
+        self._copies = copies
         self._exclusive = exclusive
         self.availability = Availability(self._name())
         self.writability = Availability(self._name(), "database_not_writable", "database_writable")
@@ -124,15 +127,19 @@ class Database:
         """
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
+        scripts = ScriptDirectory.from_config(config)
         try:
             with self.engine.begin() as connection:
                 current = MigrationContext.configure(connection).get_current_heads()
-                if set(current) == set(ScriptDirectory.from_config(config).get_heads()):
+                if set(current) == set(scripts.get_heads()):
                     return
                 if not self._exclusive:
                     raise StartRefusedError(
                         f"{self._name()} is used by a service of another version; restart that one"
                     )
+                scripts.get_revisions(current)  # raises CommandError for what is newer than this version
+                if current:
+                    self._copy(connection, "-".join(current))
                 config.attributes["connection"] = connection
                 with without_timeouts(connection):
                     command.upgrade(config, "head")
@@ -142,6 +149,12 @@ class Database:
             ) from exc
         except SQLAlchemyError as exc:
             raise StartRefusedError(f"the schema of {self._name()} can't be updated: {said(exc)}") from exc
+
+    def _copy(self, connection: sa.Connection, revision: str) -> None:
+        driver = connection.connection.driver_connection
+        if isinstance(driver, sqlite3.Connection) and self.url.database is not None:
+            beside = Path(self.url.database).absolute().parent
+            copy_before_migration(driver, revision, self._copies or beside)
 
     def _name(self) -> str:
         # Without the query, too: a password may stand there.
@@ -253,14 +266,14 @@ class Database:
         self.availability.found()
 
 
-def open_beside(url: str) -> Database:
-    """Open the database for a command, whether the service runs or not."""
+def open_beside(url: str, copies: Path | None = None) -> Database:
+    """Open the database for a command, whether the service runs or not. `copies` is Database's."""
     # Taken for itself only where it must be: a service that comes meanwhile, or that has lost its connection
     # for a moment, would take the command for another hub's service.
     until = time.monotonic() + _MIGRATION_SECONDS
     while not _is_current(url):
         try:
-            alone = Database(url)
+            alone = Database(url, copies=copies)
         except InUseError:
             # Whoever has it may be about to do the same.
             if time.monotonic() > until:
