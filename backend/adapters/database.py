@@ -129,6 +129,7 @@ class Database:
         config.set_main_option("script_location", str(_MIGRATIONS))
         scripts = ScriptDirectory.from_config(config)
         try:
+            self._require_whole()
             with self.engine.begin() as connection:
                 current = MigrationContext.configure(connection).get_current_heads()
                 if set(current) == set(scripts.get_heads()):
@@ -149,6 +150,23 @@ class Database:
             ) from exc
         except SQLAlchemyError as exc:
             raise StartRefusedError(f"the schema of {self._name()} can't be updated: {said(exc)}") from exc
+
+    def _require_whole(self) -> None:
+        """Refuse a SQLite file that is damaged, as one is that was copied while it was written."""
+        if self._file is None or not self._exclusive:
+            return
+        try:
+            with self.engine.connect() as connection:
+                found = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one())
+        except sa.exc.OperationalError:
+            raise  # it can't be read at the moment, which says nothing of what is in it
+        except sa.exc.DatabaseError as exc:
+            found = said(exc)
+        if found != "ok":
+            raise StartRefusedError(
+                f"{self._name()} is damaged ({found.splitlines()[-1]}); move it away with its -wal and -shm "
+                "and put a backup in its place, or save what it still holds by the `.recover` of sqlite3(1)"
+            )
 
     def _copy(self, connection: sa.Connection, revision: str) -> None:
         driver = connection.connection.driver_connection

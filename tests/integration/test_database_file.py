@@ -236,3 +236,31 @@ def test_a_backup_that_was_moved_over_the_database_is_not_taken_for_it(
     assert "another file than the database" in red.json()["detail"]
     assert "restart the service to use the one that is there" in red.json()["detail"]
     assert set(assert_in_step(service, hub_interface)) == {"node-1"}
+
+
+def test_a_backup_that_was_copied_into_the_open_database_is_found_damaged_at_the_next_start(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    path = tmp_path / "state" / "provisioning.sqlite"
+    assert provision(service, *range(5)) == {200}
+    service.terminate()
+    whole = path.read_bytes()
+    # The same inode, and pages of two databases in it.
+    torn = bytearray(whole)
+    size = int.from_bytes(whole[16:18], "big")
+    for page in range(2, len(whole) // size, 2):
+        torn[page * size : (page + 1) * size] = bytes(size)
+    path.write_bytes(torn)
+    before = (hub_interface.config_path.read_bytes(), hub_interface.peers())
+    service.ready = None
+    service.start()
+    assert service.wait_exit() != 0
+    assert "is damaged" in service.log
+    assert "put a backup in its place" in service.log
+    assert "Traceback" not in service.log
+    assert (hub_interface.config_path.read_bytes(), hub_interface.peers()) == before
+    path.write_bytes(whole)
+    service.ready = "/readyz"
+    service.start()
+    assert len(assert_in_step(service, hub_interface)) == 5
