@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from backend.adapters import records
 from backend.adapters.database import Database
 from backend.adapters.dbos_journal import DbosJournal
-from backend.errors import OvertakenError
+from backend.errors import OvertakenError, RecordsUnavailableError
 from backend.services.ports import Batch
 from tests.integration.test_records import adding
 
@@ -90,7 +90,7 @@ def test_an_exception_of_the_burst_reaches_the_caller(
     # Nothing is written: the database fails.
     with monkeypatch.context() as patch:
         patch.setattr(records, "write_intent", fail_at_commit)
-        with pytest.raises(sa.exc.OperationalError):
+        with pytest.raises(RecordsUnavailableError):
             run(batch(1))
     assert nodes(journal) == []
     # Nothing is written: another process has taken that generation.
@@ -109,7 +109,7 @@ def test_an_exception_of_the_burst_reaches_the_caller(
     with monkeypatch.context() as patch:
         patch.setattr(records, "revoke_intent", fail_at_commit)
         outcome.append("the interface refused it")
-        with pytest.raises(sa.exc.OperationalError):
+        with pytest.raises(RecordsUnavailableError):
             run(batch(3))
 
     # The next batch of the next burst fails itself.
