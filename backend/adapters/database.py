@@ -2,7 +2,6 @@
 
 import os
 import sqlite3
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +16,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.exc import SQLAlchemyError
 
+from backend.adapters import sqlite
 from backend.adapters.availability import Availability
 from backend.adapters.database_file import DatabaseFile
 from backend.adapters.lock_file import LockFile
@@ -28,13 +28,9 @@ from backend.errors import InUseError, RecordsUnavailableError, StartRefusedErro
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # A database that lives as long as the process.
 IN_MEMORY: Final = "sqlite:///:memory:"
-_BUSY_TIMEOUT_MS: Final = 30_000
 _TRIAL_TIMEOUT_MS: Final = 2_000
 # For how long what was written shows that the next can be: seconds.
 _WRITTEN_SECONDS: Final = 1.0
-# How long a connection is used that SQLite could open for reading only.
-_READ_ONLY_SECONDS: Final = 0.5
-_READ_ONLY_SINCE: Final = "read only since"
 # How long a command waits for somebody else's migration.
 _MIGRATION_SECONDS: Final = 3.0
 # DBOS keeps about five connections busy for a moment while a datasource transaction holds another.
@@ -63,7 +59,7 @@ class Database:
         # Where it is a server's.
         self._server: PostgreSQL | None = None
         if url == IN_MEMORY:
-            self.engine = _open_memory()
+            self.engine = sqlite.open_memory()
         elif self.url.get_backend_name() == "sqlite":
             self.engine = self._open_sqlite()
         else:
@@ -89,15 +85,15 @@ class Database:
         if time.monotonic() - self._written_at < _WRITTEN_SECONDS:
             yield None
             return
-        sqlite = self.engine.dialect.name == "sqlite"
+        is_file = self.engine.dialect.name == "sqlite"
         with self.engine.begin() as connection:
-            if sqlite:
+            if is_file:
                 connection.exec_driver_sql(f"PRAGMA busy_timeout={_TRIAL_TIMEOUT_MS}")
             try:
                 yield connection
             finally:
-                if sqlite and not connection.invalidated:
-                    connection.exec_driver_sql(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+                if is_file and not connection.invalidated:
+                    connection.exec_driver_sql(f"PRAGMA busy_timeout={sqlite.BUSY_TIMEOUT_MS}")
 
     def has_room(self) -> bool:
         """Say whether more can be written, as far as this host can see: a server's disk is its own affair."""
@@ -207,13 +203,13 @@ class Database:
             self.url, pool_size=_POOL_SIZE, max_overflow=_POOL_SIZE, connect_args={"check_same_thread": False}
         )
         sa.event.listen(engine, "do_connect", self._before_connect)
-        sa.event.listen(engine, "connect", _prepare_sqlite)
-        sa.event.listen(engine, "checkout", _drop_read_only)
+        sa.event.listen(engine, "connect", sqlite.prepare)
+        sa.event.listen(engine, "checkout", sqlite.drop_read_only)
         sa.event.listen(engine, "handle_error", self._note_read_only)
         return engine
 
     def _note_read_only(self, context: sa.engine.ExceptionContext) -> None:
-        if _refuses_writes(context.original_exception):
+        if sqlite.refuses_writes(context.original_exception):
             context.is_disconnect = True
             # Before DBOS meets it, which tries to write once a second.
             self.note_not_written(Exception(context.original_exception))
@@ -317,67 +313,3 @@ def _is_current(url: str) -> bool:
         return database.is_current()
     finally:
         database.close()
-
-
-def _open_memory() -> sa.Engine:
-    # One connection, for which its users wait: another one would be another database.
-    engine = sa.create_engine(
-        "sqlite://",
-        poolclass=sa.QueuePool,
-        pool_size=1,
-        max_overflow=0,
-        connect_args={"check_same_thread": False},
-    )
-    sa.event.listen(engine, "connect", _prepare_sqlite)
-    return engine
-
-
-def _prepare_sqlite(connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry) -> None:
-    if _is_read_only(connection):
-        record.info[_READ_ONLY_SINCE] = time.monotonic()
-    for pragma in (
-        "journal_mode=WAL",
-        # An acknowledged peer survives a power cut: NORMAL would lose the last commits.
-        "synchronous=FULL",
-        f"busy_timeout={_BUSY_TIMEOUT_MS}",
-        "foreign_keys=ON",
-    ):
-        connection.execute(f"PRAGMA {pragma}").close()
-    if sqlite3.sqlite_version_info < (3, 42) and sys.version_info >= (3, 12):
-        # From Python 3.12 on, DBOS's schema asks for unixepoch('subsec'), which older SQLite answers with
-        # NULL (Debian 12 has 3.40). The connection's own function stands in for the built-in one.
-        connection.create_function("unixepoch", 1, _unixepoch)
-
-
-def _is_read_only(connection: sqlite3.Connection) -> bool:
-    connection.execute("PRAGMA busy_timeout=0").close()
-    try:
-        # SQLite makes a reading one of it, without a word, where it can do no other.
-        connection.execute("BEGIN IMMEDIATE").close()
-        connection.execute("PRAGMA user_version=0").close()
-    except sqlite3.OperationalError as exc:
-        # Or somebody else writes at this moment: then so can we.
-        return _refuses_writes(exc)
-    finally:
-        connection.rollback()
-    return False
-
-
-def _refuses_writes(exc: BaseException) -> bool:
-    # The lower byte is the primary code (https://www.sqlite.org/rescode.html).
-    return getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF == sqlite3.SQLITE_READONLY
-
-
-def _drop_read_only(_connection: object, record: sa.pool.ConnectionPoolEntry, _proxy: object) -> None:
-    """Have a connection opened anew that is for reading only, and has been for a moment.
-
-    SQLite opens it so, without a word, where the file can't be opened for writing at that moment; and so it
-    would stay for as long as it lives.
-    """
-    opened_at = record.info.get(_READ_ONLY_SINCE)
-    if opened_at is not None and time.monotonic() - opened_at > _READ_ONLY_SECONDS:
-        raise sa.exc.DisconnectionError
-
-
-def _unixepoch(_modifier: str) -> float:
-    return round(time.time(), 3)

@@ -268,7 +268,10 @@ class PostgreSQL:
 def _opened_at(context: sa.engine.ExceptionContext) -> float:
     if isinstance(context.original_exception, NoAnswerError):
         return context.original_exception.opened_at
-    driver = None if context.connection is None else context.connection.connection.driver_connection
+    used = context.connection
+    if used is None or used.closed or used.invalidated:
+        return math.inf
+    driver = used.connection.driver_connection
     return driver.opened_at if isinstance(driver, ImpatientConnection) else math.inf
 
 
