@@ -247,7 +247,7 @@ class Database:
     def check_file(self) -> None:
         """Raise RecordsUnavailableError where the database's path leads to another file by now, or to none.
 
-        Takes two microseconds. What was committed before is safe only if this raises nothing afterwards.
+        Takes a few microseconds. What was committed before is safe only if this raises nothing afterwards.
         """
         if self._file is None:
             return
