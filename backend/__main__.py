@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
-from backend import access_commands
+from backend import access_commands, reconcile_command
 from backend.access_commands import one_sentence
 from backend.errors import DoorClosedError, StartRefusedError
 
@@ -39,6 +39,7 @@ app.add_typer(hub, name="hub")
 app.add_typer(access_commands.token, name="token")
 app.add_typer(access_commands.key, name="key")
 app.add_typer(access_commands.audit, name="audit")
+app.command()(reconcile_command.reconcile)
 
 Host = Annotated[str, typer.Option(help="The address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="The TCP port to listen on; 0 takes a free one.")]

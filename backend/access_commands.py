@@ -148,6 +148,22 @@ def verify_audit() -> None:
         typer.echo(f"whole: {sequence} entries")
         # Kept elsewhere, it finds out who has written the whole log anew.
         typer.echo(f"head: {head}")
+        _compare_with_mark(sequence)
+
+
+def _compare_with_mark(sequence: int) -> None:
+    """End with the status 1 where the hub has reached a later row than the log has."""
+    from backend.services.hub_mark import HubMark
+    from backend.settings import load_settings
+
+    reached = HubMark(load_settings().wireguard_config_path.resolve()).read().audit_sequence
+    if reached > sequence:
+        typer.echo(
+            f"older: the hub has reached row {reached}, so the records are from a backup or another copy; "
+            "credentials that were revoked since work again: revoke them once more",
+            err=True,
+        )
+        raise typer.Exit(1)
 
 
 @contextmanager
@@ -195,7 +211,7 @@ def _action(name: str | None) -> "AuditAction | None":
 def _make(request: "TokenRequest | KeyRequest", action: "AuditAction") -> None:
     with _store() as store:
         now = datetime.now(UTC)
-        credential, secret = request.make(_actor(), now)
+        credential, secret = request.make(actor(), now)
         store.keep_credential(credential, _event(action, credential.id, now))
     typer.echo(secret.reveal())
 
@@ -215,10 +231,11 @@ def _revoke(kind: "CredentialKind", credential_id: str, action: "AuditAction") -
 def _event(action: "AuditAction", subject: str, at: datetime) -> "AuditEvent":
     from backend.models.access.audit import AuditEvent, AuditOutcome
 
-    return AuditEvent(at, action, AuditOutcome.ACCEPTED, _actor(), subject)
+    return AuditEvent(at, action, AuditOutcome.ACCEPTED, actor(), subject)
 
 
-def _actor() -> str:
+def actor() -> str:
+    """Return what the audit log calls the user of this command."""
     # Whose process it is: what the environment says of that (LOGNAME) anybody may choose.
     user = os.geteuid()
     try:

@@ -8,7 +8,8 @@
     │   └── PeerLimitError          the interface takes no more peers, however many addresses there are
     ├── AddressTakenError           an operator's hand-made peer took the address meanwhile
     ├── HubUpdateError              wg0.conf or the interface could not be brought up to date
-    │   └── ConfigFileError         wg0.conf itself is unusable, and only an operator can mend it
+    │   ├── ConfigFileError         wg0.conf itself is unusable, and only an operator can mend it
+    │   └── PausedError             the records don't fit the hub, and an operator has to decide
     ├── RecordsUnavailableError     the records could not be read or written
     │   ├── OvertakenError          another process writes them; this one must not any more
     │   └── OutcomeUnknownError     nobody can say yet whether the change happened
@@ -136,12 +137,42 @@ class ConfigFileError(HubUpdateError):
         return f"{self.path}: {self.problem}. {self.remedy}"
 
 
+class PausedError(HubUpdateError):
+    """The records don't fit the hub: nothing is changed until an operator decides.
+
+    `unknown` of the hub's `present` peers are in no record. `command` is what the operator types.
+    """
+
+    def __init__(self, reason: str, unknown: int, present: int, command: str) -> None:
+        super().__init__(reason, unknown, present, command)
+        self.reason = reason
+        self.unknown = unknown
+        self.present = present
+        self.command = command
+
+    def __str__(self) -> str:
+        return (
+            f"the service is paused and changes nothing: {self.reason}; {self.unknown} of {self.present} "
+            f"peers on the hub are in no record. {self.command} lists them; with `--adopt` in place of "
+            "`--show` it takes them into the records, with `--force` off the hub"
+        )
+
+
 class RecordsUnavailableError(ProvisioningError):
     """The records could not be read or written; nothing was changed."""
 
 
 class OvertakenError(RecordsUnavailableError):
-    """Another process has written to the records; stop this one, or stop that one and restart this."""
+    """The records aren't as this process left them: stop whatever else writes them, and restart this.
+
+    Another process has written to them, or an older copy has taken their place.
+    """
+
+    def __str__(self) -> str:
+        return (
+            "Another process has written to the records, or an older copy has taken their place; stop what "
+            "else uses them, and restart this service, which then compares them with the hub"
+        )
 
 
 class OutcomeUnknownError(RecordsUnavailableError):

@@ -4,9 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -15,7 +13,9 @@ from backend.adapters.access_store import SqlAccessStore
 from backend.adapters.config_guard import ConfigGuard
 from backend.adapters.database import IN_MEMORY, Database, open_beside
 from backend.adapters.dbos_journal import DbosJournal
+from backend.adapters.hub_decisions import HubDecisions
 from backend.adapters.interface_kind import most_peers
+from backend.adapters.lock_file import InterfaceLock
 from backend.adapters.rate_limits import RateLimits
 from backend.adapters.sql_journal import SqlJournal
 from backend.adapters.trusted_paths import require_trusted, require_trusted_file
@@ -29,16 +29,16 @@ from backend.services.configurations import Configurations
 from backend.services.door import Door
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
+from backend.services.hub_history import HubHistory
+from backend.services.hub_mark import HubMark
 from backend.services.hub_mirror import HubMirror
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.peer_limit import PeerLimit
-from backend.services.ports import Hub, Peer
+from backend.services.ports import Hub
 from backend.services.proof import WireGuardChallenges
+from backend.services.removal_guard import RemovalGuard
 from backend.services.wireguard_config_manager import WireGuardConfigManager
-from backend.services.wireguard_provisioning_service import (
-    UNRECORDED_PUBLIC_KEY,
-    WireGuardProvisioningService,
-)
+from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 from backend.services.wireguard_quick_keys import require_address
 from backend.settings import ReloadMode, Settings, unknown_settings
 
@@ -57,6 +57,8 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         _warn_of_unknown_settings()
         hub = _hub(settings)
         guard = stack.enter_context(ConfigGuard(path))
+        if hub.live:
+            stack.callback(InterfaceLock(settings.interface).acquire().release)
         stated = settings.wireguard_hub_public_key
         config = WireGuardConfigManager(path, hub.sync, stated_key=stated, admit=guard.admit)
         config.remove_stale_temporaries()
@@ -65,14 +67,17 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         hand_made = HandMadePeers(pool, _peer_limit(settings, pool))
         database = _database(settings)
         stack.callback(database.close)
-        journal = _journal(settings, database, config)
+        journal = _journal(settings, database)
         stack.callback(journal.close)
         clerk = Clerk(SqlAccessStore(database))
         limits = RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage)
+        removals = RemovalGuard(journal.removed_keys)
+        mirror = HubMirror(config, hub, hand_made, notice=clerk.notice, guard=removals)
+        history = HubHistory(journal, mirror, removals, HubMark(config.path))
         service = WireGuardProvisioningService(
             pool=pool,
             hand_made=hand_made,
-            committer=HubCommitter(journal, HubMirror(config, hub, hand_made, clerk.notice), hand_made),
+            committer=HubCommitter(journal, mirror, hand_made, history),
             configurations=Configurations(
                 pool.network, settings.wireguard_hub_endpoint, settings.wireguard_hub_ip, hand_made
             ),
@@ -155,7 +160,7 @@ def _hub(settings: Settings) -> Hub:
     if settings.wireguard_reload is ReloadMode.OFF:
         return FileOnly()
     try:
-        return WgInterface(settings.interface)
+        return WgInterface(settings.interface, settings.wireguard_hub_ip)
     except HubUpdateError as exc:
         raise StartRefusedError(f"{exc}, or set WIREGUARD_RELOAD=off for the file alone") from exc
 
@@ -191,12 +196,29 @@ def _database(settings: Settings) -> Database:
     return database
 
 
-def _journal(settings: Settings, database: Database, config: WireGuardConfigManager) -> SqlJournal:
-    if settings.enable_dbos:
-        return DbosJournal(database, settings.interface)
-    journal = SqlJournal(database)
-    journal.adopt(_peers_in_file(config))
-    return journal
+def _journal(settings: Settings, database: Database) -> SqlJournal:
+    return DbosJournal(database, settings.interface) if settings.enable_dbos else SqlJournal(database)
+
+
+@contextmanager
+def open_hub_decisions(settings: Settings) -> Iterator[HubDecisions]:
+    """Open the records beside the hub for a command, whether the service runs or not."""
+    if not settings.enable_dbos:
+        raise StartRefusedError(
+            "with ENABLE_DBOS=false the records live in the service's memory: restart it, and it takes the "
+            "peers of the config into them"
+        )
+    path = settings.wireguard_config_path
+    require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
+    config = WireGuardConfigManager(path)
+    pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
+    database = open_beside(settings.database_url)
+    mirror = HubMirror(config, _hub(settings), HandMadePeers(pool))
+    try:
+        yield HubDecisions(database, mirror, HubMark(config.path))
+    finally:
+        mirror.close()
+        database.close()
 
 
 @contextmanager
@@ -212,19 +234,3 @@ def open_access(settings: Settings) -> Iterator[SqlAccessStore]:
         yield SqlAccessStore(database)
     finally:
         database.close()
-
-
-def _peers_in_file(config: WireGuardConfigManager) -> list[Peer]:
-    """Return the peers that an earlier process left in the file, where nothing else is left of them."""
-    written = datetime.fromtimestamp(Path(config.path).stat().st_mtime, UTC).replace(microsecond=0)
-    peers: list[Peer] = []
-    held: set[object] = set()
-    for block in config.managed_peers:
-        holding = {block.label, block.public_key, block.address}
-        if holding & held:
-            raise StartRefusedError(
-                f"{config.path} has two blocks of ours for {block.label}, its key or its address; delete one"
-            )
-        held |= holding
-        peers.append(Peer(block.label, UNRECORDED_PUBLIC_KEY, block.public_key, block.address, written))
-    return peers

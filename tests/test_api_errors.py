@@ -22,6 +22,7 @@ ANSWERS: list[tuple[errors.ProvisioningError, int, str | None]] = [
     (errors.AddressTakenError("10.0.0.2"), 503, "1"),
     (errors.HubUpdateError("why"), 503, "5"),
     (errors.ConfigFileError("path", "problem", "remedy"), 503, "5"),
+    (errors.PausedError("why", 7, 9, "look"), 503, "5"),
     (errors.RecordsUnavailableError("why"), 503, "5"),
     (errors.OvertakenError(), 503, "5"),
     (errors.OutcomeUnknownError("why"), 503, "10"),

@@ -1,6 +1,6 @@
 """Nothing becomes an argument of `ip` and `wg` unless it can be an interface's name."""
 
-from ipaddress import IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def test_what_is_no_name_is_an_argument_of_nothing(name: str) -> None:
     with pytest.raises(ValueError, match=r"characters A-Z a-z 0-9|words of `wg`"):
         InterfaceName.parse(name)
     with pytest.raises(ValueError, match=r"characters A-Z a-z 0-9|words of `wg`"):
-        WgInterface(name)
+        WgInterface(name, IPv4Address("10.0.0.1"))
 
 
 @given(st.text(alphabet="aZ09_=+.-/% \n\0\u0661", max_size=17))

@@ -3,10 +3,10 @@
 import errno
 import json
 import logging
-import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 
 from backend import errors
 from backend.adapters.wg_interface import FileOnly
+from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
 from backend.services import hub_committer, hub_mirror
@@ -23,9 +24,12 @@ from backend.services.configurations import Configurations
 from backend.services.door import Door
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
+from backend.services.hub_history import HubHistory
+from backend.services.hub_mark import HubMark
 from backend.services.hub_mirror import HubMirror
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.ports import Batch, Hub, Journal
+from backend.services.removal_guard import RemovalGuard
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import (
     DuplicatePeerError,
@@ -52,12 +56,16 @@ class World:
             self.path.chmod(0o600)
         self.pool = IPPoolManager(network, ["10.0.0.1"])
         hand_made = HandMadePeers(self.pool)
+        guard = RemovalGuard(journal.removed_keys)
         self.config = WireGuardConfigManager(self.path)
         store = FakeAccessStore()
+        mirror = HubMirror(self.config, hub, hand_made, guard=guard)
         self.service = WireGuardProvisioningService(
             pool=self.pool,
             hand_made=hand_made,
-            committer=HubCommitter(journal, HubMirror(self.config, hub, hand_made), hand_made),
+            committer=HubCommitter(
+                journal, mirror, hand_made, HubHistory(journal, mirror, guard, HubMark(self.config.path))
+            ),
             configurations=Configurations(
                 self.pool.network, "hub.example.com:51820", IPv4Address("10.0.0.1"), hand_made
             ),
@@ -341,20 +349,20 @@ def test_a_hand_made_peer_keeps_what_a_deleted_peer_of_ours_had_too(
     assert hub.table == {theirs: frozenset({f"{allowed}/32"})}
 
 
-def test_a_failure_whose_cause_nobody_sees_keeps_readiness_red_for_a_while(
-    world: World, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+def test_readiness_says_what_a_provision_would_meet_now(
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(**_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("tempfile.mkstemp", full)
+        with pytest.raises(errors.HubUpdateError, match="No space left on device; make room on its disk"):
+            world.service.check()
         with pytest.raises(errors.HubUpdateError, match="No space left"):
             world.provision("node-1")
-    with pytest.raises(errors.HubUpdateError, match="No space left"):
-        world.service.check()
-    world.provision("node-1")
     world.service.check()
+    world.provision("node-1")
 
 
 def test_whoever_was_answered_finds_the_service_ready(make_world: MakeWorld, hub: FakeHub) -> None:
@@ -379,18 +387,16 @@ def test_whoever_was_answered_finds_the_service_ready(make_world: MakeWorld, hub
 def test_a_full_disk_turns_readiness_red_before_anybody_asks(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.statvfs
-
-    def full(path: Any) -> os.statvfs_result:
-        found = list(real(path))
-        found[4] = 1  # f_bavail
-        return os.statvfs_result(found)
+    def full(_fd: int, _offset: int, size: int) -> None:
+        assert size > len(world.text)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("os.statvfs", full)
-        with pytest.raises(errors.HubUpdateError, match="full; make room"):
+        patch.setattr("os.posix_fallocate", full)
+        with pytest.raises(errors.HubUpdateError, match="make room on its disk"):
             world.service.check()
     world.service.check()
+    assert list(world.path.parent.glob("*.tmp")) == []
 
 
 def test_a_batch_that_takes_long_turns_readiness_red(
@@ -475,16 +481,16 @@ def test_a_record_that_can_not_be_handed_over_leaves_name_key_and_address_free(
 
 def test_an_interface_that_silently_drops_a_peer_turns_readiness_red(make_world: MakeWorld) -> None:
     class Forgetful(FakeHub):
-        def peers(self) -> dict[str, frozenset[str]]:
-            return {}
+        def state(self) -> InterfaceState:
+            return replace(super().state(), peers={})
 
     world = make_world(hub=Forgetful())
     world.provision("node-1")
     eventually(lambda: world.service._committer._mirror.problem is not None)
-    with pytest.raises(errors.HubUpdateError, match="did not take peer node-1"):
+    with pytest.raises(errors.HubUpdateError, match=r"did not take the config: 1 peer\(s\) missing"):
         world.service.check()
     # From here on nobody is let in before the interface is what it should be.
-    with pytest.raises(errors.HubUpdateError, match="did not take peer node-1"):
+    with pytest.raises(errors.HubUpdateError, match=r"did not take the config: 1 peer\(s\) missing"):
         world.provision("node-2")
 
 

@@ -49,7 +49,7 @@ _FOREIGN_PEERS: Final = (
         _KEYS[30],
         (IPv4Network("10.0.0.200/32"), IPv4Network("192.168.7.0/24"), IPv6Network("fd00::200/128")),
     ),
-    ForeignPeer(_KEYS[31], ()),
+    ForeignPeer(_KEYS[31], (), preshared_key=_PRIVATE),
 )
 
 

@@ -335,6 +335,11 @@ def audit_head(connection: sa.Connection) -> tuple[int, str]:
     return row.audit_sequence, row.audit_hash
 
 
+def audit_hash(connection: sa.Connection, sequence: int) -> str | None:
+    """Return the hash of a row of the audit log, None where there is no such row."""
+    return connection.scalar(sa.select(audit.c.hash).where(audit.c.sequence == sequence))
+
+
 def iterate_audit(connection: sa.Connection) -> Iterator[AuditRecord]:
     """Read the whole audit log in order, some rows at a time.
 

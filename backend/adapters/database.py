@@ -65,6 +65,11 @@ class Database:
         else:
             self.engine = self._open_postgresql()
 
+    @property
+    def durable(self) -> bool:
+        """False where it lives as long as the process."""
+        return self.url.database not in {None, "", ":memory:"}
+
     def note_written(self) -> None:
         """Have it known that something was committed just now."""
         self._written_at = time.monotonic()

@@ -12,7 +12,7 @@ from backend.adapters.database import Database
 from backend.adapters.postgresql import said
 from backend.adapters.sql_journal import SqlJournal
 from backend.errors import StartRefusedError
-from backend.services.hub_committer import run_sequence
+from backend.services.batches import run_sequence
 from backend.services.ports import Batch, NextBatch
 
 log = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ class DbosJournal(SqlJournal):
         if now - self._tidied_at < _TIDY_INTERVAL_SECONDS:
             return
         self._tidied_at = now
+        super().tidy()
         # DBOS itself would wait for a database that is away, for as long as that takes.
         self.check()
         ended = self._dbos.list_workflows(

@@ -36,6 +36,8 @@ class InterfaceState(StrEnum):
 
     ABSENT = "absent"
     OURS = "up"
+    # Whoever made it has given it nothing yet, so it is nobody else's.
+    NEW = "there, without a key"
     FOREIGN = "another one of that name, which isn't this hub's"
     UNKNOWN = "unknown"
 
@@ -121,6 +123,9 @@ def up(config_path: Path, address: IPv4Interface, stated_key: WireGuardKey | Non
     ip, wg = find("ip"), find("wg")
     routes = list(_foreign_routes(ip, name))
     state = _state(name, manager.hub_public_key)
+    if state is InterfaceState.NEW:
+        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.render_stripped(manager.managed_peers))
+        state = InterfaceState.OURS
     if state is InterfaceState.OURS:
         _set_up(ip, name)
         warnings = _give_address(ip, name, address, routes)
@@ -247,6 +252,8 @@ def _state(name: InterfaceName, public_key: WireGuardKey) -> InterfaceState:
         if exc.not_permitted:
             raise
         return InterfaceState.FOREIGN  # not a WireGuard interface at all
+    if found == "(none)" and not run([find("wg"), "show", name, "peers"]).strip():
+        return InterfaceState.NEW
     return InterfaceState.OURS if found == public_key else InterfaceState.FOREIGN
 
 

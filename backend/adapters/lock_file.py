@@ -1,7 +1,9 @@
-"""A lock that a second process meets, and that no dead one leaves behind (flock(2))."""
+"""Locks that a second process meets, and that no dead one leaves behind: flock(2), unix(7)."""
 
+import errno
 import fcntl
 import os
+import socket
 import stat
 from pathlib import Path
 from typing import Final, Self
@@ -49,3 +51,37 @@ class LockFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+class InterfaceLock:
+    """The sole right to write to an interface: its name in the abstract namespace of UNIX sockets.
+
+    That namespace belongs to the network namespace, as the interface does, wherever the configs lie of those
+    who want it.
+    """
+
+    def __init__(self, interface: str) -> None:
+        self._interface = interface
+        self._socket: socket.socket | None = None
+
+    def acquire(self) -> Self:
+        """Take the lock; raise InUseError when another process has it."""
+        held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            held.bind(f"\0wireguard-provisioning/{self._interface}")
+        except OSError as exc:
+            held.close()
+            if exc.errno != errno.EADDRINUSE:
+                raise
+            raise InUseError(
+                f"interface {self._interface} is already managed by another process, with another config; "
+                "stop that one first, or give this hub another name with WIREGUARD_CONFIG_PATH"
+            ) from None
+        self._socket = held
+        return self
+
+    def release(self) -> None:
+        """Let go."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None

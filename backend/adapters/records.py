@@ -70,6 +70,8 @@ hub_state: Final = sa.Table(
     sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1", name="single"), primary_key=True),
     sa.Column("generation", sa.BigInteger(), nullable=False),
     sa.Column("applied_generation", sa.BigInteger(), nullable=False),
+    # What an operator has decided where the records don't fit the hub, until it's carried out.
+    sa.Column("decision", sa.String(8), nullable=True),
 )
 
 Row = Mapping[str, Any]
@@ -116,6 +118,7 @@ def write_intent(connection: sa.Connection, batch: Batch) -> list[Row]:
     changes = batch.accepted()
     removed = _remove(connection, [change for change in changes if change.action is Action.REMOVE])
     _add(connection, batch.generation, [change for change in changes if change.action is Action.ADD])
+    _identify(connection, [change for change in changes if change.action is Action.IDENTIFY])
     return removed
 
 
@@ -144,8 +147,8 @@ def forget(connection: sa.Connection, node_ids: Sequence[str]) -> None:
         connection.execute(sa.delete(peers).where(peers.c.node_id.in_(node_ids)))
 
 
-def adopt(connection: sa.Connection, found: Sequence[Peer]) -> None:
-    """Write peers of which only what is in the hub's file is known."""
+def adopt(connection: sa.Connection, found: Sequence[Peer], generation: int) -> None:
+    """Write peers of which only what the hub has is known."""
     rows = [
         {
             "node_id": peer.node_id,
@@ -155,7 +158,7 @@ def adopt(connection: sa.Connection, found: Sequence[Peer]) -> None:
             "provisioned_at": peer.provisioned_at,
             "version": "",
             "capabilities": {},
-            "generation": 0,
+            "generation": generation,
         }
         for peer in found
     ]
@@ -198,6 +201,18 @@ def _add(connection: sa.Connection, generation: int, changes: Sequence[Change]) 
     for change in changes:
         if change.peer.node_id not in written:
             change.refusal = _refusal(connection, change.peer)
+
+
+def _identify(connection: sa.Connection, changes: Sequence[Change]) -> None:
+    """Fill in what wasn't known of adopted peers. Nothing of it is taken back: the hub has no part in it."""
+    for change in changes:
+        row = dict(_row(change, 0))
+        known = {name: row[name] for name in ("public_key", "version", "capabilities", "metadata")}
+        found = connection.execute(
+            sa.update(peers).where(peers.c.node_id == change.peer.node_id).values(known)
+        )
+        if found.rowcount == 0:
+            change.refusal = PeerNotFoundError(change.peer.node_id)
 
 
 def _row(change: Change, generation: int) -> Row:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from threading import get_ident
@@ -12,15 +12,17 @@ import sqlalchemy as sa
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from backend.adapters import access_records, records
+from backend.adapters import access_records, hub_records, records
 from backend.adapters.database import Database
 from backend.adapters.postgresql import said
 from backend.errors import RecordsUnavailableError, UnauthenticatedError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
-from backend.services.hub_committer import run_sequence
-from backend.services.ports import Action, Batch, Change, NextBatch, Peer, RecordedState
+from backend.services.batches import run_sequence
+from backend.services.ports import Action, Batch, Change, HubStatus, NewGeneration, NextBatch, RecordedState
+
+_FORGET_INTERVAL_SECONDS: Final = 3600.0
 
 # How often the database is looked at when nothing asks for it: seconds.
 _LOOK_INTERVAL_SECONDS: Final = 1.0
@@ -41,29 +43,26 @@ class SqlJournal:
         self._removed: list[records.Row] = []
         self._forgotten: list[Answer] = []
         self._apply: Callable[[Batch | None], str | None] = lambda _: None
-        self._looked_at = time.monotonic()
+        self._looked_at = self._forgot_at = time.monotonic()
         # Since when which thread has been waiting for the database.
         self._waiting: dict[int, float] = {}
         # Whether the last batch may or may not be written.
         self._in_doubt = False
 
     @property
+    def durable(self) -> bool:
+        """False where the records live as long as the process."""
+        return self._database.durable
+
+    @property
     def busy_since(self) -> float | None:
         """Since when, by time.monotonic(), a call has been waiting for the database, or None."""
         return min(list(self._waiting.values()), default=None)
 
-    def adopt(self, peers: Sequence[Peer]) -> None:
-        """Take over peers of which nothing is known but what the file says."""
-        with self._engine.begin() as connection:
-            records.adopt(connection, peers)
-
     def load(self) -> RecordedState:
         """Read everything; raise RecordsUnavailableError."""
-        try:
-            with self._waits(), self._engine.connect() as connection:
-                state = records.load_state(connection, settled=self._in_doubt)
-        except SQLAlchemyError as exc:
-            raise RecordsUnavailableError("the records can't be read; check the database") from exc
+        with self._reading() as connection:
+            state = records.load_state(connection, settled=self._in_doubt)
         self._in_doubt = False
         return state
 
@@ -91,21 +90,47 @@ class SqlJournal:
     def _run(self, next_batch: NextBatch) -> None:
         run_sequence(next_batch, self)
 
+    def hub_status(self) -> HubStatus:
+        """Return what changes beside the peers."""
+        with self._reading() as connection:
+            return hub_records.hub_status(connection)
+
+    def add_generation(self, new: NewGeneration) -> None:
+        """Write a new generation, and that the operator's decision is carried out."""
+        with self._writing() as connection:
+            hub_records.add_generation(connection, new)
+
+    def dismiss_decision(self) -> None:
+        """Forget a decision that nothing waits for."""
+        with self._writing() as connection:
+            hub_records.decide(connection, None)
+
+    def removed_keys(self, keys: Collection[str]) -> set[str]:
+        """Return those of the keys whose peers were removed on the record."""
+        with self._reading() as connection:
+            return hub_records.removed_keys(connection, keys)
+
+    def audit_hash(self, sequence: int) -> str | None:
+        """Return the hash of a row of the audit log, None where there is no such row."""
+        with self._reading() as connection:
+            return access_records.audit_hash(connection, sequence)
+
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`, outside of any batch."""
-        try:
-            with self._waits(), self._engine.begin() as connection:
-                records.mark_applied(connection, generation)
-        except SQLAlchemyError as exc:
-            raise RecordsUnavailableError("the records can't be written; check the database") from exc
+        with self._writing() as connection:
+            records.mark_applied(connection, generation)
 
     def tidy(self) -> None:
-        """Nothing is left over by a batch; look whether the database is still there."""
+        """Look whether the database is still there; forget peers that were removed long ago."""
         now = time.monotonic()
         if now - self._looked_at >= _LOOK_INTERVAL_SECONDS:
             self._looked_at = now
             with self._waits():
                 self._database.check()
+        if now - self._forgot_at >= _FORGET_INTERVAL_SECONDS:
+            self._forgot_at = now
+            with self._writing() as connection:
+                hub_records.forget_removed(connection, datetime.now(UTC))
 
     def check(self) -> None:
         """Raise RecordsUnavailableError unless the database answers."""
@@ -127,6 +152,22 @@ class SqlJournal:
             raise RecordsUnavailableError(f"the database can't be written: {said(exc)}") from exc
         self._database.note_written()
 
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        try:
+            with self._waits(), self._engine.connect() as connection:
+                yield connection
+        except SQLAlchemyError as exc:
+            raise RecordsUnavailableError("the records can't be read; check the database") from exc
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        try:
+            with self._waits(), self._engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as exc:
+            raise RecordsUnavailableError("the records can't be written; check the database") from exc
+
     def close(self) -> None:
         """Close the database."""
         self._database.close()
@@ -138,6 +179,7 @@ class SqlJournal:
             _count_uses(connection, batch.accepted())
             accepted = batch.accepted()
             gone = [change.peer.node_id for change in accepted if change.action is Action.REMOVE]
+            _note_removed(connection, accepted, Action.REMOVE, batch.generation)
             self._forgotten = access_records.forget_answers_of(connection, gone)
             access_records.save_answers(
                 connection, [change.answer for change in accepted if change.answer is not None]
@@ -163,6 +205,8 @@ class SqlJournal:
                 return
             access_records.return_uses(connection, _tokens(accepted))
             added = [change.peer.node_id for change in accepted if change.action is Action.ADD]
+            # The hub may have them for a moment longer, where it couldn't be put back at once.
+            _note_removed(connection, accepted, Action.ADD, batch.generation)
             access_records.forget_answers_of(connection, added)
             access_records.save_answers(connection, self._forgotten)
             access_records.append_audit(
@@ -192,6 +236,17 @@ class SqlJournal:
             yield
         finally:
             self._waiting[get_ident()] = time.monotonic()
+
+
+def _note_removed(
+    connection: sa.Connection, changes: Sequence[Change], action: Action, generation: int
+) -> None:
+    gone = [
+        (change.peer.wireguard_public_key, change.peer.node_id)
+        for change in changes
+        if change.action is action
+    ]
+    hub_records.note_removed(connection, gone, generation)
 
 
 def _tokens(changes: Sequence[Change]) -> Counter[str]:

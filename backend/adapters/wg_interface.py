@@ -5,9 +5,12 @@ from collections.abc import Callable, Collection, Mapping
 from ipaddress import IPv4Address
 from typing import Final
 
-from backend.adapters import host_tools
+from backend.adapters import host_link, host_tools
+from backend.errors import HubUpdateError
 from backend.models.wireguard.interface import InterfaceName
+from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
+from backend.services.interface_drift import Drift
 
 # A batch may need three of them before it is given up: together less than a request waits for its answer.
 _TIMEOUT_SECONDS: Final = 5.0
@@ -18,9 +21,13 @@ class WgInterface:
 
     live: Final = True
 
-    def __init__(self, name: str) -> None:
-        """Find `wg`; raise HubUpdateError where it isn't installed, ValueError for what can't be a name."""
+    def __init__(self, name: str, address: IPv4Address) -> None:
+        """Find `wg`; raise HubUpdateError where it isn't installed, ValueError for what can't be a name.
+
+        `address` is the hub's own, which the interface should have.
+        """
         self._name = InterfaceName.parse(name)
+        self._address = address
         self._wg = host_tools.find("wg")
 
     def change(
@@ -42,13 +49,29 @@ class WgInterface:
         """
         self._run("syncconf", self._name, "/dev/stdin", stdin=stripped)
 
-    def peers(self) -> dict[str, frozenset[str]]:
-        """Run `wg show NAME allowed-ips`: a line a peer, the key, a tab, CIDRs or `(none)`."""
-        peers = {}
-        for line in self._run("show", self._name, "allowed-ips").splitlines():
-            key, _, allowed = line.partition("\t")
-            peers[key] = frozenset(() if allowed == "(none)" else allowed.split(" "))
-        return peers
+    def clear(self, drift: Drift) -> None:
+        """Run one `wg set` for what `wg syncconf` leaves as it was where the config no longer has it."""
+        arguments = ["fwmark", "0"] if drift.fwmark else []
+        for key in sorted(drift.preshared_keys | drift.keepalives):
+            arguments += ["peer", key]
+            if key in drift.preshared_keys:
+                arguments += ["preshared-key", "/dev/null"]
+            if key in drift.keepalives:
+                arguments += ["persistent-keepalive", "0"]
+        if arguments:
+            self._run("set", self._name, *arguments)
+
+    def state(self) -> InterfaceState:
+        """Run `wg show NAME dump`."""
+        try:
+            return InterfaceState.parse(self._run("show", self._name, "dump"))
+        except (ValueError, IndexError):
+            # Without the cause: it would quote a line, and there are keys in it.
+            raise HubUpdateError(f"`wg show {self._name} dump` printed what can't be read") from None
+
+    def link_problem(self) -> str | None:
+        """Ask the kernel (netdevice(7)) whether the link is up and has the hub's address."""
+        return host_link.problem(self._name, self._address)
 
     def incarnation(self) -> int | None:
         """Return the interface's index (netdevice(7)): a new interface has a new one."""
@@ -81,9 +104,16 @@ class FileOnly:
     def sync(self, stripped: bytes) -> None:
         """Leave it to whoever reads the file."""
 
-    def peers(self) -> dict[str, frozenset[str]]:
+    def clear(self, drift: Drift) -> None:
+        """Leave it to whoever reads the file."""
+
+    def state(self) -> InterfaceState:
+        """Return an empty one: there is no interface to look at."""
+        return InterfaceState(None, 0)
+
+    def link_problem(self) -> str | None:
         """Return nothing: there is no interface to look at."""
-        return {}
+        return None
 
     def incarnation(self) -> int | None:
         """Return nothing: there is no interface to look at."""

@@ -1,12 +1,16 @@
 """Whether the process lives, and whether a node would be let in now."""
 
-from typing import Literal
+import asyncio
+from typing import Final, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from backend.api.dependencies import Service
 from backend.api.errors import DomainErrorRoute
+
+# A probe's own patience is longer.
+_PATIENCE_SECONDS: Final = 4.0
 
 router = APIRouter(tags=["health"], route_class=DomainErrorRoute)
 
@@ -24,6 +28,11 @@ class Ready(BaseModel):
     reload: Literal["syncconf", "off"] = Field(
         examples=["syncconf"],
         description="off: only the file is kept, no interface is told (WIREGUARD_RELOAD=off)",
+    )
+    notices: list[str] = Field(
+        default=[],
+        examples=[[]],
+        description="What an operator should know though it works, until they have acknowledged it.",
     )
 
 
@@ -44,7 +53,12 @@ async def healthz() -> Alive:
     summary="Would a provision succeed?",
     responses={503: {"model": NotReady, "description": "It would not; the detail says why."}},
 )
-def readyz(service: Service) -> Ready:
-    """Look at records, file, interface and pool. In a thread: the database and the file are asked."""
-    service.check()
-    return Ready(reload="syncconf" if service.live else "off")
+async def readyz(service: Service) -> Ready:
+    """Look at records, file, interface and pool. Answers in time, whatever hangs in there."""
+    look = asyncio.wrap_future(service.readiness.ask())
+    try:
+        # Shielded: others may wait for the same look.
+        await asyncio.wait_for(asyncio.shield(look), _PATIENCE_SECONDS)
+    except TimeoutError:
+        raise service.readiness.hangs() from None
+    return Ready(reload="syncconf" if service.live else "off", notices=list(service.notices))

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -16,18 +16,18 @@ from backend.errors import (
     ProvisioningError,
     RecordsUnavailableError,
 )
+from backend.services.batches import settle
 from backend.services.hand_made_peers import HandMadePeers
+from backend.services.hub_history import HubHistory
 from backend.services.hub_mirror import HubMirror
-from backend.services.ports import Action, Batch, BatchSteps, Change, Journal, NextBatch, Peer
+from backend.services.ports import Action, Batch, Change, Journal, Peer
+from backend.services.prepared_changes import PreparedChanges
 
 log = logging.getLogger(__name__)
 
 MAX_BATCH: Final = 512
 # How often, when nothing else is to do, the hub is looked at: seconds.
 HEAL_INTERVAL_SECONDS: Final = 1.0
-# For how long a batch that failed speaks for the next one, where no look at the parts shows the cause
-# (a full disk, say): seconds. Not for ever, or nobody would be sent here to find out.
-_FAILURE_SPEAKS_SECONDS: Final = 10.0
 # From when on a batch under way says that something is wrong: seconds.
 _LONG_BATCH_SECONDS: Final = 5.0
 # From when on records that don't answer leave whoever waits in doubt: seconds.
@@ -42,18 +42,6 @@ _LOOKED_UP: Final = "the outcome of an earlier change is still being looked up"
 _UNFORESEEN: Final = "the change failed in an unforeseen way; see the service's log"
 
 
-def run_sequence(next_batch: NextBatch, steps: BatchSteps) -> None:
-    """Take batches through intent and apply, one after the other, for as long as they come at once.
-
-    Where apply fails for good the intent is taken back. How far the hub has come is written with the next
-    intent, or when nothing else is to do: it tells whoever reads the records, and no start relies on it.
-    """
-    while (batch := next_batch()) is not None:
-        steps.intend(batch)
-        if steps.apply(batch) is not None:
-            steps.revoke(batch)
-
-
 class HubCommitter:
     """Owns the one thread that writes records, file and interface.
 
@@ -61,10 +49,15 @@ class HubCommitter:
     why it is in none.
     """
 
-    def __init__(self, journal: Journal, mirror: HubMirror, hand_made: HandMadePeers) -> None:
+    def __init__(
+        self, journal: Journal, mirror: HubMirror, hand_made: HandMadePeers, history: HubHistory
+    ) -> None:
         self._journal = journal
         self._mirror = mirror
         self._hand_made = hand_made
+        self._history = history
+        # Told of peers that an operator's decision has taken into the records.
+        self._on_adoption: Callable[[Sequence[Peer]], None] = lambda _: None
         self._queue: SimpleQueue[Change | None] = SimpleQueue()
         # Guards _open, so that no change is queued behind the end of the queue.
         self._lock = Lock()
@@ -81,20 +74,30 @@ class HubCommitter:
         self._burst_until = 0.0
         # The batch whose outcome has to be looked up before anything else is written.
         self._doubtful: Batch | None = None
-        self._failed: tuple[float, ProvisioningError] | None = None
+        # What the file is to be for the batch that is under way.
+        self._prepared: PreparedChanges | None = None
+        # Whether the last batch failed: the next one writes nothing before its file can be written.
+        self._cautious = False
+        # What was refused last, so that a cause is logged once.
+        self._refused: str | None = None
+        self._looked_at = float("-inf")
         # Set once, for good: the records are somebody else's.
         self._overtaken: OvertakenError | None = None
         self._busy_since: float | None = None
 
     def load(self) -> Sequence[Peer]:
         """Read the records; the first thing to be called."""
-        state = self._journal.load()
+        state = self._history.load()
         self._generation, self._noted = state.generation, state.applied_generation
         self._reached = self._noted
         return state.peers
 
-    def start(self, peers: Sequence[Peer]) -> None:
-        """Bring the hub up to the records once, take up what an earlier process left, and begin."""
+    def start(self, peers: Sequence[Peer], on_adoption: Callable[[Sequence[Peer]], None]) -> None:
+        """Bring the hub up to the records once, take up what an earlier process left, and begin.
+
+        `on_adoption` is told of peers that come into the records by an operator's decision.
+        """
+        self._on_adoption = on_adoption
         self._mirror.assume(peers)
         # `wg` takes as long for many peers as the journal for its launch, and neither needs the other.
         with ThreadPoolExecutor(1, "hub-start") as executor:
@@ -102,6 +105,7 @@ class HubCommitter:
             self._journal.launch(self._apply)
         if reconciled.result() is None:
             self._reached = self._generation
+            self._history.reach(self._reached)
             self._note_reached()
         self._open = True
         self._thread.start()
@@ -131,10 +135,11 @@ class HubCommitter:
         if was_open:
             self._thread.join(_STOP_SECONDS)
         if self._doubtful is not None:
-            _settle(self._doubtful.changes, OutcomeUnknownError("the service has stopped; ask again later"))
+            settle(self._doubtful.changes, OutcomeUnknownError("the service has stopped; ask again later"))
 
     def close(self) -> None:
-        """Let go of the records."""
+        """Let go of the records and of the file."""
+        self._mirror.close()
         self._journal.close()
 
     @property
@@ -147,24 +152,28 @@ class HubCommitter:
         since = self._journal.busy_since
         return self._doubtful is not None or (since is not None and time.monotonic() - since > _DOUBT_SECONDS)
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What an operator should know, though the service works."""
+        return self._history.notices
+
     def check(self) -> None:
-        """Raise a ProvisioningError unless a change could be committed now."""
+        """Raise a ProvisioningError where changes wait for something already."""
         if self._overtaken is not None:
             raise self._overtaken
-        since, failed = self._busy_since, self._failed
+        since = self._busy_since
         if since is not None and time.monotonic() - since > _LONG_BATCH_SECONDS:
             raise HubUpdateError("a batch takes unusually long; its requests are waiting")
-        self._journal.check()
-        self._mirror.check()
         if self._doubtful is not None:
             raise RecordsUnavailableError(_LOOKED_UP)
-        # Records that couldn't be written were asked again just now.
-        if (
-            failed is not None
-            and not isinstance(failed[1], RecordsUnavailableError)
-            and time.monotonic() - failed[0] < _FAILURE_SPEAKS_SECONDS
-        ):
-            raise failed[1]
+
+    def check_records(self) -> None:
+        """Raise RecordsUnavailableError unless a change could be written to the records."""
+        self._journal.check_writable()
+
+    def check_hub(self) -> None:
+        """Raise HubUpdateError unless a change could be brought to file and interface."""
+        self._mirror.check()
 
     def _work(self) -> None:
         while self._running:
@@ -176,37 +185,38 @@ class HubCommitter:
             except OvertakenError as exc:
                 self._overtaken = exc
                 log.critical("overtaken", extra={"reason": str(exc)})
-                _settle(changes, exc)
+                settle(changes, exc)
                 self._give_up(exc)
             except Exception:
                 # The thread must outlive whatever happened, or every later request would wait for ever.
                 log.exception("committer_failed")
                 reason = HubUpdateError(_UNFORESEEN)
-                _settle(changes, reason)
+                settle(changes, reason)
                 self._give_up(reason)
             self._busy_since = None
 
     def _give_up(self, reason: ProvisioningError) -> None:
         """Tell everybody who still waits for a batch."""
+        self._discard_prepared()
         for batch in (self._first, self._batch, self._doubtful):
             if batch is not None:
-                _settle(batch.changes, reason)
+                settle(batch.changes, reason)
         self._first = self._batch = self._doubtful = None
 
     def _turn(self, changes: list[Change]) -> None:
         """Do what is to be done next: find out what became of a batch, commit one, or see to the hub."""
         if self._overtaken is not None:
-            _settle(changes, self._overtaken)
+            settle(changes, self._overtaken)
             return
         if self._doubtful is not None:
             reason = self._resolve(self._doubtful)
             if reason is not None:
-                _settle(changes, reason)
+                settle(changes, reason)
                 return
         if changes:
             self._commit(changes)
-        else:
-            self._idle()
+        if self._doubtful is None:
+            self._look(idle=not changes)
         with contextlib.suppress(RecordsUnavailableError):  # what is left over can wait
             self._journal.tidy()
 
@@ -240,10 +250,9 @@ class HubCommitter:
                 log.error("burst_failed", extra={"reason": reason})  # noqa: TRY400 - see above
             if self._first is not None:
                 # Nothing of it has been begun.
-                unwritten = RecordsUnavailableError("the records can't be written; nothing was changed")
-                self._failed = (time.monotonic(), unwritten)
-                self._give_up(unwritten)
+                self._give_up(RecordsUnavailableError("the records can't be written; nothing was changed"))
             elif self._batch is not None:
+                self._discard_prepared()
                 self._doubtful, self._batch = self._batch, None
                 self._resolve(self._doubtful)
         else:
@@ -274,26 +283,34 @@ class HubCommitter:
             self._mirror.refresh()
             self._journal.check()
             self._heal()
+            self._mirror.require_interface()
             for change in changes:
                 if change.action is Action.ADD:
                     change.refusal = self._hand_made.conflict(change.peer)
+            batch = Batch(self._generation + 1, self._reached, changes)
+            if batch.accepted():
+                self._prepared = self._mirror.prepare(batch.accepted())
+                if self._cautious:
+                    # What has just failed may fail again, and then not even the records are touched.
+                    self._prepared.wait()
         except OvertakenError:
-            _settle(changes, OvertakenError())
+            settle(changes, OvertakenError())
             raise
         except ProvisioningError as exc:
-            self._failed = (time.monotonic(), exc)
-            _settle(changes, exc)
+            self._log_refusal(exc, len(changes))
+            self._discard_prepared()
+            settle(changes, exc)
             return None
         except Exception:
             # In the middle of a burst nobody else knows of these changes; and nothing of them is written.
             log.exception("committer_failed")
-            _settle(changes, HubUpdateError(_UNFORESEEN))
+            self._discard_prepared()
+            settle(changes, HubUpdateError(_UNFORESEEN))
             return None
-        batch = Batch(self._generation + 1, self._reached, changes)
-        if batch.accepted():
+        if self._prepared is not None:
             return batch
         for change in changes:
-            _settle([change], change.refusal)
+            settle([change], change.refusal)
         return None
 
     def _finish(self) -> None:
@@ -305,15 +322,18 @@ class HubCommitter:
         failed = None
         if batch.failure is None:
             self._reached = batch.generation
+            self._refused = None
         else:
             failed = HubUpdateError(batch.failure)
-            log.error("batch_failed", extra={"changes": len(batch.changes), "reason": batch.failure})
-        self._failed = None if failed is None else (time.monotonic(), failed)
-        _settle(batch.changes, failed)
+            self._log_refusal(failed, len(batch.changes))
+        self._cautious = failed is not None
+        settle(batch.changes, failed)
         self._busy_since = None
 
     def _heal(self) -> None:
         """See that the hub is in step before more is asked of it; raise HubUpdateError where it can't be."""
+        if self._mirror.paused:
+            raise HubUpdateError(self._mirror.problem or "the service is paused")
         if self._mirror.problem is not None and not self._mirror.heal():
             raise HubUpdateError(self._mirror.problem or "the hub could not be brought up to date")
 
@@ -337,25 +357,38 @@ class HubCommitter:
         if problem is not None:
             return HubUpdateError(problem)
         self._generation = self._reached = state.generation
+        self._history.reach(self._reached)
         self._doubtful = None
         self._note_reached()
         recorded = {peer.node_id: peer for peer in state.peers}
         undone = RecordsUnavailableError("the records could not be written; nothing was changed, try again")
         for change in batch.changes:
             there = recorded.get(change.peer.node_id) == change.peer
-            done = there if change.action is Action.ADD else not there
-            if not done:
-                self._failed = (time.monotonic(), undone)
-            _settle([change], None if done else undone)
+            done = not there if change.action is Action.REMOVE else there
+            settle([change], None if done else undone)
         return None
 
-    def _idle(self) -> None:
+    def _look(self, *, idle: bool) -> None:
+        """Once a second, whatever the load: see to the hub, and to what was decided about it."""
+        if time.monotonic() - self._looked_at < HEAL_INTERVAL_SECONDS:
+            return
+        self._looked_at = time.monotonic()
         with contextlib.suppress(HubUpdateError):  # heal() meets it too, and it is logged there once
             self._mirror.refresh()
-        if self._mirror.heal():
-            self._failed = None
+        with contextlib.suppress(RecordsUnavailableError, HubUpdateError):  # later, then
+            self._follow_decision()
+        if self._mirror.heal(idle=idle):
             self._reached = self._generation
+            self._history.reach(self._reached)
         self._note_reached()
+
+    def _follow_decision(self) -> None:
+        state = self._history.look(self._generation)
+        if state is None:
+            return
+        self._generation = state.generation
+        self._on_adoption(state.peers)
+        self._mirror.assume(state.peers)
 
     def _note_reached(self) -> None:
         """Write down how far the hub has come, where the records don't know; later, if they don't answer."""
@@ -367,20 +400,30 @@ class HubCommitter:
     def _apply(self, batch: Batch | None) -> str | None:
         """Apply a batch; or, for one that an earlier process left behind, see that the hub is up to date."""
         if batch is None:
-            return self._mirror.apply(())
-        batch.failure = self._mirror.apply(batch.accepted())
+            # Each start reconciles the hub with all the records, and goes on until that has succeeded.
+            return None
+        prepared, self._prepared = self._prepared, None
+        accepted = batch.accepted()
+        if prepared is None or list(prepared.changes) != accepted:
+            # The records have refused some of them.
+            if prepared is not None:
+                prepared.discard()
+            prepared = self._mirror.prepare(accepted)
+        batch.failure = self._mirror.apply(prepared)
         if batch.failure is None:
-            # It's in all three: what is still to be written is the workflow's own bookkeeping. Whoever is
-            # told so and asks whether the service is ready must not hear of an earlier failure.
-            self._failed = None
-            _settle(batch.changes, None)
+            # It's in all three: what is still to be written is the workflow's own bookkeeping.
+            self._history.reach(batch.generation)
+            settle(batch.changes, None)
         return batch.failure
 
+    def _discard_prepared(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.discard()
 
-def _settle(changes: Iterable[Change], error: ProvisioningError | None) -> None:
-    for change in changes:
-        try:
-            change.settle(change.refusal or error)
-        except Exception:
-            # One that can't be told must not keep the others from being told.
-            log.exception("settle_failed")
+    def _log_refusal(self, error: ProvisioningError, changes: int) -> None:
+        """Log a cause once, however many changes it refuses; and not what the mirror has said already."""
+        reason = str(error)
+        if reason not in {self._refused, self._mirror.problem}:
+            log.error("changes_refused", extra={"changes": changes, "reason": reason})
+        self._refused = reason

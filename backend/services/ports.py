@@ -11,8 +11,10 @@ from backend.errors import ProvisioningError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
+from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.provisioning import ProvisioningRecord
+from backend.services.interface_drift import Drift
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,15 @@ class Action(StrEnum):
 
     ADD = "add"
     REMOVE = "remove"
+    # A peer that was found in the file gets the rest of its record, which neither file nor interface have.
+    IDENTIFY = "identify"
 
 
 @dataclass(slots=True)
 class Change:
     """One peer that comes or goes.
 
-    `record` is there for an ADD. `settle` is told the outcome,
+    `record` is there for an ADD and an IDENTIFY. `settle` is told the outcome,
     None for success, from the committer's thread; only the first word counts.
     """
 
@@ -80,6 +84,39 @@ class RecordedState:
     applied_generation: int
 
 
+class Decision(StrEnum):
+    """What an operator has decided where the records don't fit the hub."""
+
+    # Take the hub's peers into the records.
+    ADOPT = "adopt"
+    # Take them off the hub.
+    FORCE = "force"
+
+
+@dataclass(frozen=True, slots=True)
+class HubStatus:
+    """What changes beside the peers: an operator's decision, what they should know, the audit log's head."""
+
+    decision: Decision | None
+    notices: tuple[str, ...]
+    audit_head: tuple[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class NewGeneration:
+    """A new generation without a change of a node's: peers that are adopted, and why.
+
+    `removed` are the (key, label) of peers that the hub is to lose.
+    """
+
+    generation: int
+    peers: Sequence[Peer]
+    removed: Sequence[tuple[str, str]]
+    event: AuditEvent
+    # What `/readyz` says until an operator has acknowledged it.
+    notice: str | None = None
+
+
 NextBatch = Callable[[], Batch | None]
 
 
@@ -100,6 +137,10 @@ class Journal(Protocol):
     """The records, and the way a batch gets into them. Called by one thread at a time."""
 
     @property
+    def durable(self) -> bool:
+        """False where the records live as long as the process."""
+
+    @property
     def busy_since(self) -> float | None:
         """Since when, by time.monotonic(), a call has been waiting, or None; any thread may ask."""
 
@@ -114,6 +155,21 @@ class Journal(Protocol):
 
         On any exception the outcome of the last one is to be looked up by `load`.
         """
+
+    def hub_status(self) -> HubStatus:
+        """Return what changes beside the peers; raise RecordsUnavailableError."""
+
+    def add_generation(self, new: NewGeneration) -> None:
+        """Write a new generation, which carries a decision out; raise RecordsUnavailableError."""
+
+    def dismiss_decision(self) -> None:
+        """Forget a decision that nothing waits for; raise RecordsUnavailableError."""
+
+    def removed_keys(self, keys: Collection[str]) -> set[str]:
+        """Return those of the given WireGuard keys whose peers were removed on the record."""
+
+    def audit_hash(self, sequence: int) -> str | None:
+        """Return the hash of a row of the audit log, None where there is no such row."""
 
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`, outside of any batch."""
@@ -184,8 +240,17 @@ class Hub(Protocol):
     def sync(self, stripped: bytes) -> None:
         """Make the interface equal to a config that `wg setconf` would take; raise HubUpdateError."""
 
-    def peers(self) -> dict[str, frozenset[str]]:
-        """Return what the interface has: public key -> AllowedIPs in CIDR notation; raise HubUpdateError."""
+    def clear(self, drift: Drift) -> None:
+        """Mend what `sync` may leave as it was: marks and values that the config has no longer.
+
+        Raises HubUpdateError.
+        """
+
+    def state(self) -> InterfaceState:
+        """Return what the interface has; raise HubUpdateError."""
+
+    def link_problem(self) -> str | None:
+        """Say why peers can't reach the hub's address through the interface, or return None."""
 
     def incarnation(self) -> int | None:
         """Return a number that is another one whenever the interface was made anew; None if there is none."""

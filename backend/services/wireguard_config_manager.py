@@ -4,13 +4,11 @@ What the text means is in `wireguard_config_text`; this is about the file: one p
 (the lock file beside it sees to that), an operator may edit it whenever they like.
 """
 
+import errno
 import os
-import re
 import stat
-import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -22,6 +20,8 @@ from backend.models.operator_commands import command, put_key_back
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services.config_reader import ConfigReader, FileIdentity
+from backend.services.interface_drift import DesiredInterface
+from backend.services.staged_file import StagedFile, is_temporary, stage_file, sync_directory, try_directory
 from backend.services.wireguard_config_text import (
     ForeignPeer,
     HubKeyError,
@@ -37,8 +37,12 @@ __all__ = ["ForeignPeer", "ManagedPeer", "WireGuardConfigManager"]
 _ATTEMPTS: Final = 5
 # What a batch may add to the file, and a block for the directory.
 _SPARE_BYTES: Final = 128 * 1024
-# What tempfile puts between the prefix and the suffix.
-_RANDOM_PART: Final = "[a-z0-9_]{8}"
+_REMEDIES: Final = {
+    errno.ENOSPC: "make room on its disk",
+    errno.EDQUOT: "make room in the quota of this process's user",
+    errno.EROFS: "mount its file system for writing",
+    errno.EPERM: "take the immutable attribute from it and its directory (`chattr -i`)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,22 @@ class _Version:
     hub_public_key: WireGuardKey
     # Whether the text is the config's foreign part and its peers of ours, and nothing else.
     as_rendered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StagedConfig:
+    """What the file is to hold, and the text that it was rendered from; nothing is replaced yet."""
+
+    peers: tuple[ManagedPeer, ...]
+    text: bytes = field(repr=False)
+    before: bytes = field(repr=False)
+    # None where the file has that text already.
+    file: StagedFile | None
+
+    def discard(self) -> None:
+        """Take the temporary file away."""
+        if self.file is not None:
+            self.file.discard()
 
 
 class WireGuardConfigManager:
@@ -116,6 +136,19 @@ class WireGuardConfigManager:
         return self._known().config.foreign_stripped
 
     @property
+    def desired_interface(self) -> DesiredInterface:
+        """What the interface should be by the file, as last found or written."""
+        version = self._known()
+        config = version.config
+        return DesiredInterface(
+            version.hub_public_key,
+            config.listen_port,
+            config.fwmark,
+            config.foreign_peers,
+            config.managed_peers,
+        )
+
+    @property
     def hub_public_key(self) -> WireGuardKey:
         """The public half of the file's PrivateKey."""
         return self._known().hub_public_key
@@ -144,11 +177,35 @@ class WireGuardConfigManager:
         with self._lock:
             return self._write(tuple(peers))
 
-    def check_room(self) -> None:
-        """Raise HubUpdateError where the disk has no room for the file's replacement."""
-        disk = os.statvfs(self.path.parent)
-        if disk.f_bavail * disk.f_frsize < len(self._known().text) + _SPARE_BYTES:
-            raise HubUpdateError(f"the disk of {self.path} is full; make room on it")
+    def stage(self, peers: Collection[ManagedPeer]) -> StagedConfig:
+        """Write and sync, beside the file, what is to replace it; raise ConfigFileError or HubUpdateError.
+
+        The file is what it was. Either `put_in_place` or `discard` has to follow.
+        """
+        with self._lock:
+            return self._stage(tuple(peers))
+
+    def put_in_place(self, staged: StagedConfig) -> bool:
+        """Replace the file by what was staged; return whether that was needed. Raises as `stage` does.
+
+        It is staged anew where somebody has changed the file meanwhile. `sync_directory` makes it durable.
+        """
+        with self._lock:
+            return self._put_in_place(staged)
+
+    def sync_directory(self) -> None:
+        """Make a replacement durable; raise HubUpdateError."""
+        try:
+            sync_directory(self.path.parent)
+        except OSError as exc:
+            raise self._not_replaced(exc) from exc
+
+    def check_replaceable(self) -> None:
+        """Raise HubUpdateError where the file could not be replaced now: a full disk, a read-only mount."""
+        try:
+            try_directory(self.path, len(self._known().text) + _SPARE_BYTES)
+        except OSError as exc:
+            raise self._not_replaced(exc) from exc
 
     def render_stripped(self, peers: Collection[ManagedPeer]) -> bytes:
         """Return the text for `wg syncconf`: the foreign part as last found, and these peers of ours."""
@@ -156,10 +213,9 @@ class WireGuardConfigManager:
 
     def remove_stale_temporaries(self) -> None:
         """Remove what a killed process has left of its writing. Only while no other process writes."""
-        name = re.compile(re.escape(f".{self.path.name}.") + _RANDOM_PART + re.escape(".tmp"))
         try:
             for entry in list(self.path.parent.iterdir()):
-                if name.fullmatch(entry.name) and stat.S_ISREG(entry.lstat().st_mode):
+                if is_temporary(entry.name, self.path) and stat.S_ISREG(entry.lstat().st_mode):
                     entry.unlink(missing_ok=True)
         except OSError as exc:
             raise HubUpdateError(f"{self.path.parent} can't be tidied up: {_reason(exc)}") from exc
@@ -284,67 +340,56 @@ class WireGuardConfigManager:
         return _Version(text, identity, settled, config, hub_public_key)
 
     def _write(self, peers: tuple[ManagedPeer, ...]) -> bool:
+        replaced = self._put_in_place(self._stage(peers))
+        if replaced:
+            self.sync_directory()
+        return replaced
+
+    def _stage(self, peers: tuple[ManagedPeer, ...]) -> StagedConfig:
         for _ in range(_ATTEMPTS):
             known = self._refresh()
             text = _rendered(known, peers)
             if text == known.text:
-                return False
+                return StagedConfig(peers, text, known.text, None)
             try:
-                replaced = self._replace(text, known.identity)
-                if replaced is None:
-                    continue
-                identity, settled = replaced
-                # Noted before the directory is made durable: the file is the new one from here on.
-                config = replace(known.config, managed_peers=peers)
-                self._version = _Version(
-                    text, identity, settled, config, known.hub_public_key, as_rendered=True
-                )
-                self._sync_directory()
+                file = stage_file(self.path, text, known.identity)
             except OSError as exc:
-                raise HubUpdateError(f"{self.path} could not be replaced: {_reason(exc)}") from exc
-            return True
-        raise HubUpdateError(f"{self.path} could not be replaced: somebody keeps changing it")
+                raise self._not_replaced(exc) from exc
+            if file is not None:
+                return StagedConfig(peers, text, known.text, file)
+        raise self._never_still()
 
-    def _replace(self, text: bytes, expected: FileIdentity) -> tuple[FileIdentity, bool] | None:
-        """Replace the file as a whole; return the new version's identity and whether that is settled.
-
-        None, and nothing is done, if the file isn't `expected` any more.
-        """
-        path = self.path
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    def _put_in_place(self, staged: StagedConfig) -> bool:
         try:
-            with os.fdopen(fd, "wb") as file:
-                old = path.stat()
-                # Ownership first: changing it may take mode bits away.
-                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(fd, old.st_uid, old.st_gid)
-                os.fchmod(fd, stat.S_IMODE(old.st_mode))
-                file.write(text)
-                file.flush()
-                settled = _mark(fd)
-                os.fsync(fd)
-                identity = FileIdentity.of(os.fstat(fd))
-            # Not followed: a link that has just taken its place would be replaced.
-            now = path.lstat()
-            if FileIdentity.of(now) != expected or _access(now) != _access(old):
-                return None
-            Path(temporary).replace(path)
-        except FileNotFoundError:
-            # Somebody is replacing the file in two steps, or took it away: the next look tells.
-            return None
-        else:
-            return identity, settled
+            for _ in range(_ATTEMPTS):
+                known = self._refresh()
+                if known.text == staged.before:
+                    if staged.file is None:
+                        return False
+                    if staged.file.replace():
+                        self._note_replaced(known, staged, staged.file)
+                        return True
+                staged.discard()
+                staged = self._stage(staged.peers)
+        except OSError as exc:
+            raise self._not_replaced(exc) from exc
         finally:
-            # Whatever happened, Ctrl-C included; after the replacement there is nothing of that name.
-            with suppress(OSError):
-                Path(temporary).unlink(missing_ok=True)
+            staged.discard()
+        raise self._never_still()
 
-    def _sync_directory(self) -> None:
-        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    def _note_replaced(self, known: _Version, staged: StagedConfig, file: StagedFile) -> None:
+        # Before the directory is made durable: the file is the new one from here on.
+        config = replace(known.config, managed_peers=staged.peers)
+        self._version = _Version(
+            staged.text, file.identity, file.settled, config, known.hub_public_key, as_rendered=True
+        )
+
+    def _not_replaced(self, exc: OSError) -> HubUpdateError:
+        remedy = _REMEDIES.get(exc.errno or 0, "let this process write to its directory")
+        return HubUpdateError(f"{self.path} could not be replaced: {_reason(exc)}; {remedy}")
+
+    def _never_still(self) -> HubUpdateError:
+        return HubUpdateError(f"{self.path} could not be replaced: somebody keeps changing it")
 
 
 def _rendered(known: _Version, peers: tuple[ManagedPeer, ...]) -> bytes:
@@ -358,22 +403,6 @@ def _rendered(known: _Version, peers: tuple[ManagedPeer, ...]) -> bytes:
         if peers[:gone] == before[:gone] and peers[gone:] == before[gone + 1 :]:
             return known.text.replace(before[gone].block, b"", 1)
     return render(known.config.foreign, peers)
-
-
-def _mark(fd: int) -> bool:
-    """Give a file a time of modification that no later change can have; return whether that could be done.
-
-    A nanosecond after the clock's tick: whoever changes the file within that tick brings it back to the
-    tick, whoever does later to a later one.
-    """
-    moment = os.fstat(fd).st_mtime_ns + 1
-    with suppress(OSError):
-        os.utime(fd, ns=(moment, moment))
-    return os.fstat(fd).st_mtime_ns == moment
-
-
-def _access(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_uid, status.st_gid, status.st_mode
 
 
 def _reason(exc: OSError) -> str:

@@ -29,12 +29,12 @@ from backend.services.wireguard_config_values import (
     InvalidConfigError,
     allowed_ip,
     check_endpoint,
-    check_fwmark,
-    check_listen_port,
-    check_preshared_key,
     check_save_config,
+    fwmark,
     keepalive,
     key_text,
+    port_number,
+    preshared_key,
     private_key,
 )
 
@@ -101,10 +101,12 @@ class ManagedPeer:
 
 @dataclass(frozen=True, slots=True)
 class ForeignPeer:
-    """A peer that an operator wrote by hand."""
+    """A peer that an operator wrote by hand. `persistent_keepalive` is in seconds, 0 for off."""
 
     public_key: str
     allowed_ips: tuple[IPv4Network | IPv6Network, ...]
+    preshared_key: str | None = field(default=None, repr=False)
+    persistent_keepalive: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,10 @@ class ParsedConfig:
     foreign_peers: tuple[ForeignPeer, ...]
     # Without blocks that somebody has damaged.
     managed_peers: tuple[ManagedPeer, ...]
+    # None where the file names no port, so that `wg` takes any.
+    listen_port: int | None = None
+    # 0 for none.
+    fwmark: int = 0
 
 
 def parse(text: bytes) -> ParsedConfig:
@@ -147,6 +153,8 @@ def parse(text: bytes) -> ParsedConfig:
         private_key=private_key,
         foreign_peers=foreign_peers,
         managed_peers=(*(peer for peer in managed if peer is not None), *behind),
+        listen_port=reader.listen_port,
+        fwmark=reader.fwmark,
     )
 
 
@@ -286,11 +294,20 @@ class _InterfaceSection(_Section):
     def __init__(self) -> None:
         super().__init__()
         self.private_key: WireGuardPrivateKey | None = None
+        self.listen_port: int | None = None
+        self.fwmark = 0
         self.keys = {
             b"privatekey": ("PrivateKey", self._take_private_key),
-            b"listenport": ("ListenPort", check_listen_port),
-            b"fwmark": ("FwMark", check_fwmark),
+            b"listenport": ("ListenPort", self._take_listen_port),
+            b"fwmark": ("FwMark", self._take_fwmark),
         }
+
+    def _take_listen_port(self, value: bytes) -> None:
+        # For `wg` 0 is any port.
+        self.listen_port = port_number(value) or None
+
+    def _take_fwmark(self, value: bytes) -> None:
+        self.fwmark = fwmark(value)
 
     def _take_private_key(self, value: bytes) -> None:
         self.private_key = private_key(value)
@@ -303,11 +320,12 @@ class _PeerSection(_Section):
         super().__init__()
         self.number = number
         self.public_key: str | None = None
+        self.preshared_key: str | None = None
         self.allowed_ips: list[IPv4Network | IPv6Network] = []
         self.persistent_keepalive: int | None = None
         self.keys = {
             b"publickey": ("PublicKey", self._take_public_key),
-            b"presharedkey": ("PresharedKey", check_preshared_key),
+            b"presharedkey": ("PresharedKey", self._take_preshared_key),
             b"allowedips": ("AllowedIPs", self._take_allowed_ips),
             b"endpoint": ("Endpoint", check_endpoint),
             b"persistentkeepalive": ("PersistentKeepalive", self._take_keepalive),
@@ -315,6 +333,9 @@ class _PeerSection(_Section):
 
     def _take_public_key(self, value: bytes) -> None:
         self.public_key = key_text(value, "PublicKey")
+
+    def _take_preshared_key(self, value: bytes) -> None:
+        self.preshared_key = preshared_key(value)
 
     def _take_allowed_ips(self, value: bytes) -> None:
         self.allowed_ips.extend(map(allowed_ip, value.split(b",")))
@@ -354,6 +375,16 @@ class _ForeignReader:
             self._section.take(compact)
         self.stripped.append(compact + b"\n")
 
+    @property
+    def listen_port(self) -> int | None:
+        """The port that the sections name, if they do."""
+        return self._interface.listen_port
+
+    @property
+    def fwmark(self) -> int:
+        """The mark that the sections name, 0 for none."""
+        return self._interface.fwmark
+
     def finish(self) -> tuple[WireGuardPrivateKey, tuple[ForeignPeer, ...]]:
         """Return what the sections add up to; raise InvalidConfigError."""
         peers = []
@@ -363,7 +394,14 @@ class _ForeignReader:
                     f"line {peer.number}: the [Peer] section has no PublicKey",
                     "Give it one, or take the section out",
                 )
-            peers.append(ForeignPeer(peer.public_key, tuple(peer.allowed_ips)))
+            peers.append(
+                ForeignPeer(
+                    peer.public_key,
+                    tuple(peer.allowed_ips),
+                    peer.preshared_key,
+                    peer.persistent_keepalive or 0,
+                )
+            )
         if self._interface.private_key is None:
             # `wg syncconf` would answer 0, take the hub's key away and choose another port.
             raise HubKeyError("no [Interface] section has a PrivateKey")

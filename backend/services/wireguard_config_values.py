@@ -120,21 +120,25 @@ def keepalive(value: bytes) -> int:
     return 0 if value.lower() == b"off" else number(value, UINT16_MAX, "PersistentKeepalive")
 
 
-def check_listen_port(value: bytes) -> None:
-    """Check a port, 0 to choose one included."""
+def port_number(value: bytes) -> int:
+    """Read ListenPort, 0 for any."""
     # getaddrinfo(3) reads it for `wg`, so service names would do as well; they depend on the machine.
-    number(value, UINT16_MAX, "ListenPort")
+    return number(value, UINT16_MAX, "ListenPort")
 
 
-def check_preshared_key(value: bytes) -> None:
-    """Check that it is a key."""
-    key_text(value, "PresharedKey")
+def preshared_key(value: bytes) -> str | None:
+    """Read a preshared key; the all-zero one is none."""
+    text = key_text(value, "PresharedKey")
+    return None if value == _NO_KEY else text
 
 
-def check_fwmark(value: bytes) -> None:
-    """Check a mark: off, decimal or hexadecimal."""
-    if value.lower() != b"off" and _HEXADECIMAL.fullmatch(value) is None:
-        number(value, _UINT32_MAX, "FwMark")
+def fwmark(value: bytes) -> int:
+    """Read a mark: off, decimal or hexadecimal."""
+    if value.lower() == b"off":
+        return 0
+    if _HEXADECIMAL.fullmatch(value) is not None:
+        return int(value, 16)
+    return number(value, _UINT32_MAX, "FwMark")
 
 
 def check_save_config(value: bytes) -> None:

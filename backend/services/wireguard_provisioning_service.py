@@ -2,14 +2,14 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum, auto
 from ipaddress import IPv4Address
 from threading import Lock
-from typing import Final, TypeVar
+from typing import Final
 
 from backend.errors import (
     DuplicatePeerError,
@@ -32,9 +32,12 @@ from backend.services.configurations import Configurations
 from backend.services.door import Door
 from backend.services.hand_made_peers import HandMadePeers
 from backend.services.hub_committer import HubCommitter
+from backend.services.hub_history import UNRECORDED_PUBLIC_KEY
 from backend.services.idempotency import IdempotencyKey, RecentAnswers
 from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.outcomes import after, fail, pass_on, succeed
 from backend.services.ports import Action, Change, Peer
+from backend.services.readiness import Readiness
 
 __all__ = [
     "DuplicatePeerError",
@@ -45,11 +48,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
-
-# Stands for the libp2p key of a peer that is known from the file alone, where records are not kept.
-UNRECORDED_PUBLIC_KEY: Final = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +62,8 @@ class _Request:
 class _Standing(Enum):
     COMING = auto()
     ACTIVE = auto()
+    # An adopted peer's record is being filled in.
+    FILLING = auto()
     GOING = auto()
 
 
@@ -71,7 +71,7 @@ class _Standing(Enum):
 class _Entry:
     peer: Peer
     standing: _Standing
-    # There while the entry is COMING or GOING, and done when that has ended, however. Never carries an error.
+    # There while the entry isn't ACTIVE, and done when that has ended, however. Never carries an error.
     decided: Future[None] | None = None
 
 
@@ -114,17 +114,32 @@ class WireGuardProvisioningService:
         self._listed: _Listed | None = None
         # Answers that are on their way to an Idempotency-Key, or got there a moment ago.
         self._answers = RecentAnswers()
+        self.readiness: Final = Readiness(
+            [
+                ("an earlier change", committer.check),
+                ("the database", committer.check_records),
+                ("the hub's config or interface", committer.check_hub),
+                ("the pool", self._check_pool),
+            ]
+        )
 
     def start(self) -> None:
         """Fill memory from the records, bring the hub up to them, and begin to take changes."""
         peers = self._committer.load()
         self.door.start()
-        for peer in peers:
-            entry = _Entry(peer, _Standing.ACTIVE)
-            self._by_node[peer.node_id] = entry
-            self._by_key[peer.wireguard_public_key] = entry
-            self._pool.adopt(peer.node_id, peer.address)
-        self._committer.start(peers)
+        self._take_in(peers)
+        self._committer.start(peers, self._take_in)
+
+    def _take_in(self, peers: Sequence[Peer]) -> None:
+        """Know peers from here on that are in the records; those that are known stay as they are."""
+        with self._lock:
+            for peer in peers:
+                if peer.node_id not in self._by_node:
+                    entry = _Entry(peer, _Standing.ACTIVE)
+                    self._by_node[peer.node_id] = self._by_key[peer.wireguard_public_key] = entry
+                    self._pool.adopt(peer.node_id, peer.address)
+            self._revision += 1
+            self._listed = None
 
     def close(self) -> None:
         """Finish what was accepted, and stop."""
@@ -169,7 +184,7 @@ class WireGuardProvisioningService:
         def begin(answer: Future[bytes]) -> None:
             provisioned: Future[Peer] = Future()
             self._provision(_Request(request, caller, key), provisioned)
-            provisioned.add_done_callback(lambda _: _pass_on(provisioned, self._answered, answer))
+            provisioned.add_done_callback(lambda _: pass_on(provisioned, self._answered, answer))
 
         return self._answers.once(scope, key, request.node_id, begin)
 
@@ -237,9 +252,16 @@ class WireGuardProvisioningService:
         """Whether the records don't say how the changes under way end."""
         return self._committer.in_doubt()
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What an operator should know, though the service works."""
+        return self._committer.notices
+
     def check(self) -> None:
         """Raise the ProvisioningError that a new node's request would meet now, if any."""
-        self._committer.check()
+        self.readiness.ask().result()
+
+    def _check_pool(self) -> None:
         self._hand_made.require_room_beside(len(self._by_node))
         if self._pool.available_count() == 0:
             stats = self._pool.get_pool_stats()
@@ -252,10 +274,13 @@ class WireGuardProvisioningService:
             entries = (self._by_node.get(request.node_id), self._by_key.get(request.wireguard_public_key))
             undecided = _undecided(*entries)
             if undecided is None:
-                self._refuse_known(asked, *entries)
-                self._admit(asked, answer)
+                adopted = self._refuse_known(asked, *entries)
+                if adopted is None:
+                    self._admit(asked, answer)
+                else:
+                    self._identify(adopted, asked, answer)
                 return
-        _after(undecided, answer, lambda: self._provision(asked, answer))
+        after(undecided, answer, lambda: self._provision(asked, answer))
 
     def _peer(self, node_id: str) -> Peer:
         entry = self._by_node.get(node_id)
@@ -267,7 +292,8 @@ class WireGuardProvisioningService:
         with self._lock:
             return [entry.peer for entry in self._by_node.values() if entry.standing is not _Standing.COMING]
 
-    def _refuse_known(self, asked: _Request, by_node: _Entry | None, by_key: _Entry | None) -> None:
+    def _refuse_known(self, asked: _Request, by_node: _Entry | None, by_key: _Entry | None) -> _Entry | None:
+        """Refuse what is known, and return the entry where all that is known of the node is from the hub."""
         node_id, key = asked.body.node_id, asked.body.wireguard_public_key
         retried = by_node is not None and _is_same(asked, by_node.peer)
         # Of a token that is used up one use is left: to ask again what was asked with it.
@@ -277,7 +303,9 @@ class WireGuardProvisioningService:
         if by_node is not None:
             peer = by_node.peer
             if retried and (own or asked.caller.operates or asked.caller.identity is not None):
-                raise DuplicatePeerError(node_id, json.loads(self._configurations.json(peer)))
+                if peer.public_key == UNRECORDED_PUBLIC_KEY:
+                    return by_node
+                raise self._known_whole(peer)
             raise DuplicatePeerError(node_id, {"node_id": node_id, "assigned_ip": str(peer.address)})
         if by_key is not None or self._hand_made.hold(key):
             raise DuplicatePeerError(node_id, {})
@@ -285,6 +313,31 @@ class WireGuardProvisioningService:
             raise InvalidCredentialsError(
                 "wireguard_public_key", "this is the hub's own key; send the public half of the node's own"
             )
+        return None
+
+    def _known_whole(self, peer: Peer) -> DuplicatePeerError:
+        return DuplicatePeerError(peer.node_id, json.loads(self._configurations.json(peer)))
+
+    def _identify(self, entry: _Entry, asked: _Request, answer: Future[Peer]) -> None:
+        """Fill in an adopted peer's record by what its node says, and then answer as to any repeat."""
+        peer = replace(entry.peer, public_key=asked.body.public_key)
+
+        def settle(error: ProvisioningError | None) -> None:
+            if error is None:
+                entry.peer = peer
+            if self._conclude(entry, _Standing.FILLING, forget=False):
+                fail(answer, error or self._known_whole(peer))
+
+        entry.standing, entry.decided = _Standing.FILLING, Future()
+        try:
+            change = Change(Action.IDENTIFY, peer, settle)
+            change.event = asked.caller.event(
+                datetime.now(UTC), AuditAction.IDENTIFY, AuditOutcome.ACCEPTED, peer.node_id
+            )
+            self._store_provisioning_record(_record(asked.body, peer), change)
+        except ProvisioningError:
+            _decide(entry)
+            raise
 
     def _admit(self, asked: _Request, answer: Future[Peer]) -> None:
         """Reserve an address and the two names, and hand the record over."""
@@ -292,22 +345,12 @@ class WireGuardProvisioningService:
         self._hand_made.require_room_beside(len(self._by_node))
         # Reserved before anything is written: a crash may leak an address, never share one.
         address = IPv4Address(self._pool.allocate_ip(request.node_id))
-        record = ProvisioningRecord(
+        peer = Peer(
             node_id=request.node_id,
             public_key=request.public_key,
             wireguard_public_key=request.wireguard_public_key,
-            assigned_ip=address,
-            provisioned_at=datetime.now(UTC),
-            capabilities=request.capabilities,
-            version=request.version,
-            metadata=request.metadata,
-        )
-        peer = Peer(
-            node_id=record.node_id,
-            public_key=record.public_key,
-            wireguard_public_key=record.wireguard_public_key,
             address=address,
-            provisioned_at=record.provisioned_at,
+            provisioned_at=datetime.now(UTC).replace(microsecond=0),
             token_id=caller.token_id,
         )
         entry = _Entry(peer, _Standing.COMING, Future())
@@ -317,11 +360,11 @@ class WireGuardProvisioningService:
             if not self._conclude(entry, _Standing.COMING, forget=error is not None):
                 return
             if error is not None:
-                _fail(answer, error)
+                fail(answer, error)
                 return
             self.door.count_use(peer.token_id)
             log.info("peer_provisioned", extra={"node_id": peer.node_id, "address": str(address)})
-            _succeed(answer, peer)
+            succeed(answer, peer)
 
         try:
             change = Change(Action.ADD, peer, settle)
@@ -332,7 +375,7 @@ class WireGuardProvisioningService:
                 change.answer = asked.key.answer(
                     caller.name, peer.node_id, self._answered(peer), peer.provisioned_at
                 )
-            self._store_provisioning_record(record, change)
+            self._store_provisioning_record(_record(request, peer), change)
         except ProvisioningError:
             self._forget(entry)
             raise
@@ -351,7 +394,7 @@ class WireGuardProvisioningService:
             if undecided is None:
                 self._dismiss(entry, caller, answer)
                 return
-        _after(undecided, answer, lambda: self._deprovision(node_id, caller, answer))
+        after(undecided, answer, lambda: self._deprovision(node_id, caller, answer))
 
     def _dismiss(self, entry: _Entry, caller: Caller, answer: Future[None]) -> None:
         def settle(error: ProvisioningError | None) -> None:
@@ -359,11 +402,11 @@ class WireGuardProvisioningService:
             if not self._conclude(entry, _Standing.GOING, forget=error is None):
                 return
             if error is not None:
-                _fail(answer, error)
+                fail(answer, error)
                 return
             self._answers.forget(entry.peer.node_id)
             log.info("peer_deprovisioned", extra={"node_id": entry.peer.node_id})
-            _succeed(answer, None)
+            succeed(answer, None)
 
         entry.standing, entry.decided = _Standing.GOING, Future()
         try:
@@ -396,6 +439,19 @@ class WireGuardProvisioningService:
         self._pool.deallocate_ip(peer.node_id)
 
 
+def _record(request: ProvisioningRequest, peer: Peer) -> ProvisioningRecord:
+    return ProvisioningRecord(
+        node_id=peer.node_id,
+        public_key=peer.public_key,
+        wireguard_public_key=peer.wireguard_public_key,
+        assigned_ip=peer.address,
+        provisioned_at=peer.provisioned_at,
+        capabilities=request.capabilities,
+        version=request.version,
+        metadata=request.metadata,
+    )
+
+
 def _is_same(asked: _Request, peer: Peer) -> bool:
     """Say whether this is a peer's own request once more: the node is the same, and both keys are."""
     if asked.body.node_id != peer.node_id or asked.body.wireguard_public_key != peer.wireguard_public_key:
@@ -425,37 +481,3 @@ def _decide(entry: _Entry) -> Future[None]:
         raise RuntimeError("only an entry that is coming or going can be decided")
     entry.standing, entry.decided = _Standing.ACTIVE, None
     return decided
-
-
-def _after(undecided: Future[None], answer: Future[_T], again: Callable[[], None]) -> None:
-    """Judge once more as soon as the change in the way is decided."""
-
-    def judge(_: Future[None]) -> None:
-        try:
-            again()
-        except Exception as exc:  # noqa: BLE001 - whoever waits is told, whatever it was
-            _fail(answer, exc)
-
-    undecided.add_done_callback(judge)
-
-
-def _pass_on(source: Future[Peer], render: Callable[[Peer], bytes], answer: Future[bytes]) -> None:
-    if source.cancelled():
-        answer.cancel()
-        return
-    error = source.exception()
-    if error is None:
-        _succeed(answer, render(source.result()))
-    else:
-        _fail(answer, error)
-
-
-def _succeed(answer: Future[_T], value: _T) -> None:
-    # A caller that has gone away has cancelled its future; what it asked for has happened all the same.
-    if answer.set_running_or_notify_cancel():
-        answer.set_result(value)
-
-
-def _fail(answer: Future[_T], error: BaseException) -> None:
-    if answer.set_running_or_notify_cancel():
-        answer.set_exception(error)

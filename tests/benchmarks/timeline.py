@@ -25,8 +25,9 @@ BOUNDARIES: Final[tuple[tuple[object, str, str, bool], ...]] = (
     (HubCommitter, "_prepare", "taken", False),
     (records, "write_intent", "prepared", False),
     (HubCommitter, "_apply", "committed", False),
+    (WireGuardConfigManager, "put_in_place", "replaced", True),
     (WgInterface, "change", "started", True),
-    (WireGuardConfigManager, "write", "written", True),
+    (WireGuardConfigManager, "sync_directory", "written", True),
     (Running, "output", "changed", True),
     (HubCommitter, "_apply", "settled", True),
 )

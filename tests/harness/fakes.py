@@ -1,5 +1,6 @@
 """Doubles with behaviour, for unit tests; each satisfies the Protocol that the real thing does."""
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -9,7 +10,9 @@ from backend.errors import HubUpdateError, OvertakenError, RecordsUnavailableErr
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
-from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
+from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from backend.services.interface_drift import Drift
 from backend.services.ports import (
     AccessStore,
     Batch,
@@ -39,10 +42,13 @@ class FakeHub:
         self.changes = 0
         self._index = 1
         self._up = True
+        # The public half of the key that it was given last, or that it has from another program.
+        self.key: str | None = None
+        self.port = 0
 
     def vanish(self) -> None:
         """Delete the interface."""
-        self._up, self.table = False, {}
+        self._up, self.table, self.key = False, {}, None
 
     def come_back(self) -> None:
         """Make the interface anew, without peers."""
@@ -56,7 +62,8 @@ class FakeHub:
 
         def end() -> None:
             self.table = {key: allowed for key, allowed in self.table.items() if key not in set(removed)}
-            self.table |= {key: frozenset({f"{address}/32"}) for key, address in added.items()}
+            for key, address in added.items():
+                self._give(key, frozenset({f"{address}/32"}))
             if self.takes_it_but_fails:
                 raise HubUpdateError("killed")
 
@@ -65,18 +72,25 @@ class FakeHub:
     def sync(self, stripped: bytes) -> None:
         self.syncs += 1
         self._fail_if_it_must()
-        table: dict[str, frozenset[str]] = {}
+        self.table = {}
         key = ""
         for line in stripped.decode("latin-1").split("\n"):
             name, _, value = (part.strip() for part in line.partition("="))
             if name.lower() == "publickey":
                 key = value
-                table[key] = frozenset()
+                self._give(key, frozenset())
             elif name.lower() == "allowedips":
-                table[key] |= frozenset(value.replace(" ", "").split(","))
-        self.table = table
+                self._give(key, self.table[key] | frozenset(value.replace(" ", "").split(",")))
+            elif name.lower() == "listenport":
+                self.port = int(value)
+        self.key = _public_key(stripped)
         if self.takes_it_but_fails:
             raise HubUpdateError("killed")
+
+    def _give(self, key: str, allowed: frozenset[str]) -> None:
+        """Give a peer its AllowedIPs, and take them from whichever peer had them, as an interface does."""
+        self.table = {other: theirs - allowed for other, theirs in self.table.items()}
+        self.table[key] = allowed
 
     def _fail_if_it_must(self) -> None:
         if self.failures:
@@ -85,13 +99,25 @@ class FakeHub:
         if self.broken is not None or not self._up:
             raise HubUpdateError(self.broken or "no such device")
 
-    def peers(self) -> dict[str, frozenset[str]]:
+    def clear(self, drift: Drift) -> None:
+        self._fail_if_it_must()
+
+    def state(self) -> InterfaceState:
         if not self._up:
             raise HubUpdateError("no such device")
-        return dict(self.table)
+        peers = {key: InterfacePeer(allowed) for key, allowed in self.table.items()}
+        return InterfaceState(self.key, self.port, 0, peers)
+
+    def link_problem(self) -> str | None:
+        return None
 
     def incarnation(self) -> int | None:
         return self._index if self._up else None
+
+
+def _public_key(stripped: bytes) -> str | None:
+    found = re.search(rb"(?m)^PrivateKey=(.*)$", stripped)
+    return None if found is None else WireGuardPrivateKey.parse(found[1].decode()).public_key()
 
 
 class FlakyJournal(MemoryJournal):

@@ -1,9 +1,19 @@
 """Records that live as long as the process, for ENABLE_DBOS=false."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from backend.services.hub_committer import run_sequence
-from backend.services.ports import Action, Batch, NextBatch, Peer, RecordedState
+from backend.models.access.audit import GENESIS
+from backend.services.batches import run_sequence
+from backend.services.ports import (
+    Action,
+    Batch,
+    Decision,
+    HubStatus,
+    NewGeneration,
+    NextBatch,
+    Peer,
+    RecordedState,
+)
 
 
 class MemoryJournal:
@@ -17,6 +27,9 @@ class MemoryJournal:
         self._generation = 0
         self._applied_generation = 0
         self._undo: dict[str, Peer] = {}
+        # What an operator has decided, and the keys of removed peers.
+        self.decision: Decision | None = None
+        self.removed: set[str] = set()
         self._apply: Callable[[Batch | None], str | None] = lambda _: None
 
     @property
@@ -35,6 +48,33 @@ class MemoryJournal:
     def run(self, next_batch: NextBatch) -> None:
         """Take batches through their sequence until there is none."""
         run_sequence(next_batch, self)
+
+    @property
+    def durable(self) -> bool:
+        """It lives as long as the process."""
+        return False
+
+    def hub_status(self) -> HubStatus:
+        """Return what changes beside the peers."""
+        return HubStatus(self.decision, (), (0, GENESIS))
+
+    def add_generation(self, new: NewGeneration) -> None:
+        """Write a new."""
+        self._generation, self.decision = new.generation, None
+        self._records |= {peer.node_id: peer for peer in new.peers}
+        self.removed |= {key for key, _ in new.removed}
+
+    def dismiss_decision(self) -> None:
+        """Forget a decision that nothing waits for."""
+        self.decision = None
+
+    def removed_keys(self, keys: Collection[str]) -> set[str]:
+        """Return those of the keys whose peers were removed."""
+        return self.removed.intersection(keys)
+
+    def audit_hash(self, sequence: int) -> str | None:
+        """There is no audit log here."""
+        return None
 
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`."""
@@ -57,10 +97,11 @@ class MemoryJournal:
         self._undo = dict(self._records)
         self._generation, self._applied_generation = batch.generation, batch.reached
         for change in batch.accepted():
-            if change.action is Action.ADD:
-                self._records[change.peer.node_id] = change.peer
-            else:
+            if change.action is Action.REMOVE:
                 del self._records[change.peer.node_id]
+                self.removed.add(change.peer.wireguard_public_key)
+            else:
+                self._records[change.peer.node_id] = change.peer
 
     def apply(self, batch: Batch) -> str | None:
         """Bring the batch to the hub."""
@@ -69,3 +110,6 @@ class MemoryJournal:
     def revoke(self, batch: Batch) -> None:
         """Go back to what was there before the batch."""
         self._records = self._undo
+        self.removed.update(
+            change.peer.wireguard_public_key for change in batch.accepted() if change.action is Action.ADD
+        )

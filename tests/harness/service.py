@@ -167,10 +167,14 @@ class ServiceProcess:
 
     def credential(self, *command: str) -> str:
         """Make a credential by the command line, beside the service, and return its secret."""
-        made = invoke(*command, directory=self.directory, settings=self.settings)
+        made = self.command(*command)
         if made.returncode != 0:
             raise ServiceFailedError(made.stderr)
         return made.stdout.strip()
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command beside the service, with its settings."""
+        return invoke(*arguments, directory=self.directory, settings=self.settings)
 
     def become_admin(self) -> None:
         """Make an admin's key, and show it with each request of `client` from now on."""

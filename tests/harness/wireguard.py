@@ -90,7 +90,12 @@ class Interface:
 
 
 class HubInterface(Interface):
-    """An interface with the wg0.conf that belongs to it: a PrivateKey and a ListenPort, mode 0600."""
+    """An interface with the wg0.conf that belongs to it: a PrivateKey and a ListenPort, mode 0600.
+
+    `address` is the hub's in the tunnel.
+    """
+
+    address = "10.0.0.1"
 
     def __init__(self, host: LocalHost, name: str, directory: Path, *, listen_port: int = 51820) -> None:
         super().__init__(host, name, directory)
@@ -106,6 +111,11 @@ class HubInterface(Interface):
         return f"[Interface]\nPrivateKey = {self.private_key}\nListenPort = {self.listen_port}\n"
 
     def start(self) -> None:
-        """Make the interface with the hub's key and port, as a boot does."""
+        """Make the interface with the hub's key, port and address, as a boot does."""
         self.up()
         self.configure(self.interface_section)
+        self.give_address()
+
+    def give_address(self) -> None:
+        """Give the interface the hub's address in the tunnel."""
+        self.host.run(["ip", "address", "add", f"{self.address}/32", "dev", self.name])

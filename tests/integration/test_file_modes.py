@@ -44,6 +44,7 @@ FOREIGN_APP = """
 FILES = {
     "etc": 0o40700,
     "etc/.wg0.conf.lock": 0o100600,
+    "etc/.wg0.conf.mark": 0o100600,
     "etc/wg0.conf": 0o100600,
     "var": 0o40700,
     "var/lib": 0o40700,

@@ -241,3 +241,33 @@ def test_lost_private_key_is_never_answered_with_how_to_make_one(tmp_path: Path,
         WireGuardConfigManager(path).refresh()
     assert "`wg show wg3 private-key` has it" in str(caught.value)
     assert "genkey" not in str(caught.value)
+
+
+def test_interface_without_a_key_is_given_the_configs(hub_interface: HubInterface) -> None:
+    hub_interface.down()
+    hub_interface.up()
+    assert not hub_device.up(hub_interface.config_path, ADDRESS).created
+    assert hub_interface.show("public-key") == hub_interface.public_key
+    assert hub_interface.show("listen-port") == str(hub_interface.listen_port)
+
+
+def test_service_that_runs_takes_an_announced_key_up(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    service.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
+    peers = hub_interface.peers()
+    private, public = genkey()
+    path = hub_interface.config_path
+    path.write_text(path.read_text().replace(hub_interface.private_key, private))
+    eventually(lambda: "another private key" in service.client.get("/readyz").text)
+    assert hub_interface.show("public-key") == hub_interface.public_key
+    refused = service.client.post(PROVISION, json=provision_body("node-2"))
+    assert refused.status_code == 503
+    assert "hub up --replace-key" in refused.json()["detail"]
+    service.settings["WIREGUARD_HUB_PUBLIC_KEY"] = public
+    assert service.command("hub", "up", "--replace-key").returncode == 0
+    eventually(lambda: service.client.get("/readyz").status_code == 200)
+    answer = service.client.post(PROVISION, json=provision_body("node-2")).json()
+    assert answer["config"]["hub_public_key"] == public
+    assert peers.items() <= hub_interface.peers().items()

@@ -310,7 +310,7 @@ def test_openapi_shows_an_example_and_every_error(service: ServiceProcess) -> No
 def test_health_says_what_is_wrong_and_heals_with_the_interface(
     service: ServiceProcess, hub_interface: HubInterface, tmp_path: Path
 ) -> None:
-    assert service.client.get("/readyz").json() == {"status": "ready", "reload": "syncconf"}
+    assert service.client.get("/readyz").json() == {"status": "ready", "reload": "syncconf", "notices": []}
     body = provision_body("node-1")
     service.client.post(PROVISION, json=body).raise_for_status()
     before = hub_interface.config_path.read_bytes()
@@ -325,6 +325,7 @@ def test_health_says_what_is_wrong_and_heals_with_the_interface(
     assert service.client.get("/healthz").status_code == 200
     assert hub_interface.config_path.read_bytes() == before
     hub_interface.up()
+    hub_interface.give_address()
     eventually(lambda: service.client.get("/readyz").status_code == 200)
     assert_in_step(service, hub_interface)
     assert hub_interface.show("public-key") == hub_interface.public_key
@@ -335,7 +336,7 @@ def test_reload_off_keeps_the_file_and_leaves_the_interface_alone(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path, WIREGUARD_RELOAD="off"))
-    assert service.client.get("/readyz").json() == {"status": "ready", "reload": "off"}
+    assert service.client.get("/readyz").json() == {"status": "ready", "reload": "off", "notices": []}
     key = new_key()
     assert service.client.post(PROVISION, json=provision_body("node-1", key)).status_code == 200
     assert key in hub_interface.config_path.read_text()

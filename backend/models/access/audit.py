@@ -21,6 +21,8 @@ class AuditAction(StrEnum):
 
     PROVISION = "provision"
     DEPROVISION = "deprovision"
+    # An adopted peer's record was filled in.
+    IDENTIFY = "identify"
     # A change taken back, because the hub could not be updated.
     REVERT = "revert"
     AUTHENTICATE = "authenticate"
@@ -33,6 +35,15 @@ class AuditAction(StrEnum):
     CONFIG_EDITED = "config_edited"
     # The interface or the file could not be brought up to date.
     HUB_FAILED = "hub_failed"
+    # The interface wasn't what the file says, and was mended.
+    DRIFT_FOUND = "drift_found"
+    # The records didn't fit the hub, so that nothing is changed until an operator decides.
+    HUB_PAUSED = "hub_paused"
+    # What the operator decided: to take the hub's peers into the records, or off the hub.
+    PEERS_ADOPTED = "peers_adopted"
+    PEERS_REMOVED = "peers_removed"
+    # The operator has read that peers were adopted at a start.
+    NOTICE_ACKNOWLEDGED = "notice_acknowledged"
     # Never written: stands for a row that was changed into what can't be read any more.
     UNREADABLE = "unreadable"
 

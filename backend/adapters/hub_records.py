@@ -1,0 +1,117 @@
+"""What the records keep of the hub beside its peers: removed ones, an operator's decision, notices."""
+
+from collections.abc import Collection, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from backend.adapters import access_records, records
+from backend.adapters.records import UtcDateTime, hub_state, metadata
+from backend.models.access.audit import AuditEvent
+from backend.services.ports import Decision, HubStatus, NewGeneration
+
+# A hub that was away for longer, and comes back with a peer that was removed, asks its operator.
+_REMOVED_KEPT: Final = timedelta(days=90)
+# SQLite takes 32,766 values in a statement, PostgreSQL 65,535.
+_KEYS_AT_A_TIME: Final = 10_000
+
+removed_peers: Final = sa.Table(
+    "removed_peers",
+    metadata,
+    sa.Column("wireguard_public_key", sa.String(44), primary_key=True),
+    sa.Column("node_id", sa.String(128), nullable=False),
+    # The hub's generation that took the peer out.
+    sa.Column("generation", sa.BigInteger(), nullable=False),
+    sa.Column("removed_at", UtcDateTime(), nullable=False),
+    sa.Index("ix_removed_peers_removed_at", "removed_at"),
+)
+
+# What `/readyz` says until an operator has acknowledged it.
+notices: Final = sa.Table(
+    "notices",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", UtcDateTime(), nullable=False),
+    sa.Column("text", sa.Text(), nullable=False),
+)
+
+# Made once, and with its type: for a value without one SQLAlchemy imports its ORM, which at the start another
+# thread may be doing at that moment for DBOS.
+_REMOVED_KEYS: Final = sa.select(removed_peers.c.wireguard_public_key).where(
+    removed_peers.c.wireguard_public_key.in_(sa.bindparam("keys", type_=sa.String(), expanding=True))
+)
+_DECISION: Final = sa.select(hub_state.c.decision)
+_NOTICES: Final = sa.select(notices.c.text).order_by(notices.c.id)
+
+
+def note_removed(connection: sa.Connection, gone: Iterable[tuple[str, str]], generation: int) -> None:
+    """Keep the (key, node_id) of peers that were taken out, so that the hub may be relieved of them."""
+    now = datetime.now(UTC)
+    rows = [
+        {"wireguard_public_key": key, "node_id": node_id, "generation": generation, "removed_at": now}
+        for key, node_id in gone
+    ]
+    if not rows:
+        return
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = insert(removed_peers)
+    fresh = {name: statement.excluded[name] for name in ("node_id", "generation", "removed_at")}
+    connection.execute(
+        statement.on_conflict_do_update(index_elements=["wireguard_public_key"], set_=fresh), rows
+    )
+
+
+def removed_keys(connection: sa.Connection, keys: Collection[str]) -> set[str]:
+    """Return those of the keys that removed peers had."""
+    wanted = list(keys)
+    found: set[str] = set()
+    for start in range(0, len(wanted), _KEYS_AT_A_TIME):
+        part = wanted[start : start + _KEYS_AT_A_TIME]
+        found.update(connection.scalars(_REMOVED_KEYS, {"keys": part}))
+    return found
+
+
+def forget_removed(connection: sa.Connection, now: datetime) -> None:
+    """Delete the rows of peers that were removed long ago, and that the hub is known to be rid of."""
+    reached = sa.select(hub_state.c.applied_generation).scalar_subquery()
+    connection.execute(
+        sa.delete(removed_peers).where(
+            removed_peers.c.removed_at < now - _REMOVED_KEPT, removed_peers.c.generation <= reached
+        )
+    )
+
+
+def hub_status(connection: sa.Connection) -> HubStatus:
+    """Read what changes beside the peers."""
+    decision = connection.scalar(_DECISION)
+    return HubStatus(
+        None if decision is None else Decision(decision),
+        tuple(connection.scalars(_NOTICES)),
+        access_records.audit_head(connection),
+    )
+
+
+def add_generation(connection: sa.Connection, new: NewGeneration) -> None:
+    """Write a new generation, the peers that it adopts, and why; the decision is carried out by that."""
+    connection.execute(sa.update(hub_state).values(generation=new.generation, decision=None))
+    records.adopt(connection, new.peers, new.generation)
+    note_removed(connection, new.removed, new.generation)
+    if new.notice is not None:
+        connection.execute(sa.insert(notices), [{"at": datetime.now(UTC), "text": new.notice}])
+    access_records.append_audit(connection, [new.event])
+
+
+def decide(connection: sa.Connection, decision: Decision | None, events: Sequence[AuditEvent] = ()) -> None:
+    """Write what an operator has decided; None takes it back."""
+    connection.execute(sa.update(hub_state).values(decision=decision))
+    access_records.append_audit(connection, events)
+
+
+def acknowledge(connection: sa.Connection, event: AuditEvent) -> int:
+    """Delete all notices, and return how many there were."""
+    count = connection.execute(sa.delete(notices)).rowcount
+    if count:
+        access_records.append_audit(connection, [event])
+    return count

@@ -1,0 +1,73 @@
+"""How far the hub has come, in a small file beside wg0.conf: it shows when the records have stepped back."""
+
+import json
+import logging
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from backend.models.access.audit import GENESIS
+
+log = logging.getLogger(__name__)
+
+# Of one length, so that it is overwritten in place, by one write(2): no moment without a mark.
+_BYTES: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The highest generation that the hub has reached, and the audit log's last row at about that time."""
+
+    generation: int = 0
+    audit_sequence: int = 0
+    audit_hash: str = GENESIS
+
+
+class HubMark:
+    """The file. It isn't synced with each change: after a power cut it may be older, and then shows less."""
+
+    def __init__(self, config_path: Path) -> None:
+        self.path: Final = config_path.with_name(f".{config_path.name}.mark")
+        self._written: Mark | None = None
+        self._complained = False
+
+    def read(self) -> Mark:
+        """Return the mark; one that isn't there or can't be read is that of a new hub."""
+        try:
+            found = json.loads(self.path.read_bytes())
+            return Mark(int(found["generation"]), int(found["audit_sequence"]), str(found["audit_hash"]))
+        except FileNotFoundError:
+            return Mark()
+        except (OSError, ValueError, TypeError, KeyError) as exc:
+            log.warning("mark_unreadable", extra={"path": self.path, "reason": type(exc).__name__})
+            return Mark()
+
+    def write(self, mark: Mark) -> None:
+        """Note how far the hub has come. That it can't be written is logged once, and stops nothing."""
+        if mark == self._written:
+            return
+        line = json.dumps(
+            {
+                "generation": mark.generation,
+                "audit_sequence": mark.audit_sequence,
+                "audit_hash": mark.audit_hash,
+            }
+        )
+        try:
+            self._overwrite(f"{line:<{_BYTES - 1}}\n".encode("ascii"))
+        except OSError as exc:
+            if not self._complained:
+                log.warning("mark_not_written", extra={"path": self.path, "reason": exc.strerror})
+            self._complained = True
+        else:
+            self._written, self._complained = mark, False
+
+    def _overwrite(self, line: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(self.path, flags, stat.S_IRUSR | stat.S_IWUSR)
+        try:
+            os.pwrite(descriptor, line, 0)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,43 @@
+"""What a provision would meet now, found out without waiting for longer than a probe has patience."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from threading import Lock, Thread
+
+from backend.errors import HubUpdateError
+
+
+class Readiness:
+    """Runs its checks in one thread of their own, whatever hangs in them; all who ask meanwhile share it."""
+
+    def __init__(self, checks: Sequence[tuple[str, Callable[[], None]]]) -> None:
+        """Run nothing yet. A check raises what stands in the way; its name says what it looks at."""
+        self._checks = checks
+        self._lock = Lock()  # guards the two below
+        self._answer: Future[None] | None = None
+        self._looking_at = ""
+
+    def ask(self) -> Future[None]:
+        """Return the outcome of a look that begins now, or of the one under way."""
+        with self._lock:
+            if self._answer is not None and not self._answer.done():
+                return self._answer
+            answer: Future[None] = Future()
+            self._answer = answer
+            # A daemon: one that hangs must not keep the process from ending.
+            Thread(target=self._look, args=(answer,), name="readiness", daemon=True).start()
+            return answer
+
+    def hangs(self) -> HubUpdateError:
+        """Return what to say where the look takes too long."""
+        return HubUpdateError(f"{self._looking_at} takes unusually long to answer; see whether it hangs")
+
+    def _look(self, answer: Future[None]) -> None:
+        try:
+            for name, check in self._checks:
+                self._looking_at = name
+                check()
+        except BaseException as exc:  # noqa: BLE001 - whoever waits is told, whatever it was
+            answer.set_exception(exc)
+        else:
+            answer.set_result(None)

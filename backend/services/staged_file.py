@@ -1,0 +1,137 @@
+"""A file that is to replace another one: written and synced beside it, and then put in its place at once."""
+
+import errno
+import os
+import re
+import stat
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from backend.services.config_reader import FileIdentity
+
+# What tempfile puts between the prefix and the suffix.
+_RANDOM_PART: Final = "[a-z0-9_]{8}"
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """The new version under a temporary name, with the owner and mode of the old one.
+
+    Made by `stage_file`. Either `replace` or `discard` has to be called.
+    """
+
+    path: Path
+    temporary: Path
+    # The new version's, and whether its time of modification tells it from every later one.
+    identity: FileIdentity
+    settled: bool
+    _expected: FileIdentity = field(repr=False)
+
+    def replace(self) -> bool:
+        """Put the new version in the old one's place, unless that isn't what it was; raise OSError.
+
+        The change is durable once the directory is synced. The temporary name is gone in any case.
+        """
+        try:
+            # Not followed: a link that has just taken its place would be replaced.
+            if FileIdentity.of(self.path.lstat()) != self._expected:
+                return False
+            self.temporary.replace(self.path)
+        except FileNotFoundError:
+            # Somebody is replacing the file in two steps, or took it away: the next look tells.
+            return False
+        finally:
+            self.discard()
+        return True
+
+    def discard(self) -> None:
+        """Take the temporary file away, if it's still there."""
+        with suppress(OSError):
+            self.temporary.unlink(missing_ok=True)
+
+
+def stage_file(path: Path, text: bytes, expected: FileIdentity) -> StagedFile | None:
+    """Write and sync what is to replace `path`; raise OSError.
+
+    None, and nothing is left, if the file isn't `expected` any more.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        old, identity, settled = _fill(descriptor, path, text)
+    except BaseException as exc:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(exc, FileNotFoundError):
+            return None
+        raise
+    staged = StagedFile(path, temporary, identity, settled, expected)
+    if FileIdentity.of(old) != expected:
+        staged.discard()
+        return None
+    return staged
+
+
+def _fill(descriptor: int, path: Path, text: bytes) -> tuple[os.stat_result, FileIdentity, bool]:
+    """Write and sync a file with the owner and mode of `path`; return what that was, and what it is now."""
+    with os.fdopen(descriptor, "wb") as file:
+        old = path.stat()
+        # Ownership first: changing it may take mode bits away.
+        if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+            os.fchown(descriptor, old.st_uid, old.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+        file.write(text)
+        file.flush()
+        settled = _mark(descriptor)
+        os.fsync(descriptor)
+        return old, FileIdentity.of(os.fstat(descriptor)), settled
+
+
+def sync_directory(directory: Path) -> None:
+    """Make durable what was renamed in a directory; raise OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def try_directory(path: Path, size: int) -> None:
+    """Find out whether `path` could be replaced by a file of `size` bytes; raise OSError where it can't.
+
+    Asks for the room itself (posix_fallocate(3)): quotas and reserved blocks don't show in statvfs(3).
+    """
+    # An immutable file can't be replaced either, and says so when it's opened. Its mode doesn't matter: what
+    # is replaced is the directory's entry.
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except PermissionError as exc:
+        if exc.errno != errno.EACCES:
+            raise
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    finally:
+        os.close(descriptor)
+        Path(name).unlink()
+
+
+def is_temporary(name: str, path: Path) -> bool:
+    """Say whether a file beside `path` has the name of one that was to replace it."""
+    pattern = re.escape(f".{path.name}.") + _RANDOM_PART + re.escape(".tmp")
+    return re.fullmatch(pattern, name) is not None
+
+
+def _mark(descriptor: int) -> bool:
+    """Give a file a time of modification that no later change can have; return whether that could be done.
+
+    A nanosecond after the clock's tick: a change within that tick brings it back to the tick, a later change
+    to a later one.
+    """
+    moment = os.fstat(descriptor).st_mtime_ns + 1
+    with suppress(OSError):
+        os.utime(descriptor, ns=(moment, moment))
+    return os.fstat(descriptor).st_mtime_ns == moment

@@ -1,0 +1,349 @@
+"""Records that were lost, new or restored: no start takes the hub's peers away by itself."""
+
+import json
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.harness.patience import eventually
+from tests.harness.requests import new_key, provision_body
+from tests.harness.service import ServiceProcess
+from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
+from tests.harness.wireguard import HubInterface
+
+PROVISION: Final = "/api/v1/wireguard/provision"
+PEERS: Final = "/api/v1/wireguard/peers"
+StartService = Callable[..., ServiceProcess]
+
+
+def provision(service: ServiceProcess, *node_ids: str) -> list[dict[str, Any]]:
+    bodies = [provision_body(node_id) for node_id in node_ids]
+    for body in bodies:
+        service.client.post(PROVISION, json=body).raise_for_status()
+    return bodies
+
+
+def names(start: int, stop: int) -> list[str]:
+    return [f"node-{number}" for number in range(start, stop)]
+
+
+def back_up(state: Path) -> Path:
+    """Copy the database as it is now, -wal included."""
+    copy = state.parent / "backup.sqlite"
+    with (
+        closing(sqlite3.connect(state / "provisioning.sqlite")) as source,
+        closing(sqlite3.connect(copy)) as target,
+    ):
+        source.backup(target)
+    return copy
+
+
+def restore(state: Path, copy: Path) -> None:
+    for suffix in ("-wal", "-shm"):
+        (state / f"provisioning.sqlite{suffix}").unlink(missing_ok=True)
+    (state / "provisioning.sqlite").write_bytes(copy.read_bytes())
+
+
+def reconcile(service: ServiceProcess, *options: str) -> subprocess.CompletedProcess[str]:
+    return service.command("reconcile", *options)
+
+
+def is_ready(service: ServiceProcess) -> bool:
+    return service.client.get("/readyz").status_code == 200
+
+
+def test_records_switched_from_memory_to_disk_keep_every_peer(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    settings = settings_for(hub_interface, tmp_path)
+    service = start_service({**settings, "ENABLE_DBOS": "false"})
+    provision(service, *names(0, 8))
+    before = assert_in_step(service, hub_interface)
+    service.settings["ENABLE_DBOS"] = "true"
+    service.restart()
+    assert assert_in_step(service, hub_interface) == before
+    assert "WARNING backend.services.hub_history peers_adopted peers=8" in service.log
+    (notice,) = service.client.get("/readyz").json()["notices"]
+    assert notice.startswith("8 peers were taken from the config")
+    entries = service.client.get("/api/v1/wireguard/audit").json()["entries"]
+    assert [e["reason"] for e in entries if e["action"] == "peers_adopted"] == ["8 peers, from the config"]
+    assert "1 notice(s) acknowledged" in reconcile(service, "--acknowledge").stdout
+    eventually(lambda: service.client.get("/readyz").json()["notices"] == [])
+    new = service.client.post(PROVISION, json=provision_body("node-8")).json()["config"]["assigned_ip"]
+    assert new not in before.values()
+    service.restart()
+    assert len(assert_in_step(service, hub_interface)) == 9
+
+
+def test_records_in_memory_and_back_pause_the_service_only_where_something_changed(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    provision(service, *names(0, 3))
+    before = assert_in_step(service, hub_interface)
+    for mode in ("false", "true"):
+        service.settings["ENABLE_DBOS"] = mode
+        service.restart()
+        assert assert_in_step(service, hub_interface) == before
+    service.settings["ENABLE_DBOS"] = "false"
+    service.restart()
+    provision(service, "node-3")
+    assert service.client.delete(f"{PEERS}/node-0").status_code == 200
+    service.settings["ENABLE_DBOS"] = "true"
+    service.ready = "/healthz"
+    service.restart()
+    assert "1 of 3 peers on the hub are in no record" in service.client.get("/readyz").json()["detail"]
+    shown = reconcile(service, "--show").stdout
+    assert shown.count("unknown: node-3") == 1
+    assert shown.count("missing: node-0") == 1
+    assert reconcile(service, "--adopt").returncode == 0
+    eventually(lambda: is_ready(service))
+    assert set(assert_in_step(service, hub_interface)) == set(names(0, 4))
+
+
+@pytest.mark.parametrize("away", ["moved", "deleted"])
+def test_a_state_directory_that_is_lost_takes_no_peer_off_the_hub(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, away: str
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    provision(service, *names(0, 7))
+    before = assert_in_step(service, hub_interface)
+    service.terminate()
+    if away == "moved":
+        (tmp_path / "state").rename(tmp_path / "state.old")
+    else:
+        for path in (tmp_path / "state").iterdir():
+            path.unlink()
+    service.start()
+    assert assert_in_step(service, hub_interface) == before
+    service.kill()
+    service.start()
+    assert assert_in_step(service, hub_interface) == before
+
+
+def test_an_adopted_peer_is_told_to_no_token_alone_and_gets_its_identity_from_an_operator(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    settings = settings_for(hub_interface, tmp_path)
+    service = start_service({**settings, "ENABLE_DBOS": "false"})
+    (body,) = provision(service, "node-0")
+    config = service.client.get(f"{PEERS}/node-0").json()
+    service.settings["ENABLE_DBOS"] = "true"
+    service.restart()
+    service.become_admin()
+    token = {"Authorization": f"Bearer {service.credential('token', 'create')}"}
+    refused = service.client.post(PROVISION, json=body, headers=token)
+    assert refused.status_code == 409
+    assert refused.json()["detail"]["existing_config"] == {"node_id": "node-0", "assigned_ip": "10.0.0.2"}
+    adopted_config = {
+        **config,
+        "provisioned_at": service.client.get(f"{PEERS}/node-0").json()["provisioned_at"],
+    }
+    repeated = service.client.post(PROVISION, json=body)
+    assert repeated.status_code == 409
+    assert repeated.json()["detail"]["existing_config"] == adopted_config
+    # From now on the identity key counts, after a restart as well.
+    service.restart()
+    other = service.client.post(PROVISION, json={**body, "public_key": "another"})
+    assert other.json()["detail"]["existing_config"] == {"node_id": "node-0", "assigned_ip": "10.0.0.2"}
+    assert service.client.post(PROVISION, json=body).json()["detail"]["existing_config"] == adopted_config
+
+
+@pytest.fixture
+def restored(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> tuple[ServiceProcess, dict[str, str]]:
+    """Start a service of 12 peers on records that are from before 10 of them; return it and the 12."""
+    service = start_service(settings_for(hub_interface, tmp_path))
+    provision(service, *names(0, 2))
+    copy = back_up(tmp_path / "state")
+    provision(service, *names(2, 12))
+    before = assert_in_step(service, hub_interface)
+    service.terminate()
+    restore(tmp_path / "state", copy)
+    service.ready = "/healthz"
+    service.start()
+    assert "10 of 12 peers" in service.client.get("/readyz").text, service.log
+    return service, before
+
+
+def test_records_older_than_the_hub_pause_the_service_and_remove_no_peer(
+    restored: tuple[ServiceProcess, dict[str, str]], hub_interface: HubInterface
+) -> None:
+    service, before = restored
+    red = service.client.get("/readyz")
+    assert red.status_code == 503
+    assert "10 of 12 peers on the hub are in no record" in red.json()["detail"]
+    assert "reconcile --show" in red.json()["detail"]
+    for answer in (
+        service.client.post(PROVISION, json=provision_body("node-new")),
+        service.client.delete(f"{PEERS}/node-0"),
+    ):
+        assert answer.status_code == 503
+        assert "paused" in answer.json()["detail"]
+        assert "Retry-After" in answer.headers
+    assert set(listed(service)) == {"node-0", "node-1"}
+    assert {node: address for node, (_, address) in in_file(hub_interface.config_path).items()} == before
+    assert len(hub_interface.peers()) == 12
+    shown = reconcile(service, "--show").stdout
+    assert shown.count("unknown: node-") == 10
+    assert "unknown: node-11" in shown
+    # A second start decides nothing either.
+    service.kill()
+    service.start()
+    assert service.client.get("/readyz").status_code == 503
+    assert len(hub_interface.peers()) == 12
+
+
+def test_an_operator_adopts_what_restored_records_do_not_know(
+    restored: tuple[ServiceProcess, dict[str, str]], hub_interface: HubInterface
+) -> None:
+    service, before = restored
+    done = reconcile(service, "--adopt")
+    assert "carried out; the records have 12 peers" in done.stdout
+    eventually(lambda: is_ready(service))
+    assert assert_in_step(service, hub_interface) == before
+    provision(service, "node-12")
+    service.ready = "/readyz"
+    service.restart()
+    assert len(assert_in_step(service, hub_interface)) == 13
+    actors = [
+        (entry["action"], entry["actor"].partition(":")[0])
+        for entry in service.client.get("/api/v1/wireguard/audit").json()["entries"]
+    ]
+    assert ("peers_adopted", "cli") in actors
+    assert ("hub_paused", "service") in actors
+
+
+def test_an_operator_takes_off_what_restored_records_do_not_know(
+    restored: tuple[ServiceProcess, dict[str, str]], hub_interface: HubInterface
+) -> None:
+    service, before = restored
+    # Whatever happens to the process, what was decided is carried out.
+    service.terminate()
+    done = reconcile(service, "--force")
+    assert "at its next start" in done.stdout
+    service.start()
+    eventually(lambda: is_ready(service))
+    left = assert_in_step(service, hub_interface)
+    assert left == {node: before[node] for node in ("node-0", "node-1")}
+    service.ready = "/readyz"
+    service.restart()
+    assert assert_in_step(service, hub_interface) == left
+
+
+def test_a_decision_without_a_cause_is_refused(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    provision(service, "node-0")
+    for option in ("--adopt", "--force"):
+        refused = reconcile(service, option)
+        assert refused.returncode == 1
+        assert "nothing was decided: the records know every peer" in refused.stderr
+    assert "generation 1, 1 peers of ours" in reconcile(service, "--show").stdout
+    assert "choose one of" in reconcile(service).stderr
+
+
+def test_peers_that_only_the_interface_has_are_adopted_under_names_of_their_own(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    provision(service, *names(0, 2))
+    copy, text = back_up(tmp_path / "state"), hub_interface.config_path.read_bytes()
+    bodies = provision(service, *names(2, 9))
+    before = assert_in_step(service, hub_interface)
+    service.terminate()
+    # Records and config from a backup, and an interface that was never down.
+    restore(tmp_path / "state", copy)
+    hub_interface.config_path.write_bytes(text)
+    service.ready = "/healthz"
+    service.start()
+    assert "7 of 9 peers" in service.client.get("/readyz").json()["detail"]
+    assert len(hub_interface.peers()) == 9
+    assert reconcile(service, "--adopt").returncode == 0
+    eventually(lambda: is_ready(service))
+    after = assert_in_step(service, hub_interface)
+    assert sorted(after.values()) == sorted(before.values())
+    assert {name.partition("-")[0] for name in after} == {"node", "adopted"}
+    key = bodies[0]["wireguard_public_key"]
+    assert key in hub_interface.peers()
+
+
+def test_a_removal_on_the_record_is_carried_out_after_kill_9_however_many_it_takes(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(
+        settings_for(hub_interface, tmp_path), module=("tests.harness.dying_service", "after-intent")
+    )
+    provision(service, *names(0, 10))
+    connection = sqlite3.connect(tmp_path / "state" / "provisioning.sqlite")
+    dying = service.directory / "die"
+    dying.touch()
+    # One at a time: it dies after the first one's records are written.
+    with pytest.raises(Exception, match="disconnected"):
+        service.client.delete(f"{PEERS}/node-0")
+    service.wait_exit()
+    dying.unlink()
+    # As if the batch had held eight.
+    for number in range(1, 8):
+        connection.execute(
+            "INSERT INTO removed_peers SELECT wireguard_public_key, node_id, generation, provisioned_at "
+            "FROM peers WHERE node_id = ?",
+            [f"node-{number}"],
+        )
+        connection.execute("DELETE FROM peers WHERE node_id = ?", [f"node-{number}"])
+    connection.commit()
+    connection.close()
+    assert len(hub_interface.peers()) == 10
+    service.start()
+    assert set(assert_in_step(service, hub_interface)) == {"node-8", "node-9"}
+
+
+def test_blocks_of_ours_that_come_into_the_config_while_it_runs_wait_for_an_operator(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    provision(service, *names(0, 3))
+    path = hub_interface.config_path
+    ours = path.read_text()
+    pasted = "".join(
+        f"\n# wireguard-provisioning: managed peer pasted-{number}\n[Peer]\nPublicKey = {new_key()}\n"
+        f"AllowedIPs = 10.0.0.{100 + number}/32\n"
+        for number in range(6)
+    )
+    path.write_text(ours + pasted)
+    eventually(lambda: "6 of 9 peers" in service.client.get("/readyz").text)
+    assert path.read_text() == ours + pasted
+    path.write_text(ours)
+    eventually(lambda: is_ready(service))
+    # Few are taken off, as any edit of our blocks is undone.
+    path.write_text(ours + "".join(pasted.split("\n\n")[0:1]))
+    eventually(lambda: path.read_text() == ours)
+    assert_in_step(service, hub_interface)
+
+
+def test_an_audit_log_that_lost_a_revocation_is_said_at_the_start_and_by_verify(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    service.become_admin()
+    provision(service, "node-0")
+    key = service.credential("key", "create", "--role", "read")
+    copy = back_up(tmp_path / "state")
+    mark = hub_interface.config_path.with_name(f".{hub_interface.config_path.name}.mark")
+    assert service.command("key", "revoke", key.split("_")[1]).returncode == 0
+    last = service.client.get("/api/v1/wireguard/audit").json()["entries"][0]["sequence"]
+    eventually(lambda: json.loads(mark.read_text())["audit_sequence"] >= last)
+    service.terminate()
+    restore(tmp_path / "state", copy)
+    service.start()
+    assert "audit_log_stepped_back" in service.log
+    verified = service.command("audit", "verify")
+    assert verified.returncode == 1
+    assert "credentials that were revoked since work again" in verified.stderr
