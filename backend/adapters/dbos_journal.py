@@ -139,7 +139,6 @@ class DbosJournal(SqlJournal):
         if now - self._tidied_at < _TIDY_INTERVAL_SECONDS:
             return
         self._tidied_at = now
-        super().tidy()
         # DBOS itself would wait for a database that is away, for as long as that takes.
         self.check()
         ended = self._dbos.list_workflows(
