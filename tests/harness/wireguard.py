@@ -10,6 +10,8 @@ from tests.harness.hosts import LocalHost
 
 _START_SECONDS: Final = 15.0
 _STOP_SECONDS: Final = 10.0
+# __SO_ACCEPTCON among the flags in /proc/net/unix, proc_pid_net(5).
+_LISTENING: Final = "00010000"
 
 
 def genkey() -> tuple[str, str]:
@@ -48,12 +50,23 @@ class Interface:
             )
         self._process = process
         deadline = time.monotonic() + _START_SECONDS
-        while not self.exists():
+        while not self._listens():
             if process.poll() is not None or time.monotonic() > deadline:
                 self.close()
                 raise RuntimeError(f"no interface {self.name}: {self._log_path.read_text()}")
             time.sleep(0.01)
         self.host.run(["ip", "link", "set", self.name, "mtu", "1420", "up"])
+
+    def _listens(self) -> bool:
+        """Say whether wireguard-go can be talked to, from what the kernel says of its socket.
+
+        Not with `wg`, which deletes a control socket that doesn't listen yet, so that wireguard-go gives up.
+        """
+        sockets = (line.split() for line in Path(f"/proc/{self.host.pid}/net/unix").read_text().splitlines())
+        return any(
+            fields[3] == _LISTENING and fields[-1].endswith(f"/wireguard/{self.name}.sock")
+            for fields in sockets
+        )
 
     def exists(self) -> bool:
         """Say whether wg(8) can talk to the interface."""
