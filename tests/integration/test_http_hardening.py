@@ -44,6 +44,7 @@ def echoing_app() -> FastAPI:
     router = APIRouter(route_class=DomainErrorRoute)
     app = FastAPI()
     app.state.seen = []
+    app.state.blocked, app.state.unblock = threading.Event(), threading.Event()
 
     @router.post("/echo")
     async def echo(request: Request, body: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +68,9 @@ def echoing_app() -> FastAPI:
 
     @router.get("/block")
     async def block() -> str:
-        time.sleep(0.5)  # noqa: ASYNC251 - so that the server takes no new connection meanwhile
+        # The server takes no new connection meanwhile.
+        app.state.blocked.set()
+        app.state.unblock.wait(20)
         return "blocked"
 
     app.include_router(router)
@@ -410,12 +413,12 @@ def test_who_is_gone_before_it_is_looked_at_is_not_heard(server: Server) -> None
     """The kernel doesn't say any more who it was: what it sent could pass for a UNIX socket's."""
     with server.connect() as first:
         first.send(get("/block"))
-        time.sleep(0.1)
+        assert server.app.state.blocked.wait(20)
         for _ in range(3):
             gone = server.connect()
             gone.send(get("/who"))
-            time.sleep(0.02)
             gone.reset()
+        server.app.state.unblock.set()
         assert first.status() == 200
         first.send(get("/who"))
         status, body = first.answer()
