@@ -1,0 +1,191 @@
+"""Records that are new, older than the hub, or decided about: the whole service, without real parts."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from backend import errors
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services import hub_committer
+from backend.services.hub_mark import HubMark
+from backend.services.ports import Decision, Journal
+from backend.services.wireguard_config_manager import ManagedPeer
+from tests.harness.fakes import FakeHub
+from tests.harness.memory_journal import MemoryJournal
+from tests.harness.patience import eventually
+from tests.harness.requests import new_key
+from tests.test_provisioning_service import WAIT, World
+
+MakeWorld = Callable[..., World]
+
+
+class DurableJournal(MemoryJournal):
+    """Records that say of themselves that they outlive the process, as those in a database do."""
+
+    @property
+    def durable(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def hub() -> FakeHub:
+    return FakeHub()
+
+
+@pytest.fixture
+def make_world(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
+    """Start services on one file and one interface, one after the other."""
+    monkeypatch.setattr(hub_committer, "HEAL_INTERVAL_SECONDS", 0.02)
+    worlds = list[World]()
+
+    def make(records: Journal) -> World:
+        for earlier in worlds:
+            earlier.service.close()
+        world = World(tmp_path, records, hub, "10.0.0.0/24")
+        worlds.append(world)
+        world.service.start()
+        return world
+
+    yield make
+    for world in worlds:
+        world.service.close()
+
+
+def addresses(world: World) -> dict[str, str]:
+    return {name: str(peer.assigned_ip) for name, peer in world.service.list_provisioned_peers().items()}
+
+
+@pytest.fixture
+def eight(make_world: MakeWorld) -> tuple[World, DurableJournal]:
+    """Give the test a hub with eight peers, one of the operator's, and its records."""
+    journal = DurableJournal()
+    world = make_world(journal)
+    with world.path.open("a") as file:
+        file.write(f"\n[Peer]\nPublicKey = {new_key()}\nAllowedIPs = 10.0.0.2/32\n")
+    eventually(lambda: world.service.get_pool_stats()["reserved_addresses"] == 2)
+    for number in range(8):
+        world.provision(f"node-{number}")
+    return world, journal
+
+
+def older(journal: MemoryJournal, number: int) -> DurableJournal:
+    """Return records as they were when they had so many peers."""
+    records = DurableJournal(journal.load().peers[:number])
+    records._generation = number
+    return records
+
+
+def test_records_that_were_never_written_adopt_the_files_peers(
+    make_world: MakeWorld, hub: FakeHub, eight: tuple[World, DurableJournal]
+) -> None:
+    first, _ = eight
+    before, text, table = addresses(first), first.text, dict(hub.table)
+    fresh = DurableJournal()
+    world = make_world(fresh)
+    assert addresses(world) == before
+    assert (world.text, hub.table) == (text, table)
+    assert str(world.provision("node-9").assigned_ip) == "10.0.0.11"
+    # What was adopted stays: the next start finds it in the records.
+    assert HubMark(world.path).read().generation == fresh.load().generation
+    again = make_world(fresh)
+    assert set(addresses(again)) == {*before, "node-9"}
+    again.service.check()
+
+
+@pytest.fixture
+def paused(make_world: MakeWorld, eight: tuple[World, DurableJournal]) -> tuple[World, DurableJournal]:
+    """Give the test a service whose records are those of when the hub had two peers."""
+    _, journal = eight
+    records = older(journal, 2)
+    return make_world(records), records
+
+
+def test_records_older_than_the_hub_pause_the_service(
+    hub: FakeHub, paused: tuple[World, DurableJournal]
+) -> None:
+    world, records = paused
+    text, table = world.text, dict(hub.table)
+    for _ in range(2):
+        with pytest.raises(errors.HubUpdateError, match="paused"):
+            world.service.check()
+        with pytest.raises(errors.HubUpdateError, match="older"):
+            world.provision("node-9")
+        with pytest.raises(errors.HubUpdateError, match="older"):
+            world.service.deprovision_peer("node-0", WAIT)
+    # Reads work, with the hub's key, and the operator's peer keeps its address.
+    assert addresses(world) == {"node-0": "10.0.0.3", "node-1": "10.0.0.4"}
+    assert world.service.get_pool_stats()["reserved_addresses"] == 2
+    assert (world.text, hub.table, records.load().generation) == (text, table, 2)
+
+
+def test_adopting_takes_the_hubs_peers_into_the_records_and_ends_the_pause(
+    make_world: MakeWorld, hub: FakeHub, paused: tuple[World, DurableJournal]
+) -> None:
+    world, records = paused
+    text, table = world.text, dict(hub.table)
+    reached = HubMark(world.path).read().generation
+    records.decision = Decision.ADOPT
+    eventually(lambda: len(addresses(world)) == 8)
+    eventually(lambda: records.decision is None)
+    assert addresses(world) == {f"node-{number}": f"10.0.0.{number + 3}" for number in range(8)}
+    assert (world.text, hub.table) == (text, table)
+    # Higher than any that the hub has reached, or the next start would pause again.
+    assert records.load().generation > reached
+    eventually(lambda: world.service._committer._mirror.problem is None)
+    assert str(world.provision("node-9").assigned_ip) == "10.0.0.11"
+    again = make_world(records)
+    again.service.check()
+    assert len(addresses(again)) == 9
+
+
+def test_forcing_takes_the_unknown_peers_off_the_hub_and_ends_the_pause(
+    make_world: MakeWorld, hub: FakeHub, paused: tuple[World, DurableJournal]
+) -> None:
+    world, records = paused
+    records.decision = Decision.FORCE
+    eventually(lambda: world.text.count("managed peer") == 2)
+    eventually(lambda: len(hub.table) == 3)  # with the operator's
+    eventually(lambda: world.service._committer._mirror.problem is None)
+    assert str(world.provision("node-9").assigned_ip) == "10.0.0.5"
+    make_world(records).service.check()
+
+
+def test_a_decision_that_nothing_waits_for_is_forgotten(
+    hub: FakeHub, eight: tuple[World, DurableJournal]
+) -> None:
+    """Otherwise it would be carried out at the next pause, which it was not made for."""
+    world, journal = eight
+    before, text, table = addresses(world), world.text, dict(hub.table)
+    for decision in Decision:
+        journal.decision = decision
+        eventually(lambda: journal.decision is None)
+        world.service.check()
+    assert (addresses(world), world.text, hub.table) == (before, text, table)
+
+
+@pytest.mark.parametrize("unknown", [5, 6])
+def test_blocks_of_ours_that_nothing_knows_are_removed_where_they_are_few(
+    hub: FakeHub, eight: tuple[World, DurableJournal], unknown: int
+) -> None:
+    world, _ = eight
+    strangers = [
+        ManagedPeer(f"stranger-{number}", WireGuardKey.parse(new_key()), address)
+        for number, address in enumerate(list(world.pool.network.hosts())[100 : 100 + unknown])
+    ]
+    whole = world.text
+    with world.path.open("ab") as file:
+        file.writelines(peer.block for peer in strangers)
+    if unknown == 5:
+        eventually(lambda: world.text == whole)
+        world.service.check()
+        return
+    eventually(lambda: world.service._committer._mirror.paused)
+    edited = world.text
+    with pytest.raises(errors.HubUpdateError):
+        world.provision("node-9")
+    assert world.text == edited
+    assert edited.count("stranger") == 6
+    world.path.write_text(whole)
+    eventually(lambda: not world.service._committer._mirror.paused)
+    world.provision("node-9")
