@@ -212,7 +212,7 @@ def test_an_interface_that_goes_while_the_records_are_written_leaves_the_file_as
     assert [peer.node_id for peer in journal.load().peers] == ["node-1"]
 
 
-@pytest.mark.parametrize("key", [OTHER_VPN, None])
+@pytest.mark.parametrize("key", [OTHER_VPN, None], ids=["another key", "no key"])
 def test_an_interface_with_another_key_or_with_peers_but_no_key_is_never_written_to(
     make_world: MakeWorld, hub: FakeHub, key: str | None
 ) -> None:

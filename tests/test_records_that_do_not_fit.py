@@ -1,11 +1,17 @@
 """Records that are new, older than the hub, or decided about: the whole service, without real parts."""
 
-from collections.abc import Callable, Iterator
+import base64
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from backend import errors
+from backend.models.access.callers import Caller, CallerKind
+from backend.models.access.credentials import TokenRequest
+from backend.models.identity import NodeIdentity
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services import hub_committer
 from backend.services.hub_mark import HubMark
@@ -15,7 +21,7 @@ from tests.harness.fakes import FakeHub
 from tests.harness.memory_journal import MemoryJournal
 from tests.harness.patience import eventually
 from tests.harness.requests import new_key
-from tests.test_provisioning_service import WAIT, World
+from tests.test_provisioning_service import WAIT, World, request
 
 MakeWorld = Callable[..., World]
 
@@ -189,3 +195,35 @@ def test_blocks_of_ours_that_nothing_knows_are_removed_where_they_are_few(
     world.path.write_text(whole)
     eventually(lambda: not world.service._committer._mirror.paused)
     world.provision("node-9")
+
+
+def test_an_adopted_peer_is_told_to_a_token_only_with_proofs_which_fill_its_record_in(
+    make_world: MakeWorld, eight: tuple[World, DurableJournal]
+) -> None:
+    first, _ = eight
+    key = new_key()
+    first.provision("node-8", key)
+    fresh = DurableJournal()
+    world = make_world(fresh)
+    # The raw key in base64, and its protobuf form: two spellings of one identity.
+    raw = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+    spellings = [base64.b64encode(prefix + raw).decode() for prefix in (b"", b"\x08\x01\x12\x20")]
+    token, _ = TokenRequest().make("test", datetime.now(UTC))
+    caller = Caller(CallerKind.TOKEN, token)
+    proven = Caller(CallerKind.TOKEN, token, identity=NodeIdentity(raw))
+
+    def known(public_key: str, asking: Caller) -> Mapping[str, object]:
+        body = request("node-8", key, public_key=public_key)
+        with pytest.raises(errors.DuplicatePeerError) as refused:
+            world.service.submit_provision(body, asking).result(WAIT)
+        return refused.value.existing_config
+
+    partly = {"node_id": "node-8", "assigned_ip": "10.0.0.11"}
+    assert known(spellings[0], caller) == partly
+    assert known(spellings[0], proven)["hub_public_key"] == first.hub_key.public_key()
+    recorded = {peer.node_id: peer.public_key for peer in fresh.load().peers}
+    assert recorded["node-8"] == spellings[0]
+    assert recorded["node-7"] == ""
+    assert known(spellings[1], proven)["hub_public_key"] == first.hub_key.public_key()
+    stranger = NodeIdentity(Ed25519PrivateKey.generate().public_key().public_bytes_raw())
+    assert known("another", Caller(CallerKind.TOKEN, token, identity=stranger)) == partly
