@@ -112,6 +112,9 @@ class HubCommitter:
 
     def submit(self, change: Change) -> None:
         """Hand a change over; raise HubUpdateError or RecordsUnavailableError where it can't be taken."""
+        if self._mirror.paused:
+            # Not even for a moment: it would hold a name or an address that an adopted peer has.
+            raise self._paused()
         if self._doubtful is not None:
             raise RecordsUnavailableError(f"{_LOOKED_UP}; nothing was changed, try again in a moment")
         if self.in_doubt():
@@ -333,9 +336,12 @@ class HubCommitter:
     def _heal(self) -> None:
         """See that the hub is in step before more is asked of it; raise HubUpdateError where it can't be."""
         if self._mirror.paused:
-            raise HubUpdateError(self._mirror.problem or "the service is paused")
+            raise self._paused()
         if self._mirror.problem is not None and not self._mirror.heal():
             raise HubUpdateError(self._mirror.problem or "the hub could not be brought up to date")
+
+    def _paused(self) -> HubUpdateError:
+        return HubUpdateError(self._mirror.problem or "the service is paused")
 
     def _resolve(self, batch: Batch) -> ProvisioningError | None:
         """Find out from the records what became of a batch, and bring the hub up to them.
@@ -386,9 +392,13 @@ class HubCommitter:
         state = self._history.look(self._generation)
         if state is None:
             return
+        # What was handed over before the pause was seen.
+        while changes := self._take(0.0):
+            settle(changes, self._paused())
         self._generation = state.generation
         self._on_adoption(state.peers)
         self._mirror.assume(state.peers)
+        self._history.go_on()
 
     def _note_reached(self) -> None:
         """Write down how far the hub has come, where the records don't know; later, if they don't answer."""

@@ -73,6 +73,8 @@ class HubHistory:
         self._guard = guard
         self._file = mark
         self._mark = Mark()
+        # Whether the records have, or may have, a decision carried out that the service doesn't know yet.
+        self._decided = False
         # What an operator should know, though the service works.
         self.notices: tuple[str, ...] = ()
 
@@ -94,18 +96,28 @@ class HubHistory:
     def look(self, generation: int) -> RecordedState | None:
         """See to what changes beside the peers; return the records where a decision has changed them.
 
-        Raises RecordsUnavailableError and HubUpdateError: a decision is carried out later then.
+        `go_on` has to follow then. Raises RecordsUnavailableError and HubUpdateError: a decision is carried
+        out later then.
         """
         status = self._journal.hub_status()
         self.notices = status.notices
+        if self._guard.paused and status.decision is not None:
+            self._carry_out(status.decision)
+        if self._decided:
+            return self._journal.load()
         if self._guard.paused:
-            return None if status.decision is None else self._carry_out(status.decision)
+            return None
         if self._journal.durable:
             self._raise_mark(generation, status.audit_head)
         if status.decision is not None:
             # It was made for another moment than this.
             self._journal.dismiss_decision()
         return None
+
+    def go_on(self) -> None:
+        """End the pause: the service knows what the records have by an operator's decision."""
+        self._decided = False
+        self._guard.release()
 
     def _raise_mark(self, generation: int, audit_head: tuple[int, str]) -> None:
         self._mark = Mark(max(generation, self._mark.generation), *audit_head)
@@ -139,7 +151,7 @@ class HubHistory:
         self._add_generation(AuditAction.PEERS_ADOPTED, f"{count} peers, from the config", adoption, notice)
         return self._journal.load()
 
-    def _carry_out(self, decision: Decision) -> RecordedState:
+    def _carry_out(self, decision: Decision) -> None:
         recorded = self._journal.load()
         keys = {peer.wireguard_public_key for peer in recorded.peers}
         unknown = self._guard.unknown(self._mirror.found(), keys)
@@ -149,9 +161,9 @@ class HubHistory:
             action, adoption = AuditAction.PEERS_REMOVED, Adoption([], unknown)
         reason = f"{len(adoption.peers)} taken into the records, {len(adoption.refused)} off the hub"
         log.warning("decision_carried_out", extra={"decision": decision.value, "result": reason})
+        # Before it's written: a commit may get no answer.
+        self._decided = True
         self._add_generation(action, reason, adoption, None, recorded.generation)
-        self._guard.release()
-        return self._journal.load()
 
     def _add_generation(
         self,

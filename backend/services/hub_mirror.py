@@ -10,7 +10,7 @@ from ipaddress import IPv4Address
 from threading import Lock
 from typing import Final
 
-from backend.errors import HubUpdateError
+from backend.errors import HubUpdateError, RecordsUnavailableError
 from backend.models.access.audit import AuditAction
 from backend.models.operator_commands import bring_up, command, put_key_back
 from backend.models.wireguard.interface_state import InterfaceState
@@ -128,7 +128,7 @@ class HubMirror:
         with self._lock:
             try:
                 self._reconcile()
-            except HubUpdateError as exc:
+            except (HubUpdateError, RecordsUnavailableError) as exc:
                 self._note_problem(str(exc))
                 return str(exc)
             self._note_problem(None)
