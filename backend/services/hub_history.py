@@ -140,15 +140,19 @@ class HubHistory:
 
     def _adopt_file(self, state: RecordedState) -> RecordedState:
         adoption = adopt(self._mirror.found_in_file().peers, (), _now())
-        if not adoption.peers:
-            return state
         count = len(adoption.peers)
-        log.warning("peers_adopted", extra={"peers": count, "reason": "the records were new"})
+        if count == 0 and self._mark.generation == 0:
+            return state
+        # Also without peers: whatever follows comes after what the hub has reached with other records.
+        if count:
+            log.warning("peers_adopted", extra={"peers": count, "reason": "the records were new"})
         notice = (
             f"{count} peers were taken from the config into records that were new; check that no records "
             f"were lost, then run {command('reconcile --acknowledge')}"
         )
-        self._add_generation(AuditAction.PEERS_ADOPTED, f"{count} peers, from the config", adoption, notice)
+        self._add_generation(
+            AuditAction.PEERS_ADOPTED, f"{count} peers, from the config", adoption, notice if count else None
+        )
         return self._journal.load()
 
     def _carry_out(self, decision: Decision) -> None:

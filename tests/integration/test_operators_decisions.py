@@ -74,3 +74,29 @@ def test_nodes_that_ask_again_and_again_do_not_get_in_the_way_of_an_adoption(
     service.ready = "/readyz"
     service.restart()
     assert assert_in_step(service, hub_interface) == after
+
+
+@pytest.mark.parametrize("then", ["in memory before", "in memory in between"])
+def test_records_that_are_new_go_on_from_what_the_hub_has_reached_also_without_peers(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, then: str
+) -> None:
+    settings = settings_for(hub_interface, tmp_path)
+    between = then == "in memory in between"
+    service = start_service({**settings, "ENABLE_DBOS": str(between).lower()})
+    for _ in range(2):
+        provision(service, "node-0")
+        service.client.delete(f"{PEERS}/node-0").raise_for_status()
+    service.settings["ENABLE_DBOS"] = str(not between).lower()
+    service.restart()
+    provision(service, "node-1")
+    before = assert_in_step(service, hub_interface)
+    service.settings["ENABLE_DBOS"] = "true"
+    service.ready = "/healthz"
+    service.restart()
+    if between:
+        # The durable records have never known that peer, and it isn't taken off the hub.
+        assert "1 of 1 peers on the hub are in no record" in service.client.get("/readyz").text
+        assert reconcile(service, "--adopt").returncode == 0
+        eventually(lambda: is_ready(service))
+    assert is_ready(service)
+    assert assert_in_step(service, hub_interface) == before
