@@ -38,21 +38,26 @@ class HubReview:
     @classmethod
     def make(cls, journal: Journal, mirror: HubMirror, mark: Mark) -> Self:
         """Look at records, file and interface, and change nothing; raise ProvisioningError."""
-        state = journal.load()
         unseen = None
         try:
             found = mirror.found()
         except HubUpdateError as exc:
             # One that is about the file itself comes again.
             found, unseen = mirror.found_in_file(), str(exc)
+        # After the hub: what comes to it meanwhile is in the records first.
+        state = journal.load()
         keys = {peer.wireguard_public_key for peer in state.peers}
-        unknown = RemovalGuard(journal.removed_keys).unknown(found, keys)
         hash_there = journal.audit_hash(mark.audit_sequence) if mark.audit_sequence else None
         paused = stepped_back(state, mark, hash_there)
+        guard = RemovalGuard(journal.removed_keys)
+        if paused is not None:
+            guard.hold(paused)
+        unknown = guard.unknown(found, keys)
         if paused is None and is_many(len(unknown), len(found.peers)):
             paused = "many peers on the hub are in no record"
         present = found.keys
-        new = state.generation == 0 and not state.peers
+        # Only what the config has is taken in without a decision.
+        new = state.generation == 0 and any(peer.label is not None for peer in unknown)
         return cls(
             generation=state.generation,
             recorded=len(state.peers),

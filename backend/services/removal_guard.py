@@ -105,10 +105,14 @@ class RemovalGuard:
         self._stepped_back = None
 
     def unknown(self, found: FoundPeers, recorded_keys: Collection[str]) -> list[HubPeer]:
-        """Return our peers on the hub that the records have never known."""
+        """Return our peers on the hub that the records have never known.
+
+        Where the records have stepped back, the hub was rid of all that they know as removed: what it has
+        again has come back since.
+        """
         unknown = [peer for peer in found.peers if peer.public_key not in recorded_keys]
-        if not unknown:
-            return []
+        if not unknown or self._stepped_back is not None:
+            return unknown
         removed = self._removed_keys([peer.public_key for peer in unknown])
         return [peer for peer in unknown if peer.public_key not in removed]
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, settings_for
 from tests.harness.wireguard import HubInterface
@@ -99,4 +99,40 @@ def test_records_that_are_new_go_on_from_what_the_hub_has_reached_also_without_p
         assert reconcile(service, "--adopt").returncode == 0
         eventually(lambda: is_ready(service))
     assert is_ready(service)
+    assert assert_in_step(service, hub_interface) == before
+
+
+def test_new_records_beside_peers_that_only_the_interface_has_wait_for_a_decision(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    for number in range(8):
+        address = f"10.0.0.{20 + number}/32"
+        hub_interface.host.run(["wg", "set", hub_interface.name, "peer", new_key(), "allowed-ips", address])
+    service = start_service(settings_for(hub_interface, tmp_path), ready="/healthz")
+    assert "8 of 8 peers on the hub are in no record" in service.client.get("/readyz").text
+    assert "`--adopt` takes 8 of the 8 unknown peers" in reconcile(service, "--show").stdout
+    assert reconcile(service, "--adopt").returncode == 0
+    eventually(lambda: is_ready(service))
+    assert len(assert_in_step(service, hub_interface)) == 8
+
+
+def test_peers_that_came_back_after_their_removal_are_not_lost_with_records_from_in_between(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(settings_for(hub_interface, tmp_path))
+    bodies = provision(service, *names(0, 3))
+    for body in bodies:
+        service.client.delete(f"{PEERS}/{body['node_id']}").raise_for_status()
+    copy = back_up(tmp_path / "state")
+    for body in bodies:
+        service.client.post(PROVISION, json=body).raise_for_status()
+    before = assert_in_step(service, hub_interface)
+    service.terminate()
+    restore(tmp_path / "state", copy)
+    service.ready = "/healthz"
+    service.start()
+    assert "3 of 3 peers on the hub are in no record" in service.client.get("/readyz").text
+    assert reconcile(service, "--show").stdout.count("unknown: node-") == 3
+    assert reconcile(service, "--adopt").returncode == 0
+    eventually(lambda: is_ready(service))
     assert assert_in_step(service, hub_interface) == before
