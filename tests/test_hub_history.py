@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from datetime import UTC, datetime
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -119,7 +120,23 @@ def test_a_mark_is_read_as_it_was_written_and_is_its_owners_alone(tmp_path: Path
     assert mark.path.stat().st_size == 256
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"generation": "x"}', "\0" * 256])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        '{"generation": "x"}',
+        "\0" * 256,
+        "x" * 5000,
+        "[" * 5000,
+        f'{{"generation": 1e999, "audit_sequence": 0, "audit_hash": "{GENESIS}"}}',
+        f'{{"generation": 1{"0" * 30}, "audit_sequence": 0, "audit_hash": "{GENESIS}"}}',
+        f'{{"generation": 0, "audit_sequence": -1, "audit_hash": "{GENESIS}"}}',
+        '{"generation": 1, "audit_sequence": 1, "audit_hash": "\\ud800"}',
+    ],
+)
 def test_a_mark_that_cannot_be_read_is_said_and_stops_nothing(
     tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,6 +146,26 @@ def test_a_mark_that_cannot_be_read_is_said_and_stops_nothing(
     assert "mark_unreadable" in caplog.text
     mark.write(Mark(5, 0, GENESIS))
     assert json.loads(mark.path.read_text())["generation"] == 5
+
+
+@pytest.mark.parametrize("what", ["pipe", "directory", "link", "huge"])
+def test_what_is_no_mark_at_all_is_said_and_keeps_nobody_waiting(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    mark = HubMark(tmp_path / "wg0.conf")
+    if what == "pipe":
+        os.mkfifo(mark.path)
+    elif what == "directory":
+        mark.path.mkdir()
+    elif what == "link":
+        mark.path.symlink_to("/dev/zero")
+    else:
+        mark.path.touch()
+        os.truncate(mark.path, 2**40)
+    assert mark.read() == Mark()
+    assert "mark_unreadable" in caplog.text
+    mark.write(Mark(5, 0, GENESIS))
+    assert ("mark_not_written" in caplog.text) is (what != "huge")
 
 
 def test_a_mark_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

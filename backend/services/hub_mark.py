@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 # Of one length, so that it is overwritten in place, by one write(2): no moment without a mark.
 _BYTES: Final = 256
+# Beyond what any hub reaches, and well within what databases take.
+_HIGHEST: Final = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +38,10 @@ class HubMark:
     def read(self) -> Mark:
         """Return the mark; one that isn't there or can't be read is that of a new hub."""
         try:
-            found = json.loads(self.path.read_bytes())
-            return Mark(int(found["generation"]), int(found["audit_sequence"]), str(found["audit_hash"]))
+            return _parse(self._read())
         except FileNotFoundError:
             return Mark()
-        except (OSError, ValueError, TypeError, KeyError) as exc:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
             log.warning("mark_unreadable", extra={"path": self.path, "reason": type(exc).__name__})
             return Mark()
 
@@ -64,10 +65,33 @@ class HubMark:
         else:
             self._written, self._complained = mark, False
 
+    def _read(self) -> bytes:
+        # Neither a link nor a named pipe, and no more than a mark has.
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("it is not a regular file")
+            return os.pread(descriptor, _BYTES + 1, 0)
+        finally:
+            os.close(descriptor)
+
     def _overwrite(self, line: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(self.path, flags, stat.S_IRUSR | stat.S_IWUSR)
         try:
             os.pwrite(descriptor, line, 0)
+            # What stood there may have been anything.
+            if os.fstat(descriptor).st_size != _BYTES:
+                os.ftruncate(descriptor, _BYTES)
         finally:
             os.close(descriptor)
+
+
+def _parse(text: bytes) -> Mark:
+    found = json.loads(text)
+    generation, sequence, own_hash = (found[name] for name in ("generation", "audit_sequence", "audit_hash"))
+    if not (isinstance(generation, int) and isinstance(sequence, int) and isinstance(own_hash, str)):
+        raise TypeError("it doesn't have two numbers and a hash")
+    if not (0 <= generation < _HIGHEST and 0 <= sequence < _HIGHEST and len(own_hash) == len(GENESIS)):
+        raise ValueError("its numbers or its hash can't be")
+    return Mark(generation, sequence, own_hash)
