@@ -153,10 +153,11 @@ def verify_audit() -> None:
 
 def _compare_with_mark(sequence: int) -> None:
     """End with the status 1 where the hub has reached a later row than the log has."""
+    from backend.quickstart import beside_run
     from backend.services.hub_mark import HubMark
     from backend.settings import load_settings
 
-    reached = HubMark(load_settings().wireguard_config_path.resolve()).read().audit_sequence
+    reached = HubMark(beside_run(load_settings()).wireguard_config_path.resolve()).read().audit_sequence
     if reached > sequence:
         typer.echo(
             f"older: the hub has reached row {reached}, so the records are from a backup or another copy; "

@@ -48,9 +48,10 @@ def reconcile(
 @contextmanager
 def _decisions() -> "Iterator[HubDecisions]":
     from backend.main import open_hub_decisions
+    from backend.quickstart import beside_run
     from backend.settings import load_settings
 
-    with open_hub_decisions(load_settings()) as decisions:
+    with open_hub_decisions(beside_run(load_settings())) as decisions:
         yield decisions
 
 

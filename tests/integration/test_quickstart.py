@@ -20,6 +20,7 @@ from backend import quickstart
 from backend.adapters import host_tools
 from backend.errors import HubUpdateError, StartRefusedError
 from backend.models.wireguard.keys import WireGuardKey
+from backend.services.hub_mark import HubMark, Mark
 from backend.settings import Settings
 from tests.harness.command_line import invoke
 from tests.harness.requirements import require
@@ -194,6 +195,11 @@ class TestNames:
         beside = quickstart.beside_run(Settings())
         assert beside.wireguard_config_path == made.wireguard_config_path
         assert beside.wireguard_hub_endpoint == made.wireguard_hub_endpoint
+        shown = invoke("reconcile", "--show", directory=tmp_path)
+        assert (shown.returncode, "nothing is to be decided" in shown.stdout) == (0, True), shown.stderr
+        HubMark(made.wireguard_config_path).write(Mark(1, 1000))
+        verified = invoke("audit", "verify", directory=tmp_path)
+        assert (verified.returncode, "has reached row 1000" in verified.stderr) == (1, True), verified.stdout
         for command in ("show", "down"):
             done = invoke("hub", command, directory=tmp_path)
             assert (done.returncode, made.interface in done.stdout) == (0, True), done.stderr
