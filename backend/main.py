@@ -212,7 +212,7 @@ def open_hub_decisions(settings: Settings) -> Iterator[HubDecisions]:
     require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
     config = WireGuardConfigManager(path)
     pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
-    database = open_beside(settings.database_url)
+    database = open_beside(settings.database_url, settings.state_directory)
     mirror = HubMirror(config, _hub(settings), HandMadePeers(pool))
     try:
         yield HubDecisions(database, mirror, HubMark(config.path))

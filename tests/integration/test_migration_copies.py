@@ -5,7 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from alembic.config import Config
 
 from backend.adapters.database import _MIGRATIONS, Database, open_beside
 from backend.errors import StartRefusedError
+from backend.main import open_access, open_hub_decisions
+from backend.settings import ReloadMode, Settings
 from tests.harness.requests import new_key
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
@@ -163,6 +165,23 @@ def test_a_service_copies_its_database_into_its_state_directory(
     make_old(path).close()
     start_service(settings_for(hub_interface, tmp_path, DATABASE_URL=f"sqlite:///{path}"))
     assert revision(tmp_path / "state" / "before-0001.sqlite") == "0001"
+
+
+@pytest.mark.parametrize("opened", [open_access, open_hub_decisions])
+def test_a_command_copies_the_database_into_the_state_directory(
+    opened: Callable[[Settings], AbstractContextManager[object]],
+    old: sqlite3.Connection,
+    path: Path,
+    copies: Path,
+) -> None:
+    settings = Settings(
+        database_url=f"sqlite:///{path}",
+        state_directory=copies,
+        wireguard_config_path=path.with_name("wg0.conf"),
+        wireguard_reload=ReloadMode.OFF,
+    )
+    with opened(settings):
+        assert revision(copies / "before-0001.sqlite") == "0001"
 
 
 def test_postgresql_is_not_copied(postgres_database: str, copies: Path) -> None:
