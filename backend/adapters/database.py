@@ -68,7 +68,7 @@ class Database:
     @property
     def durable(self) -> bool:
         """False where it lives as long as the process."""
-        return self.url.database not in {None, "", ":memory:"}
+        return self._file is not None or self._server is not None
 
     def note_written(self) -> None:
         """Have it known that something was committed just now."""

@@ -5,6 +5,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import sqlalchemy as sa
+
+from backend.adapters.database import Database
 from tests.harness.requests import provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, settings_for
@@ -60,3 +64,18 @@ def test_a_database_that_does_not_answer_stops_the_start_without_its_password(
     assert "does not answer; check DATABASE_URL" in service.log
     assert "sesame" not in service.log
     assert "Traceback" not in service.log
+
+
+def test_records_are_durable_in_the_database_that_the_environment_names(
+    postgres_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where DATABASE_URL has no name, libpq takes it from PGDATABASE, or the user's."""
+    url = sa.make_url(postgres_database)
+    monkeypatch.setenv("PGDATABASE", url.database or "")
+    database = Database(url.set(database=None).render_as_string(hide_password=False))
+    try:
+        assert database.durable
+        with database.engine.connect() as connection:
+            assert connection.exec_driver_sql("SELECT current_database()").scalar_one() == url.database
+    finally:
+        database.close()
