@@ -1,7 +1,7 @@
 """`python -m backend reconcile`: what an operator decides where the records don't fit the hub."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Final
@@ -85,13 +85,25 @@ def _decide(decisions: "HubDecisions", decision: "Decision") -> None:
         raise StartRefusedError(f"nothing was decided: {review.verdict}")
     acts = {Decision.ADOPT: AuditAction.PEERS_ADOPTED, Decision.FORCE: AuditAction.PEERS_REMOVED}
     decisions.decide(decision, _event(acts[decision]))
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while decisions.is_pending():
-        if time.monotonic() > deadline:
-            typer.echo("written down; the service carries it out at its next start")
-            return
-        time.sleep(0.1)
+    if not _becomes_true(lambda: not decisions.is_pending()):
+        typer.echo("written down; the service carries it out as soon as it can, or at its next start")
+        return
+    # A service that isn't paused dismisses a decision: what it hasn't noticed yet can't be decided.
+    if not _becomes_true(lambda: decisions.review().paused is None):
+        raise StartRefusedError(
+            "the service dismissed the decision, because it was not paused yet: it compares the whole "
+            "interface every ten seconds; decide again as soon as /readyz says that it is paused"
+        )
     typer.echo(f"carried out; the records have {decisions.review().recorded} peers")
+
+
+def _becomes_true(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _acknowledge(decisions: "HubDecisions") -> None:

@@ -80,7 +80,7 @@ class HubReview:
             return f"the records are new: the next start takes the {count} peers of the config into them"
         if self.paused is not None:
             return (
-                f"the service is paused: {self.paused}. `--adopt` takes {len(self.adoption.peers)} of the "
+                f"the service pauses: {self.paused}. `--adopt` takes {len(self.adoption.peers)} of the "
                 f"{count} unknown peers into the records and the others off the hub; `--force` takes all of "
                 "them off the hub"
             )
