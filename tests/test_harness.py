@@ -57,7 +57,7 @@ def test_closing_a_host_kills_what_runs_on_it() -> None:
         network = Path(f"/proc/{host.pid}/ns/net").readlink()
         host.popen(["sleep", "1000"])
         host.run(["sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 &"])
-        assert len(_processes_in(network)) >= 3
+        _wait_until(lambda: len(_processes_in(network)) >= 3)
     assert _processes_in(network) == []
 
 
@@ -80,6 +80,8 @@ def test_a_host_ends_with_its_owner_even_if_that_is_killed() -> None:
         # An open descriptor, so that the kernel can't give the same number to another namespace.
         with Path(f"/proc/{guard}/ns/net").open() as held:
             network = Path(f"/proc/self/fd/{held.fileno()}").readlink()
+            # The guard and the command; the guard can't find one that has yet to come in.
+            _wait_until(lambda: len(_processes_in(network)) >= 2)
             owner.kill()
             owner.communicate()
             _wait_until(lambda: _processes_in(network) == [])

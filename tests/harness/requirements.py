@@ -23,6 +23,7 @@ PACKAGES: Final = {
     "ip": "iproute2",
     "ping": "iputils-ping",
     "mount": "mount",
+    "chattr": "e2fsprogs",
     "wg": "wireguard-tools",
     "wireguard-go": "wireguard-go",
     "initdb": "postgresql",

@@ -11,6 +11,7 @@ from typing import Final
 import pytest
 
 from tests.harness.requests import provision_body
+from tests.harness.requirements import require
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
@@ -53,6 +54,7 @@ class Disk:
 @pytest.fixture
 def disk(hub_interface: HubInterface, tmp_path: Path) -> Iterator[Disk]:
     """Move the hub's config to a disk of its own."""
+    require("mount", "chattr")
     disk = Disk(tmp_path / "disk")
     path = disk.path / hub_interface.config_path.name
     shutil.copy(hub_interface.config_path, path)
