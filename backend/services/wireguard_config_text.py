@@ -17,25 +17,18 @@ peers claim one address `wg` gives it to the later one, which has to be ours.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Final
 
 from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, WireGuardPrivateKey
+from backend.services.wireguard_config_sections import InterfaceSection, PeerSection, Section
 from backend.services.wireguard_config_values import (
     UINT16_MAX,
     HubKeyError,
     InvalidConfigError,
-    allowed_ip,
-    check_endpoint,
     check_save_config,
-    fwmark,
-    keepalive,
-    key_text,
-    port_number,
-    preshared_key,
-    private_key,
 )
 
 __all__ = [
@@ -269,81 +262,6 @@ def _join(gaps: Iterable[bytes]) -> bytes:
     return bytes(text)
 
 
-class _Section:
-    """What the keys of one section add up to."""
-
-    def __init__(self) -> None:
-        self.keys: Mapping[bytes, tuple[str, Callable[[bytes], None]]] = {}
-
-    def take(self, compact: bytes) -> None:
-        """Take a key line as `wg` sees it; raise InvalidConfigError."""
-        key, equals, value = compact.partition(b"=")
-        if not equals or key.lower() not in self.keys:
-            raise InvalidConfigError("a key that `wg` doesn't know in this section")
-        name, take = self.keys[key.lower()]
-        if not value and name == "PrivateKey":
-            raise HubKeyError(f"{name} has no value")
-        if not value:
-            raise InvalidConfigError(f"{name} has no value", "Give it one, or take the line out")
-        take(value)
-
-
-class _InterfaceSection(_Section):
-    """All [Interface] sections together: `wg` takes the last of several values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.private_key: WireGuardPrivateKey | None = None
-        self.listen_port: int | None = None
-        self.fwmark = 0
-        self.keys = {
-            b"privatekey": ("PrivateKey", self._take_private_key),
-            b"listenport": ("ListenPort", self._take_listen_port),
-            b"fwmark": ("FwMark", self._take_fwmark),
-        }
-
-    def _take_listen_port(self, value: bytes) -> None:
-        # For `wg` 0 is any port.
-        self.listen_port = port_number(value) or None
-
-    def _take_fwmark(self, value: bytes) -> None:
-        self.fwmark = fwmark(value)
-
-    def _take_private_key(self, value: bytes) -> None:
-        self.private_key = private_key(value)
-
-
-class _PeerSection(_Section):
-    """One [Peer] section: networks add up, of other keys the last value counts."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-        self.public_key: str | None = None
-        self.preshared_key: str | None = None
-        self.allowed_ips: list[IPv4Network | IPv6Network] = []
-        self.persistent_keepalive: int | None = None
-        self.keys = {
-            b"publickey": ("PublicKey", self._take_public_key),
-            b"presharedkey": ("PresharedKey", self._take_preshared_key),
-            b"allowedips": ("AllowedIPs", self._take_allowed_ips),
-            b"endpoint": ("Endpoint", check_endpoint),
-            b"persistentkeepalive": ("PersistentKeepalive", self._take_keepalive),
-        }
-
-    def _take_public_key(self, value: bytes) -> None:
-        self.public_key = key_text(value, "PublicKey")
-
-    def _take_preshared_key(self, value: bytes) -> None:
-        self.preshared_key = preshared_key(value)
-
-    def _take_allowed_ips(self, value: bytes) -> None:
-        self.allowed_ips.extend(map(allowed_ip, value.split(b",")))
-
-    def _take_keepalive(self, value: bytes) -> None:
-        self.persistent_keepalive = keepalive(value)
-
-
 class _ForeignReader:
     """Reads foreign lines as wg-quick and then `wg` would, and accepts what both accept.
 
@@ -353,9 +271,9 @@ class _ForeignReader:
 
     def __init__(self) -> None:
         self.stripped: list[bytes] = []
-        self._interface = _InterfaceSection()
-        self._peers: list[_PeerSection] = []
-        self._section: _Section | None = None
+        self._interface = InterfaceSection()
+        self._peers: list[PeerSection] = []
+        self._section: Section | None = None
         self._quick_interface = False
 
     def read(self, number: int, raw: bytes, compact: bytes) -> None:
@@ -407,18 +325,18 @@ class _ForeignReader:
             raise HubKeyError("no [Interface] section has a PrivateKey")
         return self._interface.private_key, tuple(peers)
 
-    def _open(self, number: int, header: bytes) -> _Section:
+    def _open(self, number: int, header: bytes) -> Section:
         if header == _INTERFACE:
             return self._interface
         if header == _PEER:
-            self._peers.append(_PeerSection(number))
+            self._peers.append(PeerSection(number))
             return self._peers[-1]
         raise InvalidConfigError("a section other than [Interface] and [Peer]")
 
 
 def _managed_peer(label: str, lines: Iterable[bytes]) -> ManagedPeer | None:
     """Read one of our blocks; None if it isn't one that we could have written."""
-    section = _PeerSection(0)
+    section = PeerSection(0)
     try:
         for line in lines:
             section.take(line)
