@@ -41,3 +41,17 @@ def test_all_who_ask_while_a_check_hangs_share_one_thread_and_hear_what_hangs() 
     answers[0].result(WAIT)
     ready.ask().result(WAIT)
     assert len(calls) == 2
+
+
+def test_a_look_for_which_no_thread_could_be_started_does_not_stand_in_the_way_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ready = Readiness([("the pool", lambda: None)])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            ready.ask()
+    ready.ask().result(WAIT)

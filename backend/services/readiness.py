@@ -13,8 +13,9 @@ class Readiness:
     def __init__(self, checks: Sequence[tuple[str, Callable[[], None]]]) -> None:
         """Run nothing yet. A check raises what stands in the way; its name says what it looks at."""
         self._checks = checks
-        self._lock = Lock()  # guards the two below
+        self._lock = Lock()  # guards _answer, so that one thread looks at a time
         self._answer: Future[None] | None = None
+        # Written by that thread alone; a reader may see the check before.
         self._looking_at = ""
 
     def ask(self) -> Future[None]:
@@ -23,9 +24,10 @@ class Readiness:
             if self._answer is not None and not self._answer.done():
                 return self._answer
             answer: Future[None] = Future()
-            self._answer = answer
             # A daemon: one that hangs must not keep the process from ending.
             Thread(target=self._look, args=(answer,), name="readiness", daemon=True).start()
+            # Kept only once its thread runs: without one it would never be done.
+            self._answer = answer
             return answer
 
     def hangs(self) -> HubUpdateError:
@@ -37,7 +39,7 @@ class Readiness:
             for name, check in self._checks:
                 self._looking_at = name
                 check()
-        except BaseException as exc:  # noqa: BLE001 - whoever waits is told, whatever it was
+        except BaseException as exc:  # noqa: BLE001 - the probe is told of any failure
             answer.set_exception(exc)
         else:
             answer.set_result(None)
