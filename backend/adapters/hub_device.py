@@ -21,6 +21,7 @@ from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.operator_commands import put_key_back
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from backend.services.staged_file import sync_directory
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_quick_keys import require_address
 
@@ -380,13 +381,5 @@ def _create(path: Path, content: bytes) -> bool:
         return False
     finally:
         Path(temporary).unlink()
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
     return True
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

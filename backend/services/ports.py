@@ -134,7 +134,11 @@ class BatchSteps(Protocol):
 
 
 class Journal(Protocol):
-    """The records, and the way a batch gets into them. Called by one thread at a time."""
+    """The records, and the way a batch gets into them.
+
+    Called by the committer's thread, except where a docstring says otherwise; at the start `removed_keys` is
+    called beside `launch`.
+    """
 
     @property
     def durable(self) -> bool:

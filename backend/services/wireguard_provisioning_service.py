@@ -478,6 +478,6 @@ def _decide(entry: _Entry) -> Future[None]:
     """Make an entry one that can be judged, and return the future of those who wait for that."""
     decided = entry.decided
     if decided is None:
-        raise RuntimeError("only an entry that is coming or going can be decided")
+        raise RuntimeError("an active entry has nothing to decide")
     entry.standing, entry.decided = _Standing.ACTIVE, None
     return decided
