@@ -88,7 +88,7 @@ def beside_run(settings: Settings) -> Settings:
 
 
 def beside_lost(settings: Settings) -> Settings:
-    """Return the settings with the hub of `make run` where its config is lost, for whoever makes it again."""
+    """Return the settings with the hub of `make run` where its config is lost and has to be made again."""
     return _with_config(settings, _lost_config(settings))
 
 

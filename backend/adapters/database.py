@@ -31,7 +31,7 @@ IN_MEMORY: Final = "sqlite:///:memory:"
 _TRIAL_TIMEOUT_MS: Final = 2_000
 # For how long what was written shows that the next can be: seconds.
 _WRITTEN_SECONDS: Final = 1.0
-# How long a command waits for somebody else's migration.
+# How long a command waits for another process's migration.
 _MIGRATION_SECONDS: Final = 3.0
 # DBOS keeps about five connections busy for a moment while a datasource transaction holds another.
 _POOL_SIZE: Final = 10
@@ -274,7 +274,7 @@ class Database:
         This alone finds out that a server is back.
         """
         if self._server is None:
-            # Nobody's but ours for as long as we hold its lock file.
+            # The file is ours alone for as long as we hold its lock file.
             self.check_file()
             return
         try:

@@ -37,7 +37,7 @@ class InterfaceState(StrEnum):
 
     ABSENT = "absent"
     OURS = "up"
-    # Whoever made it has given it nothing yet, so it is nobody else's.
+    # It has neither key nor peers yet, so no other program uses it.
     NEW = "there, without a key"
     FOREIGN = "another one of that name, which isn't this hub's"
     UNKNOWN = "unknown"

@@ -1,4 +1,4 @@
-"""A copy of a SQLite database as it is before its schema is changed, for whoever wants to go back."""
+"""A copy of a SQLite database as it is before its schema is changed, for a way back."""
 
 import logging
 import os

@@ -18,8 +18,8 @@ from backend.errors import OvertakenError, RecordsUnavailableError
 
 _Value = TypeVar("_Value")
 
-# How long the server may say nothing before a connection is given up: seconds. Whoever waits for an answer
-# of the service gets one within 5 s, so one such wait and one try to connect must fit into that.
+# How long the server may say nothing before a connection is given up: seconds. A request is answered
+# within 5 s, so one such wait and one try to connect must fit into that.
 SILENCE_SECONDS: Final = 3.0
 # libpq takes no less.
 CONNECT_SECONDS: Final = 2
@@ -41,7 +41,7 @@ _TCP: Final[Mapping[str, int]] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 3000,
 }
-# The server's: it ends what we gave up on, and whoever of us is gone, and takes back their locks.
+# The server's: it ends statements that we gave up on and sessions of dead processes, with their locks.
 _SESSION: Final[Mapping[str, int]] = {
     "tcp_keepalives_idle": 2,
     "tcp_keepalives_interval": 1,
@@ -133,8 +133,8 @@ def without_timeouts(connection: sa.Connection) -> Iterator[None]:
 class PostgreSQL:
     """An engine for one process, and the advisory lock that it may hold on the database.
 
-    Only whoever calls `check` tries to reach a server that is away: everybody else fails at once, so that no
-    thread is kept.
+    Only `check` tries to reach a server that is away: all other connections fail at once, so that no thread
+    is kept.
     """
 
     def __init__(self, url: sa.URL, availability: Availability, *, patient: bool, pool_size: int) -> None:
@@ -206,7 +206,7 @@ class PostgreSQL:
                     raise
             else:
                 return
-        # With the connection went the lock, and whoever came first has it now.
+        # The lock went with the connection, and another process may have it now.
         self.leave()
         self._presence = self._connect_apart()
         self._end_own_sessions(self._presence)

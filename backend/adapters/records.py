@@ -80,8 +80,8 @@ Row = Mapping[str, Any]
 def load_state(connection: sa.Connection, *, settled: bool = False) -> RecordedState:
     """Read every peer, in the order they came, and the hub's generations.
 
-    `settled` waits for whoever is writing: of a batch whose commit got no answer, PostgreSQL may be about to
-    commit it yet.
+    `settled` waits for a transaction that is still writing: PostgreSQL may yet commit a batch whose commit
+    got no answer.
     """
     statement = sa.select(hub_state.c.generation, hub_state.c.applied_generation)
     state = connection.execute(statement.with_for_update() if settled else statement).one()

@@ -53,7 +53,7 @@ def _is_read_only(connection: sqlite3.Connection) -> bool:
         connection.execute("BEGIN IMMEDIATE").close()
         connection.execute("PRAGMA user_version=0").close()
     except sqlite3.OperationalError as exc:
-        # Or somebody else writes at this moment: then so can we.
+        # Or another connection writes at this moment: then so can we.
         return refuses_writes(exc)
     finally:
         connection.rollback()

@@ -98,14 +98,14 @@ class FileOnly:
         added: Mapping[WireGuardKey, IPv4Address],  # noqa: ARG002 - the port's
         removed: Collection[WireGuardKey],  # noqa: ARG002 - the port's
     ) -> Callable[[], None]:
-        """Leave it to whoever reads the file."""
+        """Do nothing: only the file is kept."""
         return lambda: None
 
     def sync(self, stripped: bytes) -> None:
-        """Leave it to whoever reads the file."""
+        """Do nothing: only the file is kept."""
 
     def clear(self, drift: Drift) -> None:
-        """Leave it to whoever reads the file."""
+        """Do nothing: only the file is kept."""
 
     def state(self) -> InterfaceState:
         """Return an empty one: there is no interface to look at."""

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 # Longer than two batches that meet a `wg` which hangs, shorter than the patience of most HTTP clients.
 ANSWER_TIMEOUT_SECONDS: Final = 45.0
-# For how long nobody asks whether the records leave it in doubt, and how often from then on: seconds.
+# When a waiting request first asks whether its outcome is in doubt, and how often from then on: seconds.
 _CERTAIN_SECONDS: Final = 2.5
 _LOOK_SECONDS: Final = 0.5
 

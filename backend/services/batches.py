@@ -13,7 +13,7 @@ def run_sequence(next_batch: NextBatch, steps: BatchSteps) -> None:
     """Take batches through intent and apply, one after the other, for as long as they come at once.
 
     Where apply fails for good the intent is taken back. How far the hub has come is written with the next
-    intent, or when nothing else is to do: it tells whoever reads the records, and no start relies on it.
+    intent, or when nothing else is to do: it is for readers of the records, and no start relies on it.
     """
     while (batch := next_batch()) is not None:
         steps.intend(batch)

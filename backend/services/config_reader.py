@@ -82,7 +82,7 @@ class ConfigReader:
                     file.seek(0)
                     text = file.read()
                     identity = FileIdentity.of(os.fstat(file.fileno()))
-                    # Otherwise somebody is writing into it at this moment.
+                    # Otherwise the file is being written at this moment.
                     if identity == FileIdentity.of(before) and len(text) == identity.size:
                         return text, identity, now - identity.modified_ns > _SETTLED_NS
         except FileNotFoundError:
@@ -111,5 +111,5 @@ def _not_a_file(path: Path) -> ConfigFileError:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; a named pipe would otherwise wait for somebody to write into it."""
+    """Open a file; a named pipe would otherwise wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)

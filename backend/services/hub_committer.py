@@ -30,7 +30,7 @@ MAX_BATCH: Final = 512
 HEAL_INTERVAL_SECONDS: Final = 1.0
 # From when on a batch under way says that something is wrong: seconds.
 _LONG_BATCH_SECONDS: Final = 5.0
-# From when on records that don't answer leave whoever waits in doubt: seconds.
+# From when on records that don't answer leave the outcome of a change in doubt: seconds.
 _DOUBT_SECONDS: Final = 2.0
 # How long a workflow waits for more work before it ends, and how long it may go on: seconds.
 _LINGER_SECONDS: Final = 0.05
@@ -81,7 +81,7 @@ class HubCommitter:
         # What was refused last, so that a cause is logged once.
         self._refused: str | None = None
         self._looked_at = float("-inf")
-        # Set once, for good: the records are somebody else's.
+        # Set once, for good: another process writes the records.
         self._overtaken: OvertakenError | None = None
         self._busy_since: float | None = None
 
@@ -199,7 +199,7 @@ class HubCommitter:
             self._busy_since = None
 
     def _give_up(self, reason: ProvisioningError) -> None:
-        """Tell everybody who still waits for a batch."""
+        """Settle every batch that is not settled yet with this error."""
         self._discard_prepared()
         for batch in (self._first, self._batch, self._doubtful):
             if batch is not None:
@@ -305,7 +305,7 @@ class HubCommitter:
             settle(changes, exc)
             return None
         except Exception:
-            # In the middle of a burst nobody else knows of these changes; and nothing of them is written.
+            # In the middle of a burst these changes are known here alone; and nothing of them is written.
             log.exception("committer_failed")
             self._discard_prepared()
             settle(changes, HubUpdateError(_UNFORESEEN))

@@ -41,7 +41,7 @@ class StagedFile:
                 return False
             self.temporary.replace(self.path)
         except FileNotFoundError:
-            # Somebody is replacing the file in two steps, or took it away: the next look tells.
+            # The file is being replaced in two steps, or was taken away: the next look tells.
             return False
         finally:
             self.discard()

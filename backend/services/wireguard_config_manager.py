@@ -188,7 +188,7 @@ class WireGuardConfigManager:
     def put_in_place(self, staged: StagedConfig) -> bool:
         """Replace the file by what was staged; return whether that was needed. Raises as `stage` does.
 
-        It is staged anew where somebody has changed the file meanwhile. `sync_directory` makes it durable.
+        It is staged anew where the file was changed meanwhile. `sync_directory` makes it durable.
         """
         with self._lock:
             return self._put_in_place(staged)
