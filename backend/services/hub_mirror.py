@@ -284,10 +284,10 @@ class HubMirror:
         replaced: bool,
         inspected: bool = False,
     ) -> None:
-        """Bring the interface up to the file, by what is new since the last time if that's told.
+        """Bring the interface up to the file: by `wg set` of these changes, or by `wg syncconf` of the whole.
 
-        That costs what the change costs. `heal` compares the interface with the whole file now and then, and
-        tells it everything where they differ.
+        `wg set` costs what the change costs. `heal` compares the interface with the whole file now and then,
+        and syncs all of it where they differ.
         """
         changed = self._change(added, removed)
         try:
@@ -311,10 +311,10 @@ class HubMirror:
     def _change(
         self, added: Mapping[WireGuardKey, IPv4Address], removed: Mapping[WireGuardKey, IPv4Address]
     ) -> Callable[[], bool]:
-        """Begin to tell the interface what is new, if that is all it needs; what is returned waits for it.
+        """Start `wg set` for these changes, where they are all that the interface lacks.
 
-        It goes on while the directory is synced. What that returns is whether the interface needs nothing
-        more.
+        It runs while the directory is synced. Returns a function that waits for it, and then returns False
+        where a full sync is still needed.
         """
         confirmed = self._confirmed
         # One that was made anew meanwhile may be another program's.
