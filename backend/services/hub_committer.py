@@ -379,6 +379,14 @@ class HubCommitter:
         if time.monotonic() - self._looked_at < HEAL_INTERVAL_SECONDS:
             return
         self._looked_at = time.monotonic()
+        try:
+            # Whose records they are, before the hub is made equal to what they were.
+            self._journal.check()
+        except OvertakenError:
+            raise
+        except RecordsUnavailableError:
+            pass  # what the hub has to be is in memory
+        self._mirror.remove_leftovers()
         with contextlib.suppress(HubUpdateError):  # heal() meets it too, and it is logged there once
             self._mirror.refresh()
         with contextlib.suppress(RecordsUnavailableError, HubUpdateError):  # later, then
@@ -432,8 +440,11 @@ class HubCommitter:
             prepared.discard()
 
     def _log_refusal(self, error: ProvisioningError, changes: int) -> None:
-        """Log a cause once, however many changes it refuses; and not what the mirror has said already."""
+        """Log a cause once, however many changes it refuses; not what mirror or records say themselves."""
         reason = str(error)
-        if reason not in {self._refused, self._mirror.problem}:
+        if not isinstance(error, RecordsUnavailableError) and reason not in {
+            self._refused,
+            self._mirror.problem,
+        }:
             log.error("changes_refused", extra={"changes": changes, "reason": reason})
         self._refused = reason

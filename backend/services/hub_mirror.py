@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv4Address
@@ -181,6 +182,11 @@ class HubMirror:
             self._config.refresh()
             self._note_foreign()
 
+    def remove_leftovers(self) -> None:
+        """Remove temporary files that could not be removed in their time. Only while nothing is prepared."""
+        with suppress(HubUpdateError):
+            self._config.remove_stale_temporaries()
+
     def require_interface(self) -> None:
         """Raise HubUpdateError unless there is an interface to tell."""
         with self._lock:
@@ -202,6 +208,10 @@ class HubMirror:
             self._require_interface()
             if self._problem is not None:
                 raise HubUpdateError(self._problem)
+            if self._hub.live and not self._is_known():
+                raise HubUpdateError(
+                    f"interface {self._config.interface} is new and gets its peers within a second or two"
+                )
             if (problem := self._hub.link_problem()) is not None:
                 raise HubUpdateError(problem)
         finally:
@@ -316,9 +326,8 @@ class HubMirror:
         It runs while the directory is synced. Returns a function that waits for it, and then returns False
         where a full sync is still needed.
         """
-        confirmed = self._confirmed
         # One that was made anew meanwhile may be another program's.
-        if confirmed is None or confirmed.incarnation != self._hub.incarnation():
+        if not self._is_known():
             return lambda: False
         if self._hand_made.share(removed):
             return lambda: False
@@ -364,6 +373,10 @@ class HubMirror:
             self._note_problem(str(exc))
         else:
             self._note_problem(None)
+
+    def _is_known(self) -> bool:
+        """Say whether the interface is the one that was brought up to the config last."""
+        return self._confirmed is not None and self._confirmed.incarnation == self._hub.incarnation()
 
     def _require_interface(self) -> None:
         if self._hub.live and self._hub.incarnation() is None:

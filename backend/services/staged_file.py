@@ -116,7 +116,7 @@ def try_directory(path: Path, size: int) -> None:
         os.posix_fallocate(descriptor, 0, size)
     finally:
         os.close(descriptor)
-        Path(name).unlink()
+        Path(name).unlink(missing_ok=True)
 
 
 def is_temporary(name: str, path: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Final
 
 import pytest
 
+from tests.harness.patience import eventually
 from tests.harness.requests import provision_body
 from tests.harness.requirements import require
 from tests.harness.service import ServiceProcess
@@ -112,6 +113,7 @@ def test_a_change_that_the_disk_refuses_touches_no_tunnel(
     assert service.client.get("/readyz").status_code == 200
     assert service.client.delete(f"{PEERS}/node-0").status_code == 200
     service.client.post(PROVISION, json=provision_body("node-2")).raise_for_status()
+    eventually(lambda: list(path.parent.glob(".*.tmp")) == [])
     assert set(assert_in_step(service, hub_interface)) == {"node-1", "node-2"}
 
 
