@@ -24,6 +24,7 @@ from backend.api.health import router as health_router
 from backend.api.v1.endpoints.wireguard_access import router as access_router
 from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
+from backend.models.operator_commands import command
 from backend.services.clerk import Clerk
 from backend.services.configurations import Configurations
 from backend.services.door import Door
@@ -206,7 +207,8 @@ def open_hub_decisions(settings: Settings) -> Iterator[HubDecisions]:
     if not settings.enable_dbos:
         raise StartRefusedError(
             "with ENABLE_DBOS=false the records live in the service's memory: restart it, and it takes the "
-            "peers of the config into them"
+            "peers of the config into them; peers that only the interface has go with "
+            f"{command('hub down')} and {command('hub up')}"
         )
     path = settings.wireguard_config_path
     require_trusted_file(path, "WIREGUARD_CONFIG_PATH")

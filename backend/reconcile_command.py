@@ -79,20 +79,21 @@ def _show(review: "HubReview") -> None:
 def _decide(decisions: "HubDecisions", decision: "Decision") -> None:
     from backend.models.access.audit import AuditAction
     from backend.services.ports import Decision
+    from backend.services.removal_guard import fingerprint
 
     review = decisions.review()
     if review.paused is None:
         raise StartRefusedError(f"nothing was decided: {review.verdict}")
     acts = {Decision.ADOPT: AuditAction.PEERS_ADOPTED, Decision.FORCE: AuditAction.PEERS_REMOVED}
-    decisions.decide(decision, _event(acts[decision]))
+    decisions.decide(decision, fingerprint(review.unknown), _event(acts[decision]))
     if not _becomes_true(lambda: not decisions.is_pending()):
         typer.echo("written down; the service carries it out as soon as it can, or at its next start")
         return
     # A service that isn't paused dismisses a decision: what it hasn't noticed yet can't be decided.
     if not _becomes_true(lambda: decisions.review().paused is None):
         raise StartRefusedError(
-            "the service dismissed the decision, because it was not paused yet: it compares the whole "
-            "interface every ten seconds; decide again as soon as /readyz says that it is paused"
+            "the service dismissed the decision: it was not paused yet (it compares the whole interface "
+            "every ten seconds), or the unknown peers are others by now; look at --show, and decide again"
         )
     typer.echo(f"carried out; the records have {decisions.review().recorded} peers")
 

@@ -74,7 +74,9 @@ def test_a_guard_that_holds_lets_nothing_go_on_until_it_is_released() -> None:
 def test_records_step_back_by_generation_or_by_another_history() -> None:
     mark = Mark(7, 3, "a" * 64)
     assert stepped_back(RecordedState((), 7, 7), mark, "a" * 64) is None
-    assert stepped_back(RecordedState((), 9, 7), mark, None) is None
+    assert stepped_back(RecordedState((), 7, 7), mark, None) is None
+    assert stepped_back(RecordedState((), 9, 7), Mark(7), None) is None
+    assert "another database" in (stepped_back(RecordedState((), 9, 7), mark, None) or "")
     assert "generation 6" in (stepped_back(RecordedState((), 6, 6), mark, "a" * 64) or "")
     assert "row 3" in (stepped_back(RecordedState((), 8, 8), mark, "b" * 64) or "")
 

@@ -41,7 +41,7 @@ class Decisions:
             notices=(),
         )
 
-    def decide(self, decision: Decision, _event: AuditEvent) -> None:
+    def decide(self, decision: Decision, _basis: str, _event: AuditEvent) -> None:
         self.pending = decision
 
     def is_pending(self) -> bool:

@@ -16,6 +16,7 @@ from backend.models.wireguard.keys import WireGuardKey
 from backend.services import hub_committer
 from backend.services.hub_mark import HubMark
 from backend.services.ports import Decision, Journal
+from backend.services.removal_guard import fingerprint
 from backend.services.wireguard_config_manager import ManagedPeer
 from tests.harness.fakes import FakeHub
 from tests.harness.memory_journal import MemoryJournal
@@ -155,6 +156,20 @@ def test_forcing_takes_the_unknown_peers_off_the_hub_and_ends_the_pause(
     eventually(lambda: world.service._committer._mirror.problem is None)
     assert str(world.provision("node-9").assigned_ip) == "10.0.0.5"
     make_world(records).service.check()
+
+
+def test_a_decision_about_other_peers_than_those_that_were_shown_is_dismissed(
+    hub: FakeHub, paused: tuple[World, DurableJournal], caplog: pytest.LogCaptureFixture
+) -> None:
+    world, records = paused
+    text, table = world.text, dict(hub.table)
+    records.basis = fingerprint([])
+    records.decision = Decision.FORCE
+    eventually(lambda: records.decision is None)
+    with pytest.raises(errors.HubUpdateError, match="paused"):
+        world.service.check()
+    assert (world.text, hub.table) == (text, table)
+    assert "decision_dismissed" in caplog.text
 
 
 def test_a_decision_that_nothing_waits_for_is_forgotten(

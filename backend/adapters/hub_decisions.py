@@ -27,11 +27,11 @@ class HubDecisions:
         """Compare the records with the hub, and change nothing."""
         return HubReview.make(self._journal, self._mirror, self._mark.read())
 
-    def decide(self, decision: Decision, event: AuditEvent) -> None:
-        """Write a decision, for the service to carry out."""
+    def decide(self, decision: Decision, basis: str, event: AuditEvent) -> None:
+        """Write a decision about the unknown peers of `basis`, for the service to carry out."""
         try:
             with self._engine.begin() as connection:
-                hub_records.decide(connection, decision, [event])
+                hub_records.decide(connection, decision, basis, event)
         except SQLAlchemyError as exc:
             raise RecordsUnavailableError("the records can't be written; check the database") from exc
 

@@ -1,6 +1,6 @@
 """What the records keep of the hub beside its peers: removed ones, an operator's decision, notices."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -42,7 +42,8 @@ notices: Final = sa.Table(
 _REMOVED_KEYS: Final = sa.select(removed_peers.c.wireguard_public_key).where(
     removed_peers.c.wireguard_public_key.in_(sa.bindparam("keys", type_=sa.String(), expanding=True))
 )
-_DECISION: Final = sa.select(hub_state.c.decision)
+_DECISION: Final = sa.select(hub_state.c.decision, hub_state.c.decision_basis)
+_UNDECIDED: Final[dict[str, None]] = {"decision": None, "decision_basis": None}
 _NOTICES: Final = sa.select(notices.c.text).order_by(notices.c.id)
 
 
@@ -85,9 +86,10 @@ def forget_removed(connection: sa.Connection, now: datetime) -> None:
 
 def hub_status(connection: sa.Connection) -> HubStatus:
     """Read what changes beside the peers."""
-    decision = connection.scalar(_DECISION)
+    decision, basis = connection.execute(_DECISION).one()
     return HubStatus(
         None if decision is None else Decision(decision),
+        basis,
         tuple(connection.scalars(_NOTICES)),
         access_records.audit_head(connection),
     )
@@ -95,7 +97,7 @@ def hub_status(connection: sa.Connection) -> HubStatus:
 
 def add_generation(connection: sa.Connection, new: NewGeneration) -> None:
     """Write a new generation, the peers that it adopts, and why; the decision is carried out by that."""
-    connection.execute(sa.update(hub_state).values(generation=new.generation, decision=None))
+    connection.execute(sa.update(hub_state).values(generation=new.generation, **_UNDECIDED))
     records.adopt(connection, new.peers, new.generation)
     note_removed(connection, new.removed, new.generation)
     if new.notice is not None:
@@ -103,10 +105,15 @@ def add_generation(connection: sa.Connection, new: NewGeneration) -> None:
     access_records.append_audit(connection, [new.event])
 
 
-def decide(connection: sa.Connection, decision: Decision | None, events: Sequence[AuditEvent] = ()) -> None:
-    """Write what an operator has decided; None takes it back."""
-    connection.execute(sa.update(hub_state).values(decision=decision))
-    access_records.append_audit(connection, events)
+def decide(connection: sa.Connection, decision: Decision, basis: str, event: AuditEvent) -> None:
+    """Write what an operator has decided, and about which unknown peers (removal_guard.fingerprint)."""
+    connection.execute(sa.update(hub_state).values(decision=decision, decision_basis=basis))
+    access_records.append_audit(connection, [event])
+
+
+def dismiss_decision(connection: sa.Connection) -> None:
+    """Forget a decision."""
+    connection.execute(sa.update(hub_state).values(_UNDECIDED))
 
 
 def acknowledge(connection: sa.Connection, event: AuditEvent) -> int:

@@ -72,6 +72,8 @@ hub_state: Final = sa.Table(
     sa.Column("applied_generation", sa.BigInteger(), nullable=False),
     # What an operator has decided where the records don't fit the hub, until it's carried out.
     sa.Column("decision", sa.String(8), nullable=True),
+    # Which unknown peers the operator was shown (removal_guard.fingerprint).
+    sa.Column("decision_basis", sa.String(64), nullable=True),
 )
 
 Row = Mapping[str, Any]

@@ -103,7 +103,7 @@ class SqlJournal:
     def dismiss_decision(self) -> None:
         """Forget a decision that nothing waits for."""
         with self._writing() as connection:
-            hub_records.decide(connection, None)
+            hub_records.dismiss_decision(connection)
 
     def removed_keys(self, keys: Collection[str]) -> set[str]:
         """Return those of the keys whose peers were removed on the record."""

@@ -20,7 +20,7 @@ from backend.models.wireguard.keys import WireGuardKey
 from backend.services.hub_mark import HubMark, Mark
 from backend.services.hub_mirror import HubMirror
 from backend.services.ports import Decision, Journal, NewGeneration, Peer, RecordedState
-from backend.services.removal_guard import HubPeer, RemovalGuard, stepped_back
+from backend.services.removal_guard import HubPeer, RemovalGuard, fingerprint, stepped_back
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class HubHistory:
         status = self._journal.hub_status()
         self.notices = status.notices
         if self._guard.paused and status.decision is not None:
-            self._carry_out(status.decision)
+            self._carry_out(status.decision, status.basis)
         if self._decided:
             return self._journal.load()
         if self._guard.paused:
@@ -155,10 +155,15 @@ class HubHistory:
         )
         return self._journal.load()
 
-    def _carry_out(self, decision: Decision) -> None:
+    def _carry_out(self, decision: Decision, basis: str | None) -> None:
         recorded = self._journal.load()
         keys = {peer.wireguard_public_key for peer in recorded.peers}
         unknown = self._guard.unknown(self._mirror.found(), keys)
+        if basis not in {None, fingerprint(unknown)}:
+            reason = "the hub's unknown peers are others than those that were shown"
+            log.warning("decision_dismissed", extra={"decision": decision.value, "reason": reason})
+            self._journal.dismiss_decision()
+            return
         if decision is Decision.ADOPT:
             action, adoption = AuditAction.PEERS_ADOPTED, adopt(unknown, recorded.peers, _now())
         else:

@@ -98,6 +98,8 @@ class HubStatus:
     """What changes beside the peers: an operator's decision, what they should know, the audit log's head."""
 
     decision: Decision | None
+    # The fingerprint of the unknown peers that it is about; None where it's about any.
+    basis: str | None
     notices: tuple[str, ...]
     audit_head: tuple[int, str]
 

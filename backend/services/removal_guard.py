@@ -4,7 +4,8 @@ Records that were lost, restored from a backup or left behind by a failover look
 peers were removed. What was removed on the record is known: the records keep a removed peer's key.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -59,6 +60,11 @@ class FoundPeers:
         return {peer.public_key for peer in self.peers}
 
 
+def fingerprint(unknown: Iterable[HubPeer]) -> str:
+    """Return what tells one set of unknown peers from another, so that no decision is about others."""
+    return hashlib.sha256(" ".join(sorted(peer.public_key for peer in unknown)).encode()).hexdigest()
+
+
 def is_many(unknown: int, present: int) -> bool:
     """Say whether it is for an operator to decide to remove so many of the peers that are present."""
     return unknown > _MOST and unknown > _LARGEST_SHARE * present
@@ -74,7 +80,11 @@ def stepped_back(state: RecordedState, mark: Mark, hash_at_mark: str | None) -> 
             f"the records are at generation {state.generation}, and this hub has reached {mark.generation}: "
             "they are older, as from a backup"
         )
-    if hash_at_mark is not None and hash_at_mark != mark.audit_hash:
+    another = hash_at_mark != mark.audit_hash
+    if hash_at_mark is None:
+        # The log alone is older where the last that was lost were revocations, say; not behind later changes.
+        another = mark.audit_sequence > 0 and state.generation > mark.generation
+    if another:
         return (
             f"row {mark.audit_sequence} of the records' audit log is another one than this hub has written: "
             "they are another database, or an older copy that has gone on without it"

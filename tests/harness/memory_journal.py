@@ -29,6 +29,7 @@ class MemoryJournal:
         self._undo: dict[str, Peer] = {}
         # What an operator has decided, and the keys of removed peers.
         self.decision: Decision | None = None
+        self.basis: str | None = None
         self.removed: set[str] = set()
         self._apply: Callable[[Batch | None], str | None] = lambda _: None
 
@@ -56,7 +57,7 @@ class MemoryJournal:
 
     def hub_status(self) -> HubStatus:
         """Return what changes beside the peers."""
-        return HubStatus(self.decision, (), (0, GENESIS))
+        return HubStatus(self.decision, self.basis, (), (0, GENESIS))
 
     def add_generation(self, new: NewGeneration) -> None:
         """Write a new."""

@@ -10,8 +10,9 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Make the two tables, and the column for a decision."""
+    """Make the two tables, and the columns for a decision."""
     op.add_column("hub_state", sa.Column("decision", sa.String(8), nullable=True))
+    op.add_column("hub_state", sa.Column("decision_basis", sa.String(64), nullable=True))
     op.create_table(
         "removed_peers",
         sa.Column("wireguard_public_key", sa.String(44), nullable=False),
@@ -34,4 +35,5 @@ def downgrade() -> None:
     """Go back to the one before."""
     op.drop_table("notices")
     op.drop_table("removed_peers")
+    op.drop_column("hub_state", "decision_basis")
     op.drop_column("hub_state", "decision")
