@@ -57,6 +57,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
         _warn_of_unknown_settings()
         hub = _hub(settings)
+        stack.callback(hub.close)
         guard = stack.enter_context(ConfigGuard(path))
         if hub.live:
             stack.callback(InterfaceLock(settings.interface).acquire().release)

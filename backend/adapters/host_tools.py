@@ -63,7 +63,7 @@ def run(command: Sequence[str], stdin: bytes = b"", timeout: float = _TIMEOUT_SE
     return start(command, stdin, timeout).output()
 
 
-def start(command: Sequence[str], stdin: bytes = b"", timeout: float = _TIMEOUT_SECONDS) -> "Running":
+def start(command: Sequence[str], stdin: bytes | None = b"", timeout: float = _TIMEOUT_SECONDS) -> "Running":
     """Start a program found by `find`; raise HubUpdateError where that can't be done."""
     try:
         return Running(command, stdin, timeout)
@@ -83,27 +83,56 @@ class Running:
     a wait with a timeout sleeps.
     """
 
-    def __init__(self, command: Sequence[str], stdin: bytes, timeout: float) -> None:
+    def __init__(self, command: Sequence[str], stdin: bytes | None, timeout: float) -> None:
+        """Start it. Without `stdin` it waits for `feed`."""
         self._command = command
         self._timeout = timeout
+        self._input = -1
         with ExitStack() as stack:
-            self._files = []
-            for name in ("stdin", "stdout", "stderr"):
-                self._files.append(os.memfd_create(name, os.MFD_CLOEXEC))
-                stack.callback(os.close, self._files[-1])
-            view = memoryview(stdin)
-            while view:
-                view = view[os.write(self._files[0], view) :]
-            os.lseek(self._files[0], 0, os.SEEK_SET)
+            self._files = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("stdin", "stdout", "stderr")]
+            for file in self._files:
+                stack.callback(os.close, file)
+            given = self._files[0]
+            if stdin is None:
+                given, self._input = os.pipe2(os.O_CLOEXEC)
+                stack.callback(self._close_input)
+            else:
+                view = memoryview(stdin)
+                while view:
+                    view = view[os.write(given, view) :]
+                os.lseek(given, 0, os.SEEK_SET)
+            files = (given, *self._files[1:])
             # A session of its own: Ctrl-C is for us, and wireguard-go, which becomes a daemon, outlives us.
             self._pid = os.posix_spawn(
                 command[0],
                 list(command),
                 _ENVIRONMENT,
-                file_actions=[(os.POSIX_SPAWN_DUP2, file, number) for number, file in enumerate(self._files)],
+                file_actions=[(os.POSIX_SPAWN_DUP2, file, number) for number, file in enumerate(files)],
                 setsid=True,
             )
+            if stdin is None:
+                os.close(given)
             self._stack = stack.pop_all()
+
+    def feed(self, stdin: bytes) -> None:
+        """Give it its input, at most what a pipe holds (64 KiB); raise HubUpdateError if it has ended."""
+        try:
+            os.write(self._input, stdin)
+        except OSError as exc:
+            raise HubUpdateError(f"`{_shown(self._command)}` has ended ({exc.strerror})") from exc
+        finally:
+            self._close_input()
+
+    def kill(self) -> None:
+        """End it without its input; in place of `output`."""
+        with self._stack:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+    def _close_input(self) -> None:
+        if self._input >= 0:
+            os.close(self._input)
+            self._input = -1
 
     def output(self) -> str:
         """Wait for its end; return what it printed, or raise ToolRefusedError, HubUpdateError if it hangs."""

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from ipaddress import IPv4Address
 from typing import Final
 
@@ -29,18 +30,53 @@ class WgInterface:
         self._name = InterfaceName.parse(name)
         self._address = address
         self._wg = host_tools.find("wg")
+        # A `wg addconf` that has been started and waits for its input.
+        self._waiting: host_tools.Running | None = None
 
     def change(
         self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
     ) -> Callable[[], None]:
-        """Start one `wg set`: it costs what the change costs, and disturbs nobody else."""
+        """Bring peers in by `wg addconf`, or start one `wg set` where some go. No other peer notices it.
+
+        To start a program takes longer than what it does, so the next `wg addconf` waits for its input
+        already. It has touched nothing by then, and ends with this process.
+        """
+        waiting, self._waiting = self._waiting, None
+        if waiting is None or removed:
+            self._waiting = waiting
+            running = self._start_set(added, removed)
+        else:
+            running = waiting
+            blocks = [f"[Peer]\nPublicKey={key}\nAllowedIPs={ip}/32\n" for key, ip in added.items()]
+            try:
+                running.feed("".join(blocks).encode("ascii"))
+            except HubUpdateError:
+                running.kill()
+                running = self._start_set(added, removed)
+        self._stand_by()
+        return lambda: _end(running)
+
+    def close(self) -> None:
+        """End what waits for a change."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.kill()
+
+    def _stand_by(self) -> None:
+        if self._waiting is None:
+            with suppress(HubUpdateError):  # `wg set` does it as well
+                command = [self._wg, "addconf", self._name, "/dev/stdin"]
+                self._waiting = host_tools.start(command, stdin=None, timeout=_TIMEOUT_SECONDS)
+
+    def _start_set(
+        self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
+    ) -> host_tools.Running:
         arguments: list[str] = []
         for key in removed:
             arguments += ["peer", key, "remove"]
         for key, address in added.items():
             arguments += ["peer", key, "allowed-ips", f"{address}/32"]
-        running = host_tools.start([self._wg, "set", self._name, *arguments], timeout=_TIMEOUT_SECONDS)
-        return lambda: _end(running)
+        return host_tools.start([self._wg, "set", self._name, *arguments], timeout=_TIMEOUT_SECONDS)
 
     def sync(self, stripped: bytes) -> None:
         """Run `wg syncconf`: peers that haven't changed keep their sessions.
@@ -100,6 +136,9 @@ class FileOnly:
     ) -> Callable[[], None]:
         """Do nothing: only the file is kept."""
         return lambda: None
+
+    def close(self) -> None:
+        """Nothing is to be closed."""
 
     def sync(self, stripped: bytes) -> None:
         """Do nothing: only the file is kept."""

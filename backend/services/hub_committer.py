@@ -292,10 +292,10 @@ class HubCommitter:
                     change.refusal = self._hand_made.conflict(change.peer)
             batch = Batch(self._generation + 1, self._reached, changes)
             if batch.accepted():
-                self._prepared = self._mirror.prepare(batch.accepted())
                 if self._cautious:
                     # What has just failed may fail again, and then not even the records are touched.
-                    self._prepared.wait()
+                    self._mirror.check_replaceable()
+                self._prepared = self._mirror.prepare(batch.accepted())
         except OvertakenError:
             settle(changes, OvertakenError())
             raise
@@ -422,12 +422,14 @@ class HubCommitter:
             return None
         prepared, self._prepared = self._prepared, None
         accepted = batch.accepted()
-        if prepared is None or list(prepared.changes) != accepted:
+        if prepared is not None and list(prepared.changes) != accepted:
             # The records have refused some of them.
-            if prepared is not None:
-                prepared.discard()
-            prepared = self._mirror.prepare(accepted)
-        batch.failure = self._mirror.apply(prepared)
+            prepared.discard()
+            prepared = None
+        try:
+            batch.failure = self._mirror.apply(prepared or self._mirror.prepare(accepted))
+        except HubUpdateError as exc:
+            batch.failure = str(exc)
         if batch.failure is None:
             # It's in all three: what is still to be written is the workflow's own bookkeeping.
             self._history.reach(batch.generation)

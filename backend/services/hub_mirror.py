@@ -148,9 +148,12 @@ class HubMirror:
             return self._found(self._inspect())
 
     def prepare(self, changes: Sequence[Change]) -> PreparedChanges:
-        """Begin to write, beside the file, what it is to be with these changes. Nothing is replaced yet."""
+        """Write, beside the file, what it is to be with these changes. Nothing is replaced yet.
+
+        It is made durable while others go on. Raises HubUpdateError where it can't be written.
+        """
         return PreparedChanges.begin(
-            self._peers, changes, lambda peers: self._executor.submit(self._config.stage, peers)
+            self._peers, changes, lambda peers: self._config.stage(peers, self._executor)
         )
 
     def apply(self, prepared: PreparedChanges) -> str | None:
@@ -160,10 +163,9 @@ class HubMirror:
         """
         with self._lock:
             try:
-                staged = prepared.wait()
                 # Asked before the file is touched, or it would be written twice for nothing.
                 self._require_interface()
-                replaced = self._config.put_in_place(staged)
+                replaced = self._config.put_in_place(prepared.staged)
             except HubUpdateError as exc:
                 prepared.discard()
                 return str(exc)
@@ -191,6 +193,11 @@ class HubMirror:
         """Raise HubUpdateError unless there is an interface to tell."""
         with self._lock:
             self._require_interface()
+
+    def check_replaceable(self) -> None:
+        """Raise HubUpdateError where the file could not be replaced now."""
+        with self._lock:
+            self._config.check_replaceable()
 
     def heal(self, *, idle: bool = True) -> bool:
         """Reconcile if file or interface are not what they should be; return whether it was done well."""

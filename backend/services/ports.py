@@ -243,6 +243,9 @@ class Hub(Protocol):
         it and this raise HubUpdateError.
         """
 
+    def close(self) -> None:
+        """Let go of everything."""
+
     def sync(self, stripped: bytes) -> None:
         """Make the interface equal to a config that `wg setconf` would take; raise HubUpdateError."""
 

@@ -1,13 +1,10 @@
 """Changes on their way to the hub, whose new file is being written beside the old one."""
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Self
 
-from backend.errors import HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.ports import Action, Change, Peer
 from backend.services.wireguard_config_manager import ManagedPeer, StagedConfig
@@ -26,16 +23,16 @@ class PreparedChanges:
     peers: dict[str, ManagedPeer]
     added: Mapping[WireGuardKey, IPv4Address]
     removed: Mapping[WireGuardKey, IPv4Address]
-    staged: Future[StagedConfig]
+    staged: StagedConfig
 
     @classmethod
     def begin(
         cls,
         before: Mapping[str, ManagedPeer],
         changes: Sequence[Change],
-        stage: Callable[[tuple[ManagedPeer, ...]], Future[StagedConfig]],
+        stage: Callable[[tuple[ManagedPeer, ...]], StagedConfig],
     ) -> Self:
-        """Have the file staged that has these changes."""
+        """Have the file staged that has these changes; raise HubUpdateError where it can't be written."""
         peers = dict(before)
         added: dict[WireGuardKey, IPv4Address] = {}
         removed: dict[WireGuardKey, IPv4Address] = {}
@@ -49,11 +46,6 @@ class PreparedChanges:
                 removed[peer.wireguard_public_key] = peer.address
         return cls(changes, peers, added, removed, stage(tuple(peers.values())))
 
-    def wait(self) -> StagedConfig:
-        """Return what is to replace the file; raise HubUpdateError where it can't be written."""
-        return self.staged.result()
-
     def discard(self) -> None:
         """Take the new file away, unless it has replaced the old one."""
-        with contextlib.suppress(HubUpdateError):
-            self.staged.result().discard()
+        self.staged.discard()

@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import tempfile
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ class StagedFile:
     identity: FileIdentity
     settled: bool
     _expected: FileIdentity = field(repr=False)
+    # Done when its content is durable.
+    _synced: Future[None] = field(repr=False)
 
     def replace(self) -> bool:
         """Put the new version in the old one's place, unless that isn't what it was; raise OSError.
@@ -36,6 +39,7 @@ class StagedFile:
         The change is durable once the directory is synced. The temporary name is gone in any case.
         """
         try:
+            self._synced.result()
             # Not followed: a link that has just taken its place would be replaced.
             if FileIdentity.of(self.path.lstat()) != self._expected:
                 return False
@@ -53,22 +57,26 @@ class StagedFile:
             self.temporary.unlink(missing_ok=True)
 
 
-def stage_file(path: Path, text: bytes, expected: FileIdentity) -> StagedFile | None:
+def stage_file(
+    path: Path, text: bytes, expected: FileIdentity, executor: Executor | None = None
+) -> StagedFile | None:
     """Write and sync what is to replace `path`; raise OSError.
 
-    None, and nothing is left, if the file isn't `expected` any more.
+    With an executor it is synced there, and `replace` waits for that. None, and nothing is left, if the file
+    isn't `expected` any more.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:
         old, identity, settled = _fill(descriptor, path, text)
+        synced = _sync(descriptor, executor)
     except BaseException as exc:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(exc, FileNotFoundError):
             return None
         raise
-    staged = StagedFile(path, temporary, identity, settled, expected)
+    staged = StagedFile(path, temporary, identity, settled, expected, synced)
     if FileIdentity.of(old) != expected:
         staged.discard()
         return None
@@ -76,18 +84,38 @@ def stage_file(path: Path, text: bytes, expected: FileIdentity) -> StagedFile | 
 
 
 def _fill(descriptor: int, path: Path, text: bytes) -> tuple[os.stat_result, FileIdentity, bool]:
-    """Write and sync a file with the owner and mode of `path`; return what that was, and what it is now."""
-    with os.fdopen(descriptor, "wb") as file:
+    """Write a file with the owner and mode of `path`; return what that was, and what it is now."""
+    try:
         old = path.stat()
         # Ownership first: changing it may take mode bits away.
         if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
             os.fchown(descriptor, old.st_uid, old.st_gid)
         os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
-        file.write(text)
-        file.flush()
+        view = memoryview(text)
+        while view:
+            view = view[os.write(descriptor, view) :]
         settled = _mark(descriptor)
-        os.fsync(descriptor)
         return old, FileIdentity.of(os.fstat(descriptor)), settled
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _sync(descriptor: int, executor: Executor | None) -> Future[None]:
+    """Make a file's content durable, here or by the executor, and close it."""
+
+    def sync() -> None:
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    if executor is not None:
+        return executor.submit(sync)
+    sync()
+    synced: Future[None] = Future()
+    synced.set_result(None)
+    return synced
 
 
 def sync_directory(directory: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import stat
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -177,13 +178,14 @@ class WireGuardConfigManager:
         with self._lock:
             return self._write(tuple(peers))
 
-    def stage(self, peers: Collection[ManagedPeer]) -> StagedConfig:
+    def stage(self, peers: Collection[ManagedPeer], executor: Executor | None = None) -> StagedConfig:
         """Write and sync, beside the file, what is to replace it; raise ConfigFileError or HubUpdateError.
 
-        The file is what it was. Either `put_in_place` or `discard` has to follow.
+        The file is what it was. Either `put_in_place` or `discard` has to follow. With an executor it is
+        synced there, and `put_in_place` waits for that.
         """
         with self._lock:
-            return self._stage(tuple(peers))
+            return self._stage(tuple(peers), executor)
 
     def put_in_place(self, staged: StagedConfig) -> bool:
         """Replace the file by what was staged; return whether that was needed. Raises as `stage` does.
@@ -345,14 +347,14 @@ class WireGuardConfigManager:
             self.sync_directory()
         return replaced
 
-    def _stage(self, peers: tuple[ManagedPeer, ...]) -> StagedConfig:
+    def _stage(self, peers: tuple[ManagedPeer, ...], executor: Executor | None = None) -> StagedConfig:
         for _ in range(_ATTEMPTS):
             known = self._refresh()
             text = _rendered(known, peers)
             if text == known.text:
                 return StagedConfig(peers, text, known.text, None)
             try:
-                file = stage_file(self.path, text, known.identity)
+                file = stage_file(self.path, text, known.identity, executor)
             except OSError as exc:
                 raise self._not_replaced(exc) from exc
             if file is not None:

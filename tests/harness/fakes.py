@@ -99,6 +99,9 @@ class FakeHub:
         if self.broken is not None or not self._up:
             raise HubUpdateError(self.broken or "no such device")
 
+    def close(self) -> None:
+        pass
+
     def clear(self, drift: Drift) -> None:
         self._fail_if_it_must()
 

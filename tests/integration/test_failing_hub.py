@@ -34,15 +34,20 @@ class Wrapper:
         # mood changes, and fails.
         script.write_text(
             "#!/bin/sh\n"
+            # `addconf` is started before its input comes, and counts as a `set` from then on.
+            "what=$1\n"
+            '[ "$what" = addconf ] && { input=$(cat); what=set; }\n'
+            'real() { if [ "$1" = addconf ]; then printf "%s\\n" "$input" |'
+            f' {real} "$@"; else {real} "$@"; fi; }}\n'
             f"mood=$(cat {self._mood} 2>/dev/null)\n"
-            'case "$1-$mood" in\n'
+            'case "$what-$mood" in\n'
             "  syncconf-fails|set-fails) echo 'the device is on fire' >&2; exit 1;;\n"
             "  syncconf-hangs|set-hangs) exec sleep 20;;\n"
             f'  syncconf-held|set-held) while [ "$(cat {self._mood})" = held ]; do sleep 0.02; done\n'
             "    exit 1;;\n"
-            f"  syncconf-lies|set-lies) {real} \"$@\"; echo 'lost the answer' >&2; exit 1;;\n"
+            "  syncconf-lies|set-lies) real \"$@\"; echo 'lost the answer' >&2; exit 1;;\n"
             "esac\n"
-            f'exec {real} "$@"\n'
+            'real "$@"\n'
         )
         script.chmod(0o755)
 

@@ -166,6 +166,7 @@ def test_a_process_that_dies_inside_a_batch_leaves_a_clean_state_to_the_next(
         script = failing / "wg"
         script.write_text(
             "#!/bin/sh\n"
+            'case "$1" in addconf) exit 1;; esac\n'
             f'[ -e {tmp_path}/service0/die ] && case "$1" in set|syncconf) exit 1;; esac\n'
             f'exec {shutil.which("wg")} "$@"\n'
         )
