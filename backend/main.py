@@ -14,7 +14,7 @@ from backend.adapters.config_guard import ConfigGuard
 from backend.adapters.database import IN_MEMORY, Database, open_beside
 from backend.adapters.dbos_journal import DbosJournal
 from backend.adapters.hub_decisions import HubDecisions
-from backend.adapters.interface_kind import most_peers
+from backend.adapters.interface_kind import WIREGUARD_GO_PEERS, most_peers
 from backend.adapters.lock_file import InterfaceLock
 from backend.adapters.rate_limits import RateLimits
 from backend.adapters.sql_journal import SqlJournal
@@ -181,7 +181,7 @@ def _peer_limit(settings: Settings, pool: IPPoolManager) -> PeerLimit:
                 "consequence": f"when there are {most} peers, the next one gets a 503",
             },
         )
-    return PeerLimit(name, partial(most_peers, name))
+    return PeerLimit(name, partial(most_peers, name), fewest=WIREGUARD_GO_PEERS)
 
 
 def _database(settings: Settings) -> Database:
