@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from ipaddress import IPv4Address
 from typing import Final
 
@@ -31,7 +31,8 @@ class WgInterface:
         self._address = address
         self._wg = host_tools.find("wg")
         # A `wg addconf` that has been started and waits for its input.
-        self._waiting: host_tools.Running | None = None
+        self._waiting: Future[host_tools.Running | None] | None = None
+        self._executor = ThreadPoolExecutor(1, "hub-wg")
 
     def change(
         self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
@@ -41,9 +42,8 @@ class WgInterface:
         To start a program takes longer than what it does, so the next `wg addconf` waits for its input
         already. It has touched nothing by then, and ends with this process.
         """
-        waiting, self._waiting = self._waiting, None
-        if waiting is None or removed:
-            self._waiting = waiting
+        waiting = None if removed else self._take_waiting()
+        if waiting is None:
             running = self._start_set(added, removed)
         else:
             running = waiting
@@ -53,20 +53,28 @@ class WgInterface:
             except HubUpdateError:
                 running.kill()
                 running = self._start_set(added, removed)
-        self._stand_by()
+        if self._waiting is None:
+            # In another thread: this one syncs a directory meanwhile.
+            self._waiting = self._executor.submit(self._start_waiting)
         return lambda: _end(running)
 
     def close(self) -> None:
         """End what waits for a change."""
-        waiting, self._waiting = self._waiting, None
+        waiting = self._take_waiting()
         if waiting is not None:
             waiting.kill()
+        self._executor.shutdown()
 
-    def _stand_by(self) -> None:
-        if self._waiting is None:
-            with suppress(HubUpdateError):  # `wg set` does it as well
-                command = [self._wg, "addconf", self._name, "/dev/stdin"]
-                self._waiting = host_tools.start(command, stdin=None, timeout=_TIMEOUT_SECONDS)
+    def _take_waiting(self) -> host_tools.Running | None:
+        waiting, self._waiting = self._waiting, None
+        return None if waiting is None else waiting.result()
+
+    def _start_waiting(self) -> host_tools.Running | None:
+        try:
+            command = [self._wg, "addconf", self._name, "/dev/stdin"]
+            return host_tools.start(command, stdin=None, timeout=_TIMEOUT_SECONDS)
+        except HubUpdateError:
+            return None  # `wg set` does it as well
 
     def _start_set(
         self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
