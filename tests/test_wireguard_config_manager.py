@@ -768,7 +768,7 @@ def test_file_that_is_being_written_into_is_not_taken_for_whole(
         return fstat(fd)
 
     monkeypatch.setattr(os, "fstat", write_then_look)
-    with pytest.raises(ConfigFileError, match="somebody keeps writing into the file"):
+    with pytest.raises(ConfigFileError, match="another program keeps writing into the file"):
         manager.refresh()
 
 
@@ -924,7 +924,7 @@ def test_file_that_never_holds_still_is_not_replaced(
             yield lambda: config.write_bytes(_MINIMAL + b"#" * number)  # noqa: B023 - called at once
 
     _edit_before_replacing(monkeypatch, config, edits())
-    with pytest.raises(HubUpdateError, match="somebody keeps changing it"):
+    with pytest.raises(HubUpdateError, match="another program keeps changing it"):
         manager.write([_peer(0)])
     assert list(config.parent.iterdir()) == [config]
 

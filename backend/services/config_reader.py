@@ -101,7 +101,9 @@ class ConfigReader:
                 f"the file can't be read: {exc.strerror or type(exc).__name__}",
                 "Let the service's user read and replace it",
             ) from exc
-        raise ConfigFileError(str(path), "somebody keeps writing into the file", "Wait until that is done")
+        raise ConfigFileError(
+            str(path), "another program keeps writing into the file", "Wait until that is done"
+        )
 
 
 def _not_a_file(path: Path) -> ConfigFileError:

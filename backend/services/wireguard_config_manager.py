@@ -391,7 +391,7 @@ class WireGuardConfigManager:
         return HubUpdateError(f"{self.path} could not be replaced: {_reason(exc)}; {remedy}")
 
     def _never_still(self) -> HubUpdateError:
-        return HubUpdateError(f"{self.path} could not be replaced: somebody keeps changing it")
+        return HubUpdateError(f"{self.path} could not be replaced: another program keeps changing it")
 
 
 def _rendered(known: _Version, peers: tuple[ManagedPeer, ...]) -> bytes:
