@@ -164,6 +164,21 @@ _NOTE_USED: Final = (
 _BUMP_VERSION: Final = sa.update(access_state).values(
     credentials_version=access_state.c.credentials_version + 1
 )
+_FORGET_ANSWERS: Final = (
+    sa.delete(answers)
+    .where(answers.c.node_id.in_(sa.bindparam("names", type_=sa.String(), expanding=True)))
+    .returning(answers)
+)
+_SAVE_ANSWERS: Final = {
+    "sqlite": sqlite.insert(answers).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(answers).on_conflict_do_nothing(),
+}
+_BURN_NONCES: Final = {
+    "sqlite": sqlite.insert(nonces).on_conflict_do_nothing().returning(nonces.c.identity, nonces.c.nonce),
+    "postgresql": postgresql.insert(nonces)
+    .on_conflict_do_nothing()
+    .returning(nonces.c.identity, nonces.c.nonce),
+}
 _EXTEND_LOG: Final = (
     sa.update(access_state)
     .values(audit_sequence=access_state.c.audit_sequence + sa.bindparam("number"))
@@ -355,7 +370,7 @@ def save_answers(connection: sa.Connection, given: Iterable[Answer]) -> None:
     """Keep answers. The first of a key stays, until it is forgotten."""
     rows = [{column.name: getattr(answer, column.name) for column in answers.columns} for answer in given]
     if rows:
-        connection.execute(_insert(connection, answers).on_conflict_do_nothing(), rows)
+        connection.execute(_SAVE_ANSWERS[connection.dialect.name], rows)
 
 
 def find_answer(connection: sa.Connection, scope: str, key_hash: str) -> Answer | None:
@@ -370,8 +385,8 @@ def forget_answers_of(connection: sa.Connection, node_ids: Collection[str]) -> l
     """Forget what nodes were told that are no more, and return it."""
     if not node_ids:
         return []
-    gone = sa.delete(answers).where(answers.c.node_id.in_(node_ids)).returning(answers)
-    return [Answer(**row._mapping) for row in connection.execute(gone)]  # noqa: SLF001 - see find_answer
+    gone = connection.execute(_FORGET_ANSWERS, {"names": list(node_ids)})
+    return [Answer(**row._mapping) for row in gone]  # noqa: SLF001 - see find_answer
 
 
 def forget_answers_before(connection: sa.Connection, moment: datetime) -> int:
@@ -391,19 +406,13 @@ def burn_nonces(connection: sa.Connection, given: Iterable[tuple[str, str, datet
     ]
     if not rows:
         return set()
-    statement = (
-        _insert(connection, nonces).on_conflict_do_nothing().returning(nonces.c.identity, nonces.c.nonce)
-    )
-    return {(row.identity, row.nonce) for row in connection.execute(statement, rows)}
+    burnt = connection.execute(_BURN_NONCES[connection.dialect.name], rows)
+    return {(row.identity, row.nonce) for row in burnt}
 
 
 def forget_nonces_before(connection: sa.Connection, moment: datetime) -> int:
     """Forget the nonces that expired before a moment, and return how many there were."""
     return connection.execute(sa.delete(nonces).where(nonces.c.expires_at < moment)).rowcount
-
-
-def _insert(connection: sa.Connection, table: sa.Table) -> "sqlite.Insert | postgresql.Insert":
-    return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
 
 
 def _credential(row: sa.RowMapping) -> Credential:

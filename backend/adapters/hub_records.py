@@ -42,6 +42,17 @@ notices: Final = sa.Table(
 _REMOVED_KEYS: Final = sa.select(removed_peers.c.wireguard_public_key).where(
     removed_peers.c.wireguard_public_key.in_(sa.bindparam("keys", type_=sa.String(), expanding=True))
 )
+_INSERT_REMOVED: Final[dict[str, sqlite.Insert | postgresql.Insert]] = {
+    "sqlite": sqlite.insert(removed_peers),
+    "postgresql": postgresql.insert(removed_peers),
+}
+_NOTE_REMOVED: Final = {
+    dialect: insert.on_conflict_do_update(
+        index_elements=["wireguard_public_key"],
+        set_={name: insert.excluded[name] for name in ("node_id", "generation", "removed_at")},
+    )
+    for dialect, insert in _INSERT_REMOVED.items()
+}
 _DECISION: Final = sa.select(hub_state.c.decision, hub_state.c.decision_basis)
 _UNDECIDED: Final[dict[str, None]] = {"decision": None, "decision_basis": None}
 _NOTICES: Final = sa.select(notices.c.text).order_by(notices.c.id)
@@ -54,14 +65,8 @@ def note_removed(connection: sa.Connection, gone: Iterable[tuple[str, str]], gen
         {"wireguard_public_key": key, "node_id": node_id, "generation": generation, "removed_at": now}
         for key, node_id in gone
     ]
-    if not rows:
-        return
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    statement = insert(removed_peers)
-    fresh = {name: statement.excluded[name] for name in ("node_id", "generation", "removed_at")}
-    connection.execute(
-        statement.on_conflict_do_update(index_elements=["wireguard_public_key"], set_=fresh), rows
-    )
+    if rows:
+        connection.execute(_NOTE_REMOVED[connection.dialect.name], rows)
 
 
 def removed_keys(connection: sa.Connection, keys: Collection[str]) -> set[str]:

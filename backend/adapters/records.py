@@ -78,6 +78,20 @@ hub_state: Final = sa.Table(
 
 Row = Mapping[str, Any]
 
+# Made once: to make such a statement takes as long as to run it.
+_ADVANCE: Final = (
+    sa.update(hub_state)
+    .where(hub_state.c.generation == sa.bindparam("before"))
+    .values(generation=sa.bindparam("reaching"), applied_generation=sa.bindparam("reached"))
+    .returning(hub_state.c.generation)
+)
+_NAMED: Final = peers.c.node_id.in_(sa.bindparam("names", type_=sa.String(), expanding=True))
+_REMOVE: Final = sa.delete(peers).where(_NAMED).returning(peers)
+_ADD: Final = {
+    "sqlite": sqlite.insert(peers).on_conflict_do_nothing().returning(peers.c.node_id),
+    "postgresql": postgresql.insert(peers).on_conflict_do_nothing().returning(peers.c.node_id),
+}
+
 
 def load_state(connection: sa.Connection, *, settled: bool = False) -> RecordedState:
     """Read every peer, in the order they came, and the hub's generations.
@@ -109,13 +123,8 @@ def write_intent(connection: sa.Connection, batch: Batch) -> list[Row]:
 
     A change that a constraint refuses gets its `refusal` and fails alone.
     """
-    advanced = connection.execute(
-        sa.update(hub_state)
-        .where(hub_state.c.generation == batch.generation - 1)
-        .values(generation=batch.generation, applied_generation=batch.reached)
-        .returning(hub_state.c.generation)
-    )
-    if advanced.first() is None:
+    moved = {"before": batch.generation - 1, "reaching": batch.generation, "reached": batch.reached}
+    if connection.execute(_ADVANCE, moved).first() is None:
         raise OvertakenError
     changes = batch.accepted()
     removed = _remove(connection, [change for change in changes if change.action is Action.REMOVE])
@@ -181,11 +190,7 @@ def _remove(connection: sa.Connection, changes: Sequence[Change]) -> list[Row]:
     if not changes:
         return []
     names = [change.peer.node_id for change in changes]
-    rows = (
-        connection.execute(sa.delete(peers).where(peers.c.node_id.in_(names)).returning(peers))
-        .mappings()
-        .all()
-    )
+    rows = connection.execute(_REMOVE, {"names": names}).mappings().all()
     found = {row["node_id"] for row in rows}
     for change in changes:
         if change.peer.node_id not in found:
@@ -197,9 +202,7 @@ def _add(connection: sa.Connection, generation: int, changes: Sequence[Change]) 
     rows = [_row(change, generation) for change in changes]
     if not rows:
         return
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    statement = insert(peers).on_conflict_do_nothing().returning(peers.c.node_id)
-    written = set(connection.scalars(statement, rows))
+    written = set(connection.scalars(_ADD[connection.dialect.name], rows))
     for change in changes:
         if change.peer.node_id not in written:
             change.refusal = _refusal(connection, change.peer)

@@ -51,20 +51,20 @@ class ConfigReader:
     @property
     def path(self) -> Path:
         """The file itself, which is to be replaced: where a symbolic link leads to by now."""
-        # One look where it is none. Links among the directories are of no consequence.
-        try:
-            if not stat.S_ISLNK(os.lstat(self._given).st_mode):
-                return self._given
-        except OSError:
-            return self._given
-        return Path(os.path.realpath(self._given))
+        return self.look()[0]
 
-    def identity(self) -> FileIdentity | None:
-        """Return which version there is now; None if there is none, or it can't be looked at."""
+    def look(self) -> tuple[Path, FileIdentity | None]:
+        """Return `path` and which version there is now; None if there is none, or it can't be looked at."""
+        path = self._given
         try:
-            return FileIdentity.of(os.stat(self._given))  # noqa: PTH116 - called for each batch
+            # One look where it is no link. Links among the directories are of no consequence.
+            status = os.lstat(path)
+            if stat.S_ISLNK(status.st_mode):
+                path = Path(os.path.realpath(path))
+                status = os.stat(path)  # noqa: PTH116 - called for each batch
         except OSError:
-            return None
+            return path, None
+        return path, FileIdentity.of(status)
 
     def read(self) -> tuple[bytes, FileIdentity, bool]:
         """Return the file's bytes, which version that is, and whether its time tells it from the next.

@@ -313,10 +313,12 @@ class HubMirror:
         finally:
             told = changed()
         self._note_foreign()
-        self._require_interface()
         if not self._hub.live:
             return
-        present = _Seen(self._hub.incarnation(), self._config.foreign_stripped)
+        incarnation = self._hub.incarnation()
+        if incarnation is None:
+            raise self._no_interface()
+        present = _Seen(incarnation, self._config.foreign_stripped)
         if told and self._confirmed == present:
             return
         self._confirmed = None

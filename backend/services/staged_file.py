@@ -41,15 +41,17 @@ class StagedFile:
         try:
             self._synced.result()
             # Not followed: a link that has just taken its place would be replaced.
-            if FileIdentity.of(self.path.lstat()) != self._expected:
-                return False
-            self.temporary.replace(self.path)
+            if FileIdentity.of(os.lstat(self.path)) == self._expected:
+                os.replace(self.temporary, self.path)  # noqa: PTH105 - called for each batch
+                return True
         except FileNotFoundError:
             # The file is being replaced in two steps, or was taken away: the next look tells.
-            return False
-        finally:
+            pass
+        except BaseException:
             self.discard()
-        return True
+            raise
+        self.discard()
+        return False
 
     def discard(self) -> None:
         """Take the temporary file away, if it's still there."""

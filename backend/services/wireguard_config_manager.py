@@ -302,13 +302,8 @@ class WireGuardConfigManager:
     def _refresh(self) -> _Version:
         """Return the present version. One that can't be used is never kept, so each call finds it anew."""
         known = self._version
-        if (
-            known is None
-            or not known.settled
-            or self._reader.identity() != known.identity
-            # It may have been moved, and a link put in its place.
-            or self._reader.path != self._admitted
-        ):
+        # The file may have been moved, and a link put in its place.
+        if known is None or not known.settled or self._reader.look() != (self._admitted, known.identity):
             self._version = known = self._load()
         return known
 
