@@ -14,7 +14,7 @@ import typer
 
 from backend import access_commands, reconcile_command
 from backend.access_commands import one_sentence
-from backend.errors import DoorClosedError, StartRefusedError
+from backend.errors import StartRefusedError
 
 # Everything heavier is imported by the command that needs it, so that `--help` answers at once.
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def run(port: Port = _PORT) -> None:
         with _listener(_HOST, port) as listener:
             settings = prepare(settings, typer.echo)
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            typer.echo(f"\nTo try it, in another terminal:\n{try_it(url)}\n")
-            _serve(settings, listener)
+            commands = try_it(url, settings.state_directory)
+            _serve(settings, listener, f"\nTo try it, in another terminal:\n{commands}\n")
 
 
 @hub.command()
@@ -209,7 +209,7 @@ def _listener(host: str, port: int) -> Iterator["socket.socket"]:
         yield listener
 
 
-def _serve(settings: "Settings", listener: "socket.socket") -> None:
+def _serve(settings: "Settings", listener: "socket.socket", hint: str = "") -> None:
     # Until all is there: what a start makes stays, and there are thousands of peers in it.
     gc.disable()
     import uvicorn
@@ -244,16 +244,11 @@ def _serve(settings: "Settings", listener: "socket.socket") -> None:
         name = listener.getsockname()
         where = {"socket": name} if isinstance(name, str) else {"host": name[0], "port": name[1]}
         logging.getLogger(__name__).info("serving", extra=where)
-        if service.door.is_open and not _only_from_here(name):
-            typer.echo(f"WARNING: {DoorClosedError()}", err=True)
+        for notice in service.door.notices:
+            typer.echo(f"WARNING: {notice}", err=True)
+        if hint:
+            typer.echo(hint)
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _only_from_here(name: "str | tuple[str, int]") -> bool:
-    """Say whether nobody but this host's own processes can reach an address."""
-    from ipaddress import ip_address
-
-    return isinstance(name, str) or ip_address(name[0].partition("%")[0]).is_loopback
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:

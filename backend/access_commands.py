@@ -10,6 +10,7 @@ import pwd
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from backend.adapters.access_store import SqlAccessStore
     from backend.models.access.audit import AuditAction, AuditEvent
-    from backend.models.access.credentials import Credential, CredentialKind, KeyRequest, TokenRequest
+    from backend.models.access.credentials import Credential, CredentialKind, KeyRequest, Secret, TokenRequest
 
 _Model = TypeVar("_Model", bound="BaseModel")
 
@@ -32,6 +33,10 @@ audit = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The audit
 
 Id = Annotated[str, typer.Argument(help="The 16 digits behind ocw_.")]
 Note = Annotated[str, typer.Option(help="What you want to remember of it.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="A new file, for its owner alone, that takes the secret in place of the terminal."),
+]
 
 
 @token.command("create")
@@ -46,6 +51,7 @@ def create_token(
         bool, typer.Option("--ephemeral", help="Its nodes are here for a while only.")
     ] = False,
     note: Note = "",
+    output: Output = None,
 ) -> None:
     """Make a token and print it; it is shown this once."""
     with one_sentence():
@@ -60,7 +66,7 @@ def create_token(
             "ephemeral": ephemeral,
             "note": note,
         }
-        _make(_checked(TokenRequest, given), AuditAction.TOKEN_MADE)
+        _make(_checked(TokenRequest, given), AuditAction.TOKEN_MADE, output)
 
 
 @token.command("list")
@@ -89,6 +95,7 @@ def create_key(
     role: Annotated[str, typer.Option(help="read, operate or admin; each covers the ones before it.")],
     expires_in: Annotated[int | None, typer.Option(help="Seconds; without it, never.")] = None,
     note: Note = "",
+    output: Output = None,
 ) -> None:
     """Make a key and print it; it is shown this once."""
     with one_sentence():
@@ -96,7 +103,7 @@ def create_key(
         from backend.models.access.credentials import KeyRequest
 
         given = {"role": role, "expires_in": expires_in, "note": note}
-        _make(_checked(KeyRequest, given), AuditAction.KEY_MADE)
+        _make(_checked(KeyRequest, given), AuditAction.KEY_MADE, output)
 
 
 @key.command("list")
@@ -209,12 +216,41 @@ def _action(name: str | None) -> "AuditAction | None":
         raise StartRefusedError(f"--action: it is one of {', '.join(AuditAction)}") from None
 
 
-def _make(request: "TokenRequest | KeyRequest", action: "AuditAction") -> None:
+def _make(request: "TokenRequest | KeyRequest", action: "AuditAction", output: Path | None) -> None:
     with _store() as store:
         now = datetime.now(UTC)
         credential, secret = request.make(actor(), now)
-        store.keep_credential(credential, _event(action, credential.id, now))
-    typer.echo(secret.reveal())
+        # First: a secret that could not be written down would be lost.
+        with _in_file(secret, output):
+            store.keep_credential(credential, _event(action, credential.id, now))
+    if output is None:
+        typer.echo(secret.reveal())
+    else:
+        typer.echo(f"{credential.kind.value} {credential.id} is in {output}")
+
+
+@contextmanager
+def _in_file(secret: "Secret", path: Path | None) -> Iterator[None]:
+    """Write a secret into a new file, for its owner alone; it goes where what follows fails."""
+    if path is None:
+        yield
+        return
+    try:
+        # 0600 from birth; neither a file that is there already nor a link.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise StartRefusedError(f"--output: {path} can't be made ({exc.strerror}); name a new file") from None
+    try:
+        try:
+            os.write(descriptor, secret.reveal().encode("ascii"))
+        except OSError as exc:
+            raise StartRefusedError(f"--output: {path} can't be written ({exc.strerror})") from None
+        finally:
+            os.close(descriptor)
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _listed(store: "SqlAccessStore", kind: "CredentialKind") -> "list[Credential]":

@@ -14,11 +14,9 @@
     │   ├── OvertakenError          another process writes them; this one must not any more
     │   └── OutcomeUnknownError     nobody can say yet whether the change happened
     ├── AccessError                 the caller isn't let in, or not to do that
-    │   ├── DoorClosedError         nobody but this host is let in, because no credential was ever made
     │   ├── UnauthenticatedError    no credential that lets anybody in
     │   ├── ForbiddenError          the credential isn't for that
     │   ├── RateLimitedError        too often
-    │   ├── AdminKeyFirstError      the first credential must be one that can make others
     │   └── CredentialNotFoundError no credential of that id
     ├── IdempotencyKeyError         the Idempotency-Key can't be used for this
     └── ProofError                  the sender hasn't proved to be who it says
@@ -185,19 +183,6 @@ class AccessError(ProvisioningError):
     reason = "access"
 
 
-class DoorClosedError(AccessError):
-    """No credential exists yet, so only callers on the hub's own host are answered.
-
-    Either make one there with `python -m backend key create --role admin` (for nodes: `token create`) and
-    send it as `Authorization: Bearer ocw_...`, or call from that host itself, at 127.0.0.1, without a proxy.
-    """
-
-    reason = "no_credential_exists"
-
-    def __str__(self) -> str:
-        return " ".join((type(self).__doc__ or "").split())
-
-
 class UnauthenticatedError(AccessError):
     """The caller has shown no credential that lets it in; `reason` is for the audit log alone."""
 
@@ -207,7 +192,10 @@ class UnauthenticatedError(AccessError):
         self.credential_id = credential_id
 
     def __str__(self) -> str:
-        return "send a valid credential, Authorization: Bearer ocw_..., or ask the hub's operator for one"
+        return (
+            "send a valid credential, Authorization: Bearer ocw_..., or ask the hub's operator for one; on "
+            "the hub's own host there is one in the file admin.header of STATE_DIRECTORY: curl -H @FILE"
+        )
 
 
 class ForbiddenError(AccessError):
@@ -223,6 +211,18 @@ class ForbiddenError(AccessError):
         return f"this credential is not for that: it takes an operator's key with the role {self.role}"
 
 
+class AuthenticationOffError(ForbiddenError):
+    """The hub asks for no credentials (WIREGUARD_AUTH=off), so it hands out none."""
+
+    reason = "authentication_off"
+
+    def __str__(self) -> str:
+        return (
+            "this hub asks for no credentials (WIREGUARD_AUTH=off), so none are made, listed or revoked over "
+            "HTTP; use `python -m backend key` and `python -m backend token` on its host"
+        )
+
+
 class RateLimitedError(AccessError):
     """The caller comes too often."""
 
@@ -234,12 +234,6 @@ class RateLimitedError(AccessError):
 
     def __str__(self) -> str:
         return f"too many requests; come back in {self.retry_after} seconds"
-
-
-class AdminKeyFirstError(AccessError):
-    """Make a key with the role admin first: without one nobody could make or revoke anything from then on."""
-
-    reason = "admin_key_first"
 
 
 class CredentialNotFoundError(AccessError):

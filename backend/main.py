@@ -4,12 +4,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 
 from fastapi import FastAPI
 
 from backend import __version__
 from backend.adapters.access_store import SqlAccessStore
+from backend.adapters.admin_header import NAME as ADMIN_HEADER
+from backend.adapters.admin_header import admin_header
 from backend.adapters.config_guard import ConfigGuard
 from backend.adapters.database import IN_MEMORY, Database, open_beside
 from backend.adapters.dbos_journal import DbosJournal
@@ -24,6 +27,8 @@ from backend.api.health import router as health_router
 from backend.api.v1.endpoints.wireguard_access import router as access_router
 from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
+from backend.models.access.callers import SERVICE
+from backend.models.access.credentials import KeyRequest, Role
 from backend.models.operator_commands import command
 from backend.services.clerk import Clerk
 from backend.services.configurations import Configurations
@@ -41,7 +46,7 @@ from backend.services.removal_guard import RemovalGuard
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 from backend.services.wireguard_quick_keys import require_address
-from backend.settings import ReloadMode, Settings, unknown_settings
+from backend.settings import AuthMode, ReloadMode, Settings, unknown_settings
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +77,8 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         journal = _journal(settings, database)
         stack.callback(journal.close)
         clerk = Clerk(SqlAccessStore(database))
+        local, secret = KeyRequest(role=Role.ADMIN).make(SERVICE.name, datetime.now(UTC))
+        asks = settings.wireguard_auth is AuthMode.REQUIRED
         limits = RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage)
         removals = RemovalGuard(journal.removed_keys)
         mirror = HubMirror(config, hub, hand_made, notice=clerk.notice, guard=removals)
@@ -88,11 +95,17 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
                 clerk,
                 limits,
                 WireGuardChallenges() if settings.wireguard_require_proof else None,
+                local=local,
+                asks=asks,
             ),
         )
         # Before the start, which may be refused halfway: the clerk works by then.
         stack.callback(service.close)
         service.start()
+        if asks:
+            stack.enter_context(admin_header(settings.state_directory, secret))
+        else:
+            log.warning("authentication_off", extra={"consequence": service.door.notices[0]})
         log.info(
             "service_started", extra={"interface": config.interface, "reload": str(settings.wireguard_reload)}
         )
@@ -229,8 +242,8 @@ def open_access(settings: Settings) -> Iterator[SqlAccessStore]:
     """Open credentials and audit log for a command, whether the service runs or not."""
     if not settings.enable_dbos:
         raise StartRefusedError(
-            "with ENABLE_DBOS=false credentials live in the service's memory; make them from this host over "
-            "HTTP, an admin's key first: POST /api/v1/wireguard/keys"
+            "with ENABLE_DBOS=false credentials live in the service's memory; make them over HTTP, by POST "
+            f"/api/v1/wireguard/keys or /tokens with curl -H @{settings.state_directory / ADMIN_HEADER}"
         )
     database = open_beside(settings.database_url, settings.state_directory)
     try:

@@ -1,8 +1,10 @@
 """`make run`: a hub of its own under the state directory, from nothing, on whatever host this is."""
 
 import json
+import os
 import re
 import secrets
+import shlex
 import socket
 from collections.abc import Callable
 from ipaddress import IPv4Interface
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from backend.adapters import hub_device, hub_key
+from backend.adapters.admin_header import NAME as ADMIN_HEADER
 from backend.adapters.host_tools import install_missing, obstacles
 from backend.adapters.hub_key import Consent
 from backend.adapters.recorded_peers import count_recorded_peers
@@ -101,8 +104,11 @@ def _with_config(settings: Settings, path: Path | None) -> Settings:
     )
 
 
-def try_it(url: str) -> str:
+def try_it(url: str, state_directory: Path) -> str:
     """Return commands that can be pasted: a node joins, is looked at, and leaves."""
+    # Whoever has started this by sudo can't read the file otherwise.
+    sudo = "sudo " if os.geteuid() == 0 and "SUDO_USER" in os.environ else ""
+    curl = f"{sudo}curl -sS -H @{shlex.quote(str(state_directory / ADMIN_HEADER))}"
     node_id = f"node-{secrets.token_hex(3)}"
     body = {
         "node_id": node_id,
@@ -113,9 +119,9 @@ def try_it(url: str) -> str:
     }
     api = f"{url}/api/v1/wireguard"
     return (
-        f"curl -sS {api}/provision -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
-        f"curl -sS {api}/peers/{node_id}\n"
-        f"curl -sS -X DELETE {api}/peers/{node_id}"
+        f"{curl} {api}/provision -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
+        f"{curl} {api}/peers/{node_id}\n"
+        f"{curl} -X DELETE {api}/peers/{node_id}"
     )
 
 

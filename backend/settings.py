@@ -31,6 +31,13 @@ _REDIS_DATABASE: Final = re.compile(r"(/[0-9]{0,9})?")
 _PORT: Final = re.compile(r"[1-9][0-9]{0,4}")
 
 
+class AuthMode(StrEnum):
+    """Whether a caller has to show a credential."""
+
+    REQUIRED = "required"
+    OFF = "off"
+
+
 class ReloadMode(StrEnum):
     """How a change of the file reaches the interface."""
 
@@ -144,6 +151,13 @@ def _parse_reload(value: Any) -> ReloadMode:
         return ReloadMode(str(value).strip().lower())
     except ValueError:
         raise ValueError("is neither syncconf nor off; write one of the two") from None
+
+
+def _parse_auth(value: Any) -> AuthMode:
+    try:
+        return AuthMode(str(value).strip().lower())
+    except ValueError:
+        raise ValueError("is neither required nor off; write one of the two") from None
 
 
 def _parse_log_level(value: Any) -> LogLevel:
@@ -262,6 +276,7 @@ class Settings(BaseSettings):
     wireguard_rate_limit_failed_authentication: Annotated[str, BeforeValidator(_parse_rate_limit)] = (
         "30/minute"
     )
+    wireguard_auth: Annotated[AuthMode, BeforeValidator(_parse_auth)] = AuthMode.REQUIRED
     wireguard_require_proof: bool = False
     log_level: Annotated[LogLevel, BeforeValidator(_parse_log_level)] = LogLevel.INFO
     access_log: bool = False

@@ -5,6 +5,7 @@ import os
 import pwd
 import re
 import sqlite3
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -300,8 +301,6 @@ def test_a_key_works_beside_a_running_service_soon_and_until_it_is_revoked(
     assert service.client.get(PEERS).status_code == 200
     key = make("key", "create", "--role", "admin")
     assert service.client.get(PEERS, headers=bearer(key)).status_code == 200
-    # Loopback was enough until there was a key.
-    eventually(lambda: service.client.get(PEERS).status_code == 401)
     token = make("token", "create")
     body = provision_body("node-1")
     eventually(lambda: service.client.post(PROVISION, json=body, headers=bearer(token)).status_code == 200)
@@ -310,6 +309,41 @@ def test_a_key_works_beside_a_running_service_soon_and_until_it_is_revoked(
     eventually(lambda: service.client.get(PEERS, headers=bearer(key)).status_code == 401)
     assert run("audit", "verify").returncode == 0
     assert service.client.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("command", [("key", "create", "--role", "read"), ("token", "create")], ids=" ".join)
+def test_a_secret_goes_into_a_new_private_file_and_nowhere_else(
+    run: Run, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    file = tmp_path / "secret"
+    done = run(*command, "--output", str(file))
+    secret = file.read_text()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{command[0]} {id_of(secret)} is in {file}\n"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert len(lines(run(command[0], "list"))) == 1
+
+
+def test_a_file_that_is_there_is_left_alone_and_no_credential_is_made(run: Run, tmp_path: Path) -> None:
+    file, link = tmp_path / "secret", tmp_path / "link"
+    file.write_text("of another kind")
+    link.symlink_to(tmp_path / "elsewhere")
+    for taken in (file, link, tmp_path / "nowhere" / "secret", tmp_path):
+        done = run("key", "create", "--role", "read", "--output", str(taken))
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: --output: ")
+        assert "name a new file" in done.stderr
+    assert file.read_text() == "of another kind"
+    assert not (tmp_path / "elsewhere").exists()
+    assert lines(run("key", "list")) == []
+
+
+def test_a_credential_that_is_not_kept_leaves_no_file(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    done = run("key", "create", "--role", "read", "--output", str(file), ENABLE_DBOS="false")
+    assert done.returncode == 1
+    assert "admin.header" in done.stderr
+    assert not file.exists()
 
 
 def test_many_commands_beside_a_busy_service_leave_one_whole_log(

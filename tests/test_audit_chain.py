@@ -176,7 +176,7 @@ def test_two_rows_have_one_hash_only_if_they_are_the_same(
     ],
 )
 def test_what_looks_alike_has_another_hash(one: dict[str, str], other: dict[str, str]) -> None:
-    base = AuditEvent(NOON, AuditAction.PROVISION, AuditOutcome.ACCEPTED, "loopback")
+    base = AuditEvent(NOON, AuditAction.PROVISION, AuditOutcome.ACCEPTED, "local")
 
     def hashed(values: dict[str, Any]) -> str:
         return chain_hash(GENESIS, 1, replace(base, **values))

@@ -10,8 +10,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from backend import errors
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
-from backend.models.access.callers import SERVICE, Caller, CallerKind
-from backend.models.access.credentials import Credential, KeyRequest, Permission, Role, TokenRequest
+from backend.models.access.callers import SERVICE, Caller
+from backend.models.access.credentials import (
+    Credential,
+    CredentialKind,
+    KeyRequest,
+    Permission,
+    Role,
+    TokenRequest,
+)
 from backend.models.identity import NodeIdentity
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.services.clerk import Clerk
@@ -19,7 +26,6 @@ from backend.services.door import Door, Proof
 from backend.services.proof import WireGuardChallenges, WireGuardProof, answer_challenge, sign
 from tests.harness.fakes import FakeAccessStore, NoLimits
 
-LOOPBACK = Caller(CallerKind.LOOPBACK, None, "127.0.0.1", "r-1")
 SOMEWHERE = "192.0.2.1"
 
 
@@ -61,15 +67,6 @@ def test_a_credential_that_was_revoked_since_admission_is_refused(hub: Hub) -> N
     assert (refused.value.reason, refused.value.credential_id) == ("revoked", credential.id)
 
 
-def test_a_local_caller_is_refused_once_a_credential_was_made(hub: Hub) -> None:
-    hub.door.refresh()
-    hub.door.require(LOOPBACK, Permission.READ)
-    hub.make(KeyRequest(role=Role.ADMIN))
-    with pytest.raises(errors.UnauthenticatedError) as refused:
-        hub.door.require(LOOPBACK, Permission.READ)
-    assert refused.value.reason == "missing"
-
-
 def test_a_credential_that_the_door_does_not_know_yet_holds_as_it_was_shown(hub: Hub) -> None:
     # Looked up by the request itself, a moment before the door's memory has it.
     credential, _ = KeyRequest(role=Role.READ).make("cli:root", datetime.now(UTC))
@@ -87,7 +84,7 @@ def test_a_started_door_knows_the_recorded_credentials_and_a_closed_one_has_writ
     hub.store.keep_credential(credential, event())
     before = len(hub.store.events)
     hub.door.start()
-    assert not hub.door.is_open
+    assert [known.id for known in hub.door.listed(CredentialKind.KEY)] == [credential.id]
     hub.door.clerk.notice(AuditAction.CONFIG_EDITED, None)
     hub.door.close()
     assert len(hub.store.events) == before + 1
@@ -98,12 +95,14 @@ def test_a_started_door_follows_the_command_line(hub: Hub, monkeypatch: pytest.M
     monkeypatch.setattr(hub.door.clerk, "start", followed.append)
     hub.door.start()
     (every_turn,) = followed
-    credential, _ = KeyRequest(role=Role.ADMIN).make("cli:root", datetime.now(UTC))
-    hub.store.keep_credential(credential, event())
-    assert hub.door.is_open
+    credential = hub.make(KeyRequest(role=Role.ADMIN))
+    hub.store.revoke_credential(credential.id, event())
+    caller = Caller.of(credential, SOMEWHERE, "r-1")
+    hub.door.require(caller, Permission.READ)
     assert callable(every_turn)
     every_turn()
-    assert not hub.door.is_open
+    with pytest.raises(errors.UnauthenticatedError):
+        hub.door.require(caller, Permission.READ)
 
 
 # Proof of both keys

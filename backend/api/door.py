@@ -2,12 +2,9 @@
 
 import asyncio
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import lru_cache
-from ipaddress import IPv6Address, ip_address
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Request
@@ -51,11 +48,6 @@ from backend.services.proof import (
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
-# Who sends one of these says that somebody else asks through them.
-_PASSED_ON: Final = frozenset({b"forwarded", b"x-real-ip", b"via"})
-_PASSED_ON_PREFIX: Final = b"x-forwarded-"
-# An IPv6 address in brackets, or a name or an IPv4 address; and maybe a port.
-_HOST: Final = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]*)?")
 # The word for the audit log; the nearest class in an error's line of descent counts.
 _REASONS: Final[dict[type[ProvisioningError], str]] = {
     DuplicatePeerError: "duplicate",
@@ -74,7 +66,7 @@ _REASONS: Final[dict[type[ProvisioningError], str]] = {
 REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
     401: problem("No credential that lets anybody in.", str(UnauthenticatedError("missing"))),
     403: problem(
-        "The credential is not for that; or there is none yet, and only the hub's own host is let in.",
+        "The credential is not for that.",
         str(ForbiddenError("operate")),
     ),
     429: problem("Too often; ask again after Retry-After seconds.", str(RateLimitedError(7))),
@@ -103,7 +95,6 @@ class DoorRoute(DomainErrorRoute):
             ",".join(shown) if shown else None,
             _source(request),
             request.state.request_id,
-            local=is_local(request),
         )
 
     def note_refusal(self, request: Request, error: Exception) -> None:
@@ -196,54 +187,3 @@ def _only(request: Request, name: str) -> str | None:
     """Return a header that is there once: of two, one would be checked and the other believed."""
     values = request.headers.getlist(name)
     return values[0] if len(values) == 1 else None
-
-
-def is_local(request: Request) -> bool:
-    """Say whether the caller is on this host for certain, and asks for itself.
-
-    That takes the real socket's peer. Behind a proxy on this host everybody has that one, so nothing may say
-    that the request was passed on, and it has to be meant for this host: a page in a browser can make a name
-    of its own lead here (DNS rebinding), or send what it likes from its own origin.
-    """
-    scope = request.scope
-    # What nginx speaks to what is behind it, unless it's told otherwise.
-    if scope.get("http_version") == "1.0":
-        return False
-    client, server = scope.get("client"), scope.get("server")
-    if client is None:
-        # A UNIX socket has a path and no port. Over TCP a client without an address is gone already.
-        if server is None or server[1] is not None:
-            return False
-    elif not _is_loopback(client[0]):
-        return False
-    hosts, origin = [], None
-    for name, value in scope["headers"]:
-        if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIX):
-            return False
-        if name == b"host":
-            hosts.append(value)
-        elif name == b"origin":
-            origin = value
-    if len(hosts) != 1 or not _is_loopback_host(hosts[0]):
-        return False
-    return origin is None or origin.partition(b"://")[2] == hosts[0]
-
-
-@lru_cache(maxsize=1024)
-def _is_loopback(address: str) -> bool:
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
-        parsed = parsed.ipv4_mapped
-    return parsed.is_loopback
-
-
-@lru_cache(maxsize=1024)
-def _is_loopback_host(host: bytes) -> bool:
-    found = _HOST.fullmatch(host)
-    if found is None:
-        return False
-    name = (found[1] or found[2]).decode("ascii").lower()
-    return name == "localhost" or _is_loopback(name)

@@ -22,7 +22,6 @@ from backend.api.strict_json import StrictRequest
 from backend.errors import (
     AccessError,
     AddressTakenError,
-    AdminKeyFirstError,
     CredentialNotFoundError,
     DuplicatePeerError,
     HubUpdateError,
@@ -45,7 +44,6 @@ STATUS: Final[dict[type[ProvisioningError], int]] = {
     ProofError: 401,
     AccessError: 403,
     CredentialNotFoundError: 404,
-    AdminKeyFirstError: 409,
     IdempotencyKeyError: 422,
     RateLimitedError: 429,
     DuplicatePeerError: 409,

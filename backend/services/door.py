@@ -10,9 +10,8 @@ from threading import Lock
 from typing import Final
 
 from backend.errors import (
-    AdminKeyFirstError,
+    AuthenticationOffError,
     CredentialNotFoundError,
-    DoorClosedError,
     ForbiddenError,
     NonceError,
     RateLimitedError,
@@ -26,7 +25,6 @@ from backend.models.access.credentials import (
     CredentialKind,
     KeyRequest,
     Permission,
-    Role,
     Secret,
     TokenRequest,
 )
@@ -68,16 +66,25 @@ class Door:
     that here only spares them the question.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a part of the door, or varies it
         self,
         store: AccessStore,
         clerk: Clerk,
         limiter: RateLimiter,
         challenges: WireGuardChallenges | None = None,
+        *,
+        local: Credential | None = None,
+        asks: bool = True,
     ) -> None:
-        """Load nothing yet. `challenges` are given where every node has to prove who it is."""
+        """Load nothing yet. `challenges` are given where every node has to prove who it is.
+
+        `local` is the credential of this host's admin, which is never in the records. Without `asks` no
+        credential is looked at.
+        """
         self._store = store
         self.challenges: Final = challenges
+        self._local: Final = local
+        self.asks: Final = asks
         self.clerk = clerk
         self._limiter = limiter
         # Orders those who load; the two below are replaced as a whole, and read without it.
@@ -120,32 +127,29 @@ class Door:
         self._version = version
 
     @property
-    def is_open(self) -> bool:
-        """Whether no credential was ever made, so that callers on this host may do everything."""
-        return not self._credentials
+    def notices(self) -> tuple[str, ...]:
+        """What an operator should know."""
+        if self.asks:
+            return ()
+        return ("WIREGUARD_AUTH=off: every caller may provision, read and delete peers",)
 
-    async def admit(
-        self, authorization: str | None, source: str | None, request_id: str, *, local: bool
-    ) -> Caller:
-        """Return who asks; raise DoorClosedError, UnauthenticatedError or RateLimitedError.
-
-        `local` says that the caller is on this host for certain, and nobody has passed its request on.
-        """
-        if source is not None and not local:
+    async def admit(self, authorization: str | None, source: str | None, request_id: str) -> Caller:
+        """Return who asks; raise UnauthenticatedError or RateLimitedError."""
+        if source is not None:
             await self._limit(LimitKind.SOURCE, source)
+        if not self.asks:
+            return Caller(CallerKind.ANYONE, None, source, request_id)
         if authorization is None:
-            if not self.is_open:
-                raise await self.count_failure(UnauthenticatedError("missing"), source)
-            if not local:
-                raise DoorClosedError
-            return Caller(CallerKind.LOOPBACK, None, source, request_id)
-        credential = await self._credential(authorization, source, local=local)
+            raise await self.count_failure(UnauthenticatedError("missing"), source)
+        credential = await self._credential(authorization, source)
         now = datetime.now(UTC)
         reason = credential.refusal(now, source, None)
         if reason is not None:
             raise await self.count_failure(UnauthenticatedError(reason, credential.id), source)
         token = credential.kind is CredentialKind.TOKEN
         await self._limit(LimitKind.TOKEN if token else LimitKind.KEY, credential.id)
+        if credential is self._local:
+            return Caller(CallerKind.LOCAL, credential, source, request_id)
         if not token:
             self.clerk.note_used(credential.id, now)
         return Caller.of(credential, source, request_id)
@@ -157,12 +161,10 @@ class Door:
             return
         if caller.token_id is not None and self.used_up(caller):
             raise UnauthenticatedError("used_up", caller.token_id)
-        raise ForbiddenError(permission.role)
+        raise ForbiddenError(permission.role) if self.asks else AuthenticationOffError(permission.role)
 
     def _require_still(self, caller: Caller) -> None:
         """Raise UnauthenticatedError where the caller isn't let in any more: its body may have taken long."""
-        if caller.kind is CallerKind.LOOPBACK and not self.is_open:
-            raise UnauthenticatedError("missing")
         if caller.credential is not None:
             known = self._credentials.get(caller.credential.id, caller.credential)
             reason = known.refusal(datetime.now(UTC), caller.source, None)
@@ -218,11 +220,7 @@ class Door:
         return [credential for credential in self._credentials.values() if credential.kind is kind]
 
     def make(self, request: TokenRequest | KeyRequest, caller: Caller) -> tuple[Credential, Secret]:
-        """Make a credential; raise AdminKeyFirstError where it would lock everybody else out."""
-        if caller.kind is CallerKind.LOOPBACK and not (
-            isinstance(request, KeyRequest) and request.role is Role.ADMIN and request.expires_in is None
-        ):
-            raise AdminKeyFirstError
+        """Make a credential."""
         now = datetime.now(UTC)
         credential, secret = request.make(caller.name, now)
         event = caller.event(now, _MADE[credential.kind], AuditOutcome.ACCEPTED, credential.id)
@@ -259,19 +257,17 @@ class Door:
         self.clerk.write()
         return self._store.audit_page(query)
 
-    async def _credential(self, authorization: str, source: str | None, *, local: bool) -> Credential:
+    async def _credential(self, authorization: str, source: str | None) -> Credential:
         secret = _secret(authorization)
         if secret is None:
-            if self.is_open and not local:
-                raise DoorClosedError
             raise await self.count_failure(UnauthenticatedError("malformed"), source)
+        if self._local is not None and secret.id == self._local.id and self._local.matches(secret):
+            return self._local
         credential = self._credentials.get(secret.id)
         if credential is None:
             # It may have been made by the command line a moment ago.
             await self._look_again()
             credential = self._credentials.get(secret.id)
-        if credential is None and self.is_open and not local:
-            raise DoorClosedError
         if credential is None:
             raise await self.count_failure(UnauthenticatedError("unknown"), source)
         if not credential.matches(secret):

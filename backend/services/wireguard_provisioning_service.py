@@ -255,7 +255,7 @@ class WireGuardProvisioningService:
     @property
     def notices(self) -> tuple[str, ...]:
         """What an operator should know, though the service works."""
-        return self._committer.notices
+        return (*self.door.notices, *self._committer.notices)
 
     def check(self) -> None:
         """Raise the ProvisioningError that a new node's request would meet now, if any."""

@@ -140,10 +140,10 @@ def storm(bench: Bench, noop: int, scale: Scale) -> dict[str, float]:
     noop_job = Job(
         noop, [{"method": "POST", "path": "/noop", "body": provision_body("node-1")}], repeat_seconds=1.5
     )
-    again = Job(bench.service.port, requests, repeat_seconds=1.5)
+    again = Job(bench.service.port, bench.shown(requests), repeat_seconds=1.5)
     one = Job(
         bench.service.port,
-        [{"method": "GET", "path": f"{PEERS}/{name}"} for name in known],
+        bench.shown([{"method": "GET", "path": f"{PEERS}/{name}"} for name in known]),
         repeat_seconds=1.5,
     )
     values: dict[str, list[float]] = {}
@@ -151,7 +151,7 @@ def storm(bench: Bench, noop: int, scale: Scale) -> dict[str, float]:
         for name, job in (("noop", noop_job), ("again", again), ("one", one)):
             result = load(job)
             values.setdefault(name, []).append(result.rate)
-    listing = {"method": "GET", "path": PEERS}
+    (listing,) = bench.shown([{"method": "GET", "path": PEERS}])
     alone = load(Job(bench.service.port, [listing] * 20, clients=1))
     quiet = load(Job(noop, [{**noop_job.requests[0]}] * 200, clients=1))
     # A reader of small things, while somebody asks for the whole list again and again.

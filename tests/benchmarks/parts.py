@@ -200,13 +200,17 @@ class Bench:
         """Make a credential by the command line, and show it with each request from now on."""
         self._authorization = f"Bearer {self.service.credential(*command)}"
 
+    def shown(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the requests with the credential that each shows: this host's admin's, without `show`."""
+        authorization = self._authorization or self.service.local_admin.authorization
+        return [{**request, "authorization": authorization} for request in requests]
+
     def send(self, requests: list[dict[str, Any]], clients: int = 64) -> Result | None:
         """Send each of the requests once; all must succeed."""
         if not requests:
             return None
-        if self._authorization is not None:
-            requests = [{**request, "authorization": self._authorization} for request in requests]
-        result = load(Job(self.service.port, requests, clients=min(clients, len(requests))))
+        shown = self.shown(requests)
+        result = load(Job(self.service.port, shown, clients=min(clients, len(requests))))
         if set(result.statuses) != {"200"}:
             raise RuntimeError(f"unexpected answers: {result.statuses}")
         return result

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -27,6 +28,35 @@ _TAIL_LINES: Final = 40
 # Without root all workers of pytest-xdist are on one network: each takes its ports from its own share.
 _WORKER: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _WORKERS: Final = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+
+class LocalAdmin(httpx.Auth):
+    """Shows what the service has left in `admin.header`, where a request shows nothing else."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._read: tuple[int, str] | None = None
+
+    @property
+    def authorization(self) -> str:
+        """The header's value: of the service that runs, if it is up."""
+        try:
+            identity = self._file.stat().st_ino
+        except FileNotFoundError:
+            # A test has moved the directory away under the service.
+            if self._read is None:
+                raise
+            return self._read[1]
+        if self._read is None or self._read[0] != identity:
+            self._read = identity, self._file.read_text().strip().removeprefix("Authorization: ")
+        return self._read[1]
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Add the header, where the file is there."""
+        if "authorization" not in request.headers:
+            with suppress(OSError):
+                request.headers["Authorization"] = self.authorization
+        yield request
 
 
 class ServiceFailedError(Exception):
@@ -92,6 +122,9 @@ class ServiceProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._log_path = directory / "service.log"
         self._measured = _is_first_of_its_file()
+        state = directory / self.settings.get("STATE_DIRECTORY", "var")
+        self.local_admin = LocalAdmin(state / "admin.header")
+        # As this host's admin, unless a request shows a credential or says `auth=None`.
         # trust_env: a proxy of the machine has no business between a test and its service.
         self.client = self._new_client()
 
@@ -194,8 +227,21 @@ class ServiceProcess:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         if self._unix_socket is not None:
             transport = httpx.HTTPTransport(uds=str(self._unix_socket), limits=limits, verify=NO_TLS)
-            return httpx.Client(base_url="http://localhost", timeout=30.0, transport=transport, verify=NO_TLS)
-        return httpx.Client(base_url=self.url, timeout=30.0, trust_env=False, limits=limits, verify=NO_TLS)
+            return httpx.Client(
+                base_url="http://localhost",
+                timeout=30.0,
+                transport=transport,
+                auth=self.local_admin,
+                verify=NO_TLS,
+            )
+        return httpx.Client(
+            base_url=self.url,
+            timeout=30.0,
+            trust_env=False,
+            limits=limits,
+            auth=self.local_admin,
+            verify=NO_TLS,
+        )
 
     def _environment(self) -> dict[str, str]:
         inherited = {

@@ -80,7 +80,7 @@ def uses(engine: sa.Engine) -> dict[str, int]:
 
 
 def event(subject: str | None = None, **over: Any) -> AuditEvent:
-    base = AuditEvent(NOON, AuditAction.PROVISION, AuditOutcome.ACCEPTED, "loopback", subject)
+    base = AuditEvent(NOON, AuditAction.PROVISION, AuditOutcome.ACCEPTED, "local", subject)
     return replace(base, **over)
 
 
@@ -439,7 +439,7 @@ def test_an_answer_is_found_by_its_callers_key_byte_for_byte(engine: sa.Engine) 
         access_records.save_answers(connection, [first, second])
         access_records.save_answers(connection, [])
         access_records.save_answers(connection, [answer("1", body=b"another")])
-        assert access_records.find_answer(connection, "loopback", "1") is None
+        assert access_records.find_answer(connection, "local", "1") is None
     assert (find(engine, "1"), find(engine, "2"), find(engine, "3")) == (first, second, None)
 
 

@@ -145,7 +145,7 @@ def test_sigterm_gives_clients_with_half_sent_bodies_a_503(
     body = json.dumps(provision_body("node-1")).encode()
     head = (
         f"POST {PROVISION} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        f"Content-Length: {len(body)}\r\nAuthorization: {service.local_admin.authorization}\r\n\r\n"
     ).encode()
     with ExitStack() as stack:
         clients = [

@@ -19,12 +19,16 @@ PROVISION = "/api/v1/wireguard/provision"
 StartService = Callable[..., ServiceProcess]
 
 
-async def post_all(url: str, bodies: Iterator[dict[str, Any]], clients: int) -> list[httpx.Response]:
+async def post_all(
+    service: ServiceProcess, bodies: Iterator[dict[str, Any]], clients: int
+) -> list[httpx.Response]:
     """Send the bodies over as many keep-alive connections, each as soon as its last answer is in."""
     answers: list[httpx.Response] = []
 
     async def client() -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=60.0, trust_env=False, verify=NO_TLS) as session:
+        async with httpx.AsyncClient(
+            base_url=service.url, auth=service.local_admin, timeout=60.0, trust_env=False, verify=NO_TLS
+        ) as session:
             for body in bodies:
                 answers.append(await session.post(PROVISION, json=body))  # noqa: PERF401 - as they come
 
@@ -38,7 +42,7 @@ def test_as_many_nodes_as_come_at_once_get_as_many_addresses(
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path, WIREGUARD_IP_POOL="10.0.0.0/20"))
     bodies = iter([provision_body(f"node-{number}") for number in range(nodes)])
-    answers = asyncio.run(post_all(service.url, bodies, clients=64))
+    answers = asyncio.run(post_all(service, bodies, clients=64))
     assert Counter(answer.status_code for answer in answers) == {200: nodes}
     addresses = {answer.json()["config"]["assigned_ip"] for answer in answers}
     assert len(addresses) == nodes
@@ -55,6 +59,6 @@ def test_of_clients_that_race_for_one_name_or_one_key_exactly_one_wins(
         same_name = [provision_body(name) for _ in range(8)]
         same_key = [provision_body(f"one-key-{next(numbers)}", key) for _ in range(8)]
         for bodies in (same_name, same_key):
-            answers = asyncio.run(post_all(service.url, iter(bodies), clients=8))
+            answers = asyncio.run(post_all(service, iter(bodies), clients=8))
             assert Counter(answer.status_code for answer in answers) == {200: 1, 409: 7}
     assert len(assert_in_step(service, hub_interface)) == 20

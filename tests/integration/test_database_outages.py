@@ -64,7 +64,9 @@ class Load:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def work(self, number: int) -> None:
-        with httpx.Client(base_url=self.service.url, timeout=60.0, trust_env=False) as client:
+        with httpx.Client(
+            base_url=self.service.url, auth=self.service.local_admin, timeout=60.0, trust_env=False
+        ) as client:
             count = 0
             while not self.ended.is_set():
                 name = f"node-{number}-{count}"

@@ -34,28 +34,27 @@ MANY: Final = {"WIREGUARD_RATE_LIMIT_FAILED_AUTHENTICATION": "10000/minute"}
 StartService = Callable[..., ServiceProcess]
 
 # Every endpoint for every kind of caller. `here` is this host at 127.0.0.1, `outside` another address; both
-# show nothing. A challenge is a 404 to whom it is open, because this hub asks for no proof; who has used a
-# token up may still ask for one, to ask again what was asked with it. The first credential has to be an
-# admin's key, so a token is a 409 before. While there are no credentials, none can be revoked.
+# show nothing. `local` shows what is in admin.header. A challenge is a 404 to whom it is open, because this
+# hub asks for no proof; who has used a token up may still ask for one, to ask again what was asked with it.
 TABLE: Final = """
-                   |before the first | once there is | key                                | token
-                   | outside    here | outside  here | read operate admin expired revoked | fresh used expired revoked
-POST   provision   |     403     200 |     401   401 |  403     200   200     401     401 |   200  401     401     401
-GET    peers       |     403     200 |     401   401 |  200     200   200     401     401 |   403  401     401     401
-GET    peers/ID    |     403     200 |     401   401 |  200     200   200     401     401 |   403  401     401     401
-DELETE peers/ID    |     403     200 |     401   401 |  403     200   200     401     401 |   403  401     401     401
-GET    pool/stats  |     403     200 |     401   401 |  200     200   200     401     401 |   403  401     401     401
-POST   challenge   |     403     404 |     401   401 |  403     404   404     401     401 |   404  404     401     401
-POST   tokens      |     403     409 |     401   401 |  403     403   201     401     401 |   403  401     401     401
-GET    tokens      |     403     200 |     401   401 |  403     403   200     401     401 |   403  401     401     401
-DELETE tokens/ID   |     403     404 |     401   401 |  403     403   200     401     401 |   403  401     401     401
-GET    keys        |     403     200 |     401   401 |  403     403   200     401     401 |   403  401     401     401
-DELETE keys/ID     |     403     404 |     401   401 |  403     403   200     401     401 |   403  401     401     401
-GET    audit       |     403     200 |     401   401 |  200     200   200     401     401 |   403  401     401     401
-POST   keys        |     403     201 |     401   401 |  403     403   201     401     401 |   403  401     401     401
-GET    /healthz    |     200     200 |     200   200 |  200     200   200     200     200 |   200  200     200     200
-GET    /readyz     |     200     200 |     200   200 |  200     200   200     200     200 |   200  200     200     200
-"""  # noqa: E501 - a table
+                   | nothing       | file  | key                                | token
+                   | outside  here | local | read operate admin expired revoked | fresh used expired revoked
+POST   provision   |     401   401 |   200 |  403     200   200     401     401 |   200  401     401     401
+GET    peers       |     401   401 |   200 |  200     200   200     401     401 |   403  401     401     401
+GET    peers/ID    |     401   401 |   200 |  200     200   200     401     401 |   403  401     401     401
+DELETE peers/ID    |     401   401 |   200 |  403     200   200     401     401 |   403  401     401     401
+GET    pool/stats  |     401   401 |   200 |  200     200   200     401     401 |   403  401     401     401
+POST   challenge   |     401   401 |   404 |  403     404   404     401     401 |   404  404     401     401
+POST   tokens      |     401   401 |   201 |  403     403   201     401     401 |   403  401     401     401
+GET    tokens      |     401   401 |   200 |  403     403   200     401     401 |   403  401     401     401
+DELETE tokens/ID   |     401   401 |   200 |  403     403   200     401     401 |   403  401     401     401
+GET    keys        |     401   401 |   200 |  403     403   200     401     401 |   403  401     401     401
+DELETE keys/ID     |     401   401 |   200 |  403     403   200     401     401 |   403  401     401     401
+GET    audit       |     401   401 |   200 |  200     200   200     401     401 |   403  401     401     401
+POST   keys        |     401   401 |   201 |  403     403   201     401     401 |   403  401     401     401
+GET    /healthz    |     200   200 |   200 |  200     200   200     200     200 |   200  200     200     200
+GET    /readyz     |     200   200 |   200 |  200     200   200     200     200 |   200  200     200     200
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +112,11 @@ def client_at(service: ServiceProcess, address: str = "127.0.0.1", secret: str |
     return httpx.Client(base_url=url, headers=bearer(secret), trust_env=False, verify=NO_TLS, timeout=30.0)
 
 
+def local_secret(service: ServiceProcess) -> str:
+    """Return what the service has left for this host's admin."""
+    return service.local_admin.authorization.removeprefix("Bearer ")
+
+
 def make_key(service: ServiceProcess, role: str = "admin") -> str:
     """Make a key as an operator does on the command line."""
     settings = {name: service.settings[name] for name in ("STATE_DIRECTORY", "WIREGUARD_CONFIG_PATH")}
@@ -126,9 +130,9 @@ def id_of(secret: str) -> str:
 
 
 class Callers:
-    """Every kind of caller; `admin`, a credential or nothing, makes what the others need."""
+    """Every kind of caller; `admin`, a credential, makes what the others need."""
 
-    def __init__(self, outside: httpx.Client, here: httpx.Client, admin: str | None = None) -> None:
+    def __init__(self, outside: httpx.Client, here: httpx.Client, admin: str) -> None:
         self.outside = outside
         self.here = here
         self.admin = admin
@@ -145,17 +149,17 @@ class Callers:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def take_up(self, admin: str) -> None:
-        """Make a credential of each kind, once there is an admin's."""
-        self.admin = admin
+    def take_up(self) -> None:
+        """Make a credential of each kind."""
         self.secrets = {("key", role): self.make("key", role=role) for role in ("read", "operate", "admin")}
+        self.secrets["file", "local"] = self.admin
         self.secrets["token", "fresh"] = self.make("token", max_uses=9)
         self.secrets["token", "used"] = used = self.make("token")
         self._provision(used)
         for kind, asked in (("key", {"role": "admin"}), ("token", {})):
             self.secrets[kind, "revoked"] = revoked = self.make(kind, **asked)
             path = f"{PREFIX}/{kind}s/{id_of(revoked)}"
-            assert self.here.delete(path, headers=bearer(admin)).json()["state"] == "revoked"
+            assert self.here.delete(path, headers=bearer(self.admin)).json()["state"] == "revoked"
             self.secrets[kind, "expired"] = self.make(kind, expires_in=1, **asked)
         eventually(lambda: {self._state("key"), self._state("token")} == {"expired"})
 
@@ -182,8 +186,6 @@ class Callers:
         """Return the ID of what is there to be taken away."""
         if kind == "peer":
             return self._provision(self.admin)
-        if self.admin is None:
-            return "0123456789abcdef"
         return id_of(self.make(kind, **({"role": "read"} if kind == "key" else {})))
 
     def _body(self, cell: Cell) -> dict[str, Any] | None:
@@ -201,35 +203,25 @@ class Callers:
 @pytest.fixture
 def callers(service: ServiceProcess, here: str) -> Iterator[Callers]:
     with client_at(service, here) as outside, client_at(service) as local:
-        yield Callers(outside, local)
+        yield Callers(outside, local, local_secret(service))
 
 
 def test_every_endpoint_answers_every_kind_of_caller_as_the_table_says(callers: Callers) -> None:
-    table, found = cells(), dict[Cell, httpx.Response]()
-    closed = [cell for cell in table if cell.group == "before the first"]
-    for cell in sorted(closed, key=lambda cell: cell.path == "keys" and cell.method == "POST"):
-        found[cell] = callers.ask(cell)
-    (first,) = (found[cell] for cell in closed if found[cell].status_code == 201)
-    callers.take_up(first.json()["secret"])
-    for cell in table:
-        if cell not in found:
-            found[cell] = callers.ask(cell)
+    table = cells()
+    callers.take_up()
+    found = {cell: callers.ask(cell) for cell in table}
 
     assert {str(cell): answer.status_code for cell, answer in found.items()} == {
         str(cell): cell.status for cell in table
     }
-    assert len(table) == 15 * 13
+    assert len(table) == 15 * 12
     for answer in found.values():
         assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-ID"])
         assert answer.headers.get_list("Cache-Control") == ["no-store"]
     refused = [answer for answer in found.values() if answer.status_code == 401]
     assert {answer.headers["WWW-Authenticate"] for answer in refused} == {"Bearer"}
     assert len({answer.content for answer in refused}) == 1
-    for cell in closed:
-        if cell.status == 403:
-            detail = found[cell].json()["detail"]
-            assert "python -m backend key create --role admin" in detail
-            assert "127.0.0.1" in detail
+    assert "admin.header" in refused[0].json()["detail"]
 
 
 def seen(answer: httpx.Response) -> tuple[int, bytes, list[tuple[str, str]]]:
@@ -241,7 +233,7 @@ def seen(answer: httpx.Response) -> tuple[int, bytes, list[tuple[str, str]]]:
 def test_why_a_credential_is_refused_stands_in_the_audit_log_alone(
     service: ServiceProcess, callers: Callers
 ) -> None:
-    callers.take_up(make_key(service))
+    callers.take_up()
     tokens = {name: secret for (kind, name), secret in callers.secrets.items() if kind == "token"}
     fresh = tokens.pop("fresh")
     from_elsewhere = callers.make("token", source_cidr="203.0.113.0/24")
@@ -299,21 +291,14 @@ def test_a_credential_that_is_shown_in_another_way_lets_nobody_in(service: Servi
 def test_what_the_command_line_made_and_revoked_counts_at_once_or_within_a_second(
     service: ServiceProcess,
 ) -> None:
-    with client_at(service) as here:
-        assert here.get(PEERS).status_code == 200
-        secret = make_key(service)
-        with client_at(service, secret=secret) as operator:
-            assert operator.get(PEERS).status_code == 200
-            assert here.get(PEERS).status_code == 401
-            done = invoke(
-                "key", "revoke", id_of(secret), directory=service.directory, settings=service.settings
-            )
-            assert done.returncode == 0, done.stderr
-            eventually(lambda: operator.get(PEERS).status_code == 401)
-        # One that is revoked was there all the same.
-        assert here.get(PEERS).status_code == 401
+    secret = make_key(service)
+    with client_at(service, secret=secret) as operator:
+        assert operator.get(PEERS).status_code == 200
+        done = service.command("key", "revoke", id_of(secret))
+        assert done.returncode == 0, done.stderr
+        eventually(lambda: operator.get(PEERS).status_code == 401)
         service.restart()
-        assert here.get(PEERS).status_code == 401
+        assert operator.get(PEERS).status_code == 401
 
 
 # Sends whole requests, each on a connection of its own; prints their statuses, 0 where nothing came.
@@ -353,7 +338,6 @@ HONEST: Final = [
     post("Host: [::1]:8000\r\n"),
     post("Host: localhost:8000\r\nOrigin: http://localhost:8000\r\n"),
 ]
-# What opens nothing, wherever it comes from.
 LIES: Final = [
     post(LOCAL + "X-Forwarded-For: 127.0.0.1\r\n"),
     post(LOCAL + "x-forwarded-for: ::1\r\n"),
@@ -385,13 +369,7 @@ LIES: Final = [
     post(LOCAL + "Origin: http://localhost:1\r\n"),
     post(LOCAL + "Origin: http://localhost.evil.example\r\n"),
     trailing("Host: evil.example\r\n", LOCAL),
-]
-# Our own server drops it; uvicorn's puts trailers behind the headers, and only this host's own callers, who
-# could say it in the first place, gain anything by it.
-NO_HOST_BUT_A_TRAILER: Final = trailing("", LOCAL)
-# What would do on this host.
-BORROWED: Final = [
-    *HONEST,
+    trailing("", LOCAL),
     post(LOCAL, f"http://localhost{PROVISION}"),
     trailing(LOCAL, "X-Forwarded-For: 127.0.0.1\r\n"),
 ]
@@ -404,7 +382,7 @@ def statuses(host: LocalHost, address: str, port: int, requests: list[str]) -> l
     return answered
 
 
-TURNED_AWAY: Final = {400, 403, 404}
+TURNED_AWAY: Final = {400, 401, 404}
 
 
 def opened(requests: list[str], answered: list[int]) -> list[tuple[str, int]]:
@@ -414,24 +392,15 @@ def opened(requests: list[str], answered: list[int]) -> list[tuple[str, int]]:
     return [(request.partition(LENGTH)[0], status) for request, status in both if status not in TURNED_AWAY]
 
 
-def test_no_header_opens_the_door_from_another_host(
+def test_no_header_opens_the_door_from_whatever_host(
     service: ServiceProcess, outside: Host, here: str
 ) -> None:
-    lies = [*LIES, *BORROWED, NO_HOST_BUT_A_TRAILER]
-    assert opened(lies, statuses(outside, here, service.port, lies)) == []
-    # The same host at its own other address.
-    assert opened(lies, statuses(LocalHost(), here, service.port, lies)) == []
-    with client_at(service) as client:
-        assert client.get(PEERS).json() == {}
-
-
-def test_a_caller_on_this_host_who_asks_for_somebody_else_stays_outside(service: ServiceProcess) -> None:
-    lies = [*LIES, NO_HOST_BUT_A_TRAILER]
-    assert opened(lies, statuses(LocalHost(), "127.0.0.1", service.port, lies)) == []
-    with client_at(service) as client:
-        assert client.get(PEERS).json() == {}
-    answered = statuses(LocalHost(), "127.0.0.1", service.port, BORROWED)
-    assert answered == [200] + [409] * (len(BORROWED) - 1)
+    requests = [*LIES, *HONEST]
+    assert opened(requests, statuses(outside, here, service.port, requests)) == []
+    # This host at its other address, and at the one that says so.
+    assert opened(requests, statuses(LocalHost(), here, service.port, requests)) == []
+    assert opened(requests, statuses(LocalHost(), "127.0.0.1", service.port, requests)) == []
+    assert service.client.get(PEERS).json() == {}
 
 
 APP: Final = """
@@ -460,27 +429,24 @@ def test_the_router_in_another_app_under_plain_uvicorn_believes_no_header(
         )
     try:
         eventually(lambda: "Uvicorn running" in (tmp_path / "uvicorn.log").read_text())
-        lies = [*LIES, *BORROWED, NO_HOST_BUT_A_TRAILER]
-        assert opened(lies, statuses(outside, here, port, lies)) == []
+        requests = [*LIES, *HONEST]
+        assert opened(requests, statuses(outside, here, port, requests)) == []
         # To uvicorn this host is a proxy that tells the truth.
-        assert opened(LIES, statuses(LocalHost(), "127.0.0.1", port, LIES)) == []
-        assert statuses(LocalHost(), "127.0.0.1", port, HONEST[:1]) == [200]
+        assert opened(requests, statuses(LocalHost(), "127.0.0.1", port, requests)) == []
+        header = (tmp_path / "state" / "admin.header").read_text().replace("\n", "\r\n")
+        assert statuses(LocalHost(), "127.0.0.1", port, [post(LOCAL + header)]) == [200]
     finally:
         process.terminate()
         process.wait(20)
 
 
-def test_a_unix_socket_counts_as_this_host_unless_the_request_was_passed_on(
+def test_a_unix_socket_asks_for_a_credential_as_tcp_does(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path), unix_socket=tmp_path / "hub.sock")
-    client = service.client
-    assert client.post(PROVISION, json=provision_body("node-1")).status_code == 200
-    for lie in ({"X-Forwarded-For": "127.0.0.1"}, {"Host": "hub.example.com"}, {"Via": "1.1 nginx"}):
-        assert client.get(PEERS, headers=lie).status_code == 403
-    secret = make_key(service)
-    assert client.get(PEERS, headers={"Authorization": f"Bearer {secret}"}).status_code == 200
-    assert client.get(PEERS).status_code == 401
+    assert service.client.get(PEERS, auth=None).status_code == 401
+    assert service.client.get(PEERS, headers=bearer(make_key(service))).status_code == 200
+    assert service.client.get(PEERS).status_code == 200
 
 
 class OfBothFamilies(ServiceProcess):
@@ -490,42 +456,15 @@ class OfBothFamilies(ServiceProcess):
         return ["--host", "::", "--port", str(self.port)]
 
 
-def test_loopback_is_loopback_in_both_families(
-    hub_interface: HubInterface, outside: Host, here: str, tmp_path: Path
-) -> None:
+def test_no_address_of_this_host_is_let_in_by_itself(hub_interface: HubInterface, tmp_path: Path) -> None:
     with OfBothFamilies(tmp_path, settings_for(hub_interface, tmp_path)) as service:
         for address in ("127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "127.9.9.9"):
             with client_at(service, address) as client:
-                assert client.get(PEERS).status_code == 200, address
-        with client_at(service, "[::1]") as client:
-            sources = {entry["source"] for entry in client.get(AUDIT).json()["entries"]}
-            assert sources == set()
-            assert client.post(PROVISION, json=provision_body("node-1")).status_code == 200
-            assert client.get(AUDIT).json()["entries"][0]["source"] == "::1"
-        assert opened(BORROWED, statuses(outside, here, service.port, BORROWED)) == []
-        assert opened(BORROWED, statuses(LocalHost(), f"::ffff:{here}", service.port, BORROWED)) == []
-
-
-def test_serving_to_everybody_without_a_credential_is_said_loudly(
-    service: ServiceProcess,
-) -> None:
-    def warnings() -> list[str]:
-        return [line for line in service.log.splitlines() if line.startswith("WARNING: ")]
-
-    (warning,) = warnings()
-    assert "python -m backend key create --role admin" in warning
-    assert "127.0.0.1" in warning
-    service.restart()
-    assert len(warnings()) == 2
-    make_key(service)
-    service.restart()
-    assert len(warnings()) == 2
-
-
-def test_serving_to_this_host_alone_needs_no_warning(
-    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
-) -> None:
-    assert "WARNING" not in start_service(settings_for(hub_interface, tmp_path)).log
+                assert client.get(PEERS).status_code == 401, address
+        with client_at(service, "[::1]", local_secret(service)) as client:
+            client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
+            logged = client.get(AUDIT, params={"action": "provision"}).json()["entries"]
+            assert [(entry["actor"], entry["source"]) for entry in logged] == [("local", "::1")]
 
 
 def limited(hub: HubInterface, directory: Path, **limits: str) -> dict[str, object]:
@@ -587,22 +526,20 @@ def test_a_credential_is_limited_by_itself(
         assert sum(entry["count"] for entry in refused if entry["reason"] == "rate") == 2
 
 
-def test_a_source_is_limited_and_this_host_is_not_while_the_door_is_closed(
+def test_a_source_is_limited_whatever_it_shows(
     hub_interface: HubInterface, start_service: StartService, here: str, tmp_path: Path
 ) -> None:
     service = start_service(limited(hub_interface, tmp_path, source="5/minute"), address="0.0.0.0")  # noqa: S104
     with client_at(service) as local, client_at(service, here) as elsewhere:
-        assert [elsewhere.get(PEERS).status_code for _ in range(7)] == [403] * 5 + [429] * 2
-        assert {local.get(PEERS).status_code for _ in range(20)} == {200}
-        secret = {"Authorization": f"Bearer {make_key(service)}"}
+        assert [elsewhere.get(PEERS).status_code for _ in range(7)] == [401] * 5 + [429] * 2
+        secret = bearer(make_key(service))
         # A credential doesn't make the source another one.
         assert elsewhere.get(PEERS, headers=secret).status_code == 429
-        assert local.get(PEERS, headers=secret).status_code == 200
+        assert [local.get(PEERS, headers=secret).status_code for _ in range(6)] == [200] * 5 + [429]
 
 
 def test_a_limit_ends(hub_interface: HubInterface, start_service: StartService, tmp_path: Path) -> None:
     service = start_service(limited(hub_interface, tmp_path, failed_authentication="2/second"))
-    make_key(service)
     with client_at(service) as client:
         eventually(lambda: client.get(PEERS).status_code == 401)
         answers = [client.get(PEERS) for _ in range(6)]

@@ -23,6 +23,7 @@ FOREIGN_APP = """
     import asyncio, os, sys
     os.umask(0)
     import httpx
+    from pathlib import Path
     from fastapi import FastAPI
     from backend.api.v1.endpoints.wireguard_provisioning import router
     from tests.integration.test_file_modes import FILES, modes
@@ -33,9 +34,10 @@ FOREIGN_APP = """
         async with app.router.lifespan_context(app):
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1")
             from tests.harness.requests import provision_body
+            name, _, value = Path("var/lib/admin.header").read_text().strip().partition(": ")
+            client.headers[name] = value
             answer = await client.post("/api/v1/wireguard/provision", json=provision_body("node-1"))
             assert answer.status_code == 200, answer.text
-            from pathlib import Path
             assert modes(Path.cwd()) == FILES, modes(Path.cwd())
 
     asyncio.run(main())
@@ -48,6 +50,7 @@ FILES = {
     "etc/wg0.conf": 0o100600,
     "var": 0o40700,
     "var/lib": 0o40700,
+    "var/lib/admin.header": 0o100600,
     "var/lib/provisioning.sqlite": 0o100600,
     "var/lib/provisioning.sqlite-shm": 0o100600,
     "var/lib/provisioning.sqlite-wal": 0o100600,

@@ -29,6 +29,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WIREGUARD_CONFIG_PATH", str(path))
     monkeypatch.setenv("WIREGUARD_RELOAD", "off")
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+    monkeypatch.setenv("WIREGUARD_AUTH", "off")
     return path
 
 

@@ -52,7 +52,7 @@ def changes_without_a_pause(service: ServiceProcess) -> Iterator[None]:
     stop = threading.Event()
 
     def work() -> None:
-        with httpx.Client(base_url=service.url, headers=service.client.headers, timeout=30) as client:
+        with httpx.Client(base_url=service.url, auth=service.local_admin, timeout=30) as client:
             while not stop.is_set():
                 client.post(PROVISION, json=provision_body("busy")).raise_for_status()
                 client.delete(f"{PEERS}/busy").raise_for_status()

@@ -49,7 +49,7 @@ def test_nodes_that_ask_again_and_again_do_not_get_in_the_way_of_an_adoption(
         """Ask for a peer that is to be adopted, or for new ones that may get its address."""
         statuses = set()
         with httpx.Client(
-            base_url=service.url, headers=service.client.headers, timeout=30, trust_env=False
+            base_url=service.url, auth=service.local_admin, timeout=30, trust_env=False
         ) as client:
             for turn in range(10_000):
                 node = f"node-{number}" if number < 8 else f"new-{number}-{turn}"

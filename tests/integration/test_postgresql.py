@@ -27,7 +27,7 @@ def test_peers_survive_a_kill_in_postgresql_too(
     service = start_service(settings)
     odd = provision_body("odd", metadata={"nul": "\x00", "text": "\u2028"})
     answers = asyncio.run(
-        post_all(service.url, iter([odd, *(provision_body(f"node-{n}") for n in range(100))]), clients=16)
+        post_all(service, iter([odd, *(provision_body(f"node-{n}") for n in range(100))]), clients=16)
     )
     assert Counter(answer.status_code for answer in answers) == {200: 101}
     assert service.client.delete(f"{PEERS}/node-7").status_code == 200
@@ -36,7 +36,7 @@ def test_peers_survive_a_kill_in_postgresql_too(
     service.start()
     assert assert_in_step(service, hub_interface) == before
     assert service.client.post(PROVISION, json=odd).status_code == 409
-    assert not (tmp_path / "state").exists()
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["admin.header"]
 
 
 def test_a_database_has_one_hub(

@@ -75,7 +75,13 @@ class Client:
     def work(self) -> None:
         """Add and delete until nobody answers any more."""
         chance = random.Random(self.seed)  # noqa: S311 - not a secret
-        with httpx.Client(base_url=self.service.url, timeout=20.0, trust_env=False, verify=NO_TLS) as client:
+        with httpx.Client(
+            base_url=self.service.url,
+            auth=self.service.local_admin,
+            timeout=20.0,
+            trust_env=False,
+            verify=NO_TLS,
+        ) as client:
             try:
                 while True:
                     self._act(client, chance)
@@ -262,7 +268,7 @@ def test_without_durable_records_the_file_is_what_is_remembered(
     service.client.post(PROVISION, json=body).raise_for_status()
     service.kill()
     service.start()
-    assert not (tmp_path / "state").exists()
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["admin.header"]
     assert assert_in_step(service, hub_interface) == {"node-1": "10.0.0.2"}
     retry = service.client.post(PROVISION, json=body)
     assert retry.status_code == 409

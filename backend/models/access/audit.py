@@ -63,7 +63,7 @@ class AuditEvent:
     at: datetime
     action: AuditAction
     outcome: AuditOutcome
-    # `loopback`, `token:<id>`, `key:<id>`, `cli:<os user>`, `service`, or `nobody`.
+    # `local`, `anyone`, `token:<id>`, `key:<id>`, `cli:<os user>`, `service`, or `nobody`.
     actor: str
     # The node or the credential that it was done to.
     subject: str | None = None

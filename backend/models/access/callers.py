@@ -13,8 +13,10 @@ from backend.models.identity import NodeIdentity
 class CallerKind(StrEnum):
     """How a caller came in."""
 
-    # Over a loopback address or a UNIX socket, while no credential existed.
-    LOOPBACK = "loopback"
+    # By the secret in STATE_DIRECTORY/admin.header.
+    LOCAL = "local"
+    # Where no credential is asked for (WIREGUARD_AUTH=off).
+    ANYONE = "anyone"
     TOKEN = "token"  # noqa: S105 - a kind
     KEY = "key"
     # The code that runs the service, or the command line beside it.
@@ -24,7 +26,7 @@ class CallerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. A `credential` is there for a token and a key, an `identity` where it was proved."""
+    """Who asks. A `credential` is there where one was shown, an `identity` where it was proved."""
 
     kind: CallerKind
     credential: Credential | None = None
@@ -36,7 +38,9 @@ class Caller:
     @property
     def name(self) -> str:
         """What the audit log calls it."""
-        return self.kind.value if self.credential is None else f"{self.kind.value}:{self.credential.id}"
+        if self.credential is None or self.kind is CallerKind.LOCAL:
+            return self.kind.value
+        return f"{self.kind.value}:{self.credential.id}"
 
     @property
     def token_id(self) -> str | None:
@@ -52,6 +56,9 @@ class Caller:
         """Say whether it has the permission."""
         if self.credential is not None:
             return self.credential.may(permission)
+        if self.kind is CallerKind.ANYONE:
+            # No credential that is made meanwhile may outlive the switch.
+            return permission is not Permission.ADMINISTER
         return self.kind is not CallerKind.NOBODY
 
     def event(

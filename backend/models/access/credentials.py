@@ -138,7 +138,7 @@ class Credential:
     secret_hash: str = field(repr=False)
     note: str
     created_at: datetime
-    # An audit name: `key:<id>`, `cli:<os user>`, `loopback`.
+    # An audit name: `key:<id>`, `cli:<os user>`, `local`.
     created_by: str
     # None: never.
     expires_at: datetime | None = None

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from backend.api.dependencies import Service
 from backend.api.door import REFUSALS, Admin, DoorRoute, Provisioner, Reader, audited
 from backend.api.errors import problem
-from backend.errors import AdminKeyFirstError
 from backend.models.access.audit import AuditAction, AuditEntry, AuditPage, AuditQuery
 from backend.models.access.credentials import (
     CredentialKind,
@@ -27,9 +26,6 @@ router = APIRouter(prefix="/wireguard", tags=["access"], route_class=DoorRoute, 
 
 
 _NOT_FOUND = problem("No such credential.", "token 3f1c0e5a9b7d2468 not found")
-_ADMIN_FIRST = problem(
-    "The first credential has to be an admin's key that doesn't expire.", str(AdminKeyFirstError())
-)
 _NO_PROOF = "this hub asks for no proof: provision without one"
 
 
@@ -71,7 +67,7 @@ async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Servic
     )
 
 
-@router.post("/tokens", summary="Make an enrolment token", status_code=201, responses={409: _ADMIN_FIRST})
+@router.post("/tokens", summary="Make an enrolment token", status_code=201)
 @audited(AuditAction.TOKEN_MADE)
 async def make_token(body: TokenRequest, caller: Admin, service: Service) -> MadeToken:
     """Make a token that lets nodes in. Its secret is in this answer and nowhere else."""
@@ -95,7 +91,7 @@ async def revoke_token(credential_id: str, caller: Admin, service: Service) -> T
     return TokenInfo.of(token, datetime.now(UTC))
 
 
-@router.post("/keys", summary="Make an operator's key", status_code=201, responses={409: _ADMIN_FIRST})
+@router.post("/keys", summary="Make an operator's key", status_code=201)
 @audited(AuditAction.KEY_MADE)
 async def make_key(body: KeyRequest, caller: Admin, service: Service) -> MadeKey:
     """Make a key for an operator. Its secret is in this answer and nowhere else."""
