@@ -9,6 +9,7 @@ from typing import Final
 
 from backend.adapters.availability import Availability
 from backend.adapters.database import Database
+from backend.adapters.dbos_pickles import delete_unreadable, refuse_pickles
 from backend.adapters.postgresql import said
 from backend.adapters.sql_journal import SqlJournal
 from backend.errors import StartRefusedError
@@ -74,7 +75,7 @@ class DbosJournal(SqlJournal):
     def launch(self, apply: Callable[[Batch | None], str | None]) -> None:
         """Start DBOS, which takes up in the background what an earlier process left unfinished."""
         # The import takes as long as `wg` needs for thousands of peers, and nothing before this needs it.
-        from dbos import DBOS  # noqa: PLC0415
+        from dbos import DBOS, DBOSPortableJSONSerializer  # noqa: PLC0415
 
         super().launch(apply)
         self._dbos = DBOS
@@ -90,7 +91,7 @@ class DbosJournal(SqlJournal):
             try:
                 run_sequence(self._next_batch, self)
             except Exception as exc:  # noqa: BLE001 - raised again by run
-                # DBOS would pickle it into the database, and a driver's error carries a row's values.
+                # DBOS would write it into the database, and a driver's error carries a row's values.
                 self._raised = exc
 
         @DBOS.workflow(name=_WORKFLOW)
@@ -103,6 +104,8 @@ class DbosJournal(SqlJournal):
                 self._apply(None)
 
         self._workflow = commit_burst
+        serializer = DBOSPortableJSONSerializer()
+        refuse_pickles()
         dbos = DBOS(
             config={
                 "name": "wireguard-provisioning",
@@ -111,10 +114,12 @@ class DbosJournal(SqlJournal):
                 "application_version": APPLICATION_VERSION,
                 "executor_id": self._hub_name,
                 "log_level": "WARNING",
+                "serializer": serializer,
             }
         )
         self._launched = True
         try:
+            delete_unreadable(self._engine, serializer.name())
             DBOS.launch()
         except Exception as exc:
             raise StartRefusedError(f"DBOS can't start on the database: {said(exc)}") from exc

@@ -1,7 +1,11 @@
 """The durable journal: a burst's exception reaches the caller, and recovery leaves a running burst alone."""
 
+import base64
+import os
+import pickle
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -10,9 +14,10 @@ import sqlalchemy as sa
 
 from backend.adapters import records
 from backend.adapters.database import Database
-from backend.adapters.dbos_journal import DbosJournal
+from backend.adapters.dbos_journal import APPLICATION_VERSION, DbosJournal
 from backend.errors import OvertakenError, RecordsUnavailableError
 from backend.services.ports import Batch
+from tests.harness.patience import eventually
 from tests.integration.test_records import adding
 
 WAIT: Final = 20.0
@@ -124,15 +129,21 @@ def test_an_exception_of_the_burst_reaches_the_caller(
     assert nodes(journal) == ["node-1", "node-2", "node-3", "node-4"]
 
 
-def leave_unfinished(url: str) -> None:
-    """Make the workflows on record look as those of a process that died in the middle of them."""
+@contextmanager
+def dbos_tables(url: str) -> Iterator[sa.Connection]:
     engine = sa.create_engine(url)
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql("SET search_path TO dbos")
+        yield connection
+    engine.dispose()
+
+
+def leave_unfinished(url: str) -> None:
+    """Make the workflows on record look as those of a process that died in the middle of them."""
+    with dbos_tables(url) as connection:
         connection.exec_driver_sql("DELETE FROM operation_outputs")
         connection.exec_driver_sql("UPDATE workflow_status SET status = 'PENDING', output = NULL")
-    engine.dispose()
 
 
 def test_a_recovered_workflow_takes_no_batch_of_a_running_burst(open_journal: Open, url: str) -> None:
@@ -166,3 +177,81 @@ def test_a_recovered_workflow_takes_no_batch_of_a_running_burst(open_journal: Op
     assert taken == [(threading.get_ident(), left) for left in (2, 1, 0)]
     assert recovered.is_set()
     assert nodes(second) == ["node-1", "node-2", "node-3"]
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, made: Path) -> None:
+        self._made = made
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return (os.mkdir, (str(self._made),))
+
+
+def plant(url: str, made: Path, **values: object) -> str:
+    """Write a workflow with pickled inputs into DBOS's tables, as whoever may INSERT there can."""
+    row = {
+        "workflow_uuid": f"planted-{made.name}",
+        "name": "commit_burst",
+        "recovery_attempts": 0,
+        "priority": 0,
+        "created_at": 1,
+        "updated_at": 1,
+        **values,
+    }
+    pickled = base64.b64encode(pickle.dumps(Malicious(made))).decode()
+    payload = {"workflow_uuid": row["workflow_uuid"], "inputs": pickled, "retention_timestamp": 1}
+    with dbos_tables(url) as connection:
+        for name, planted in (("workflow_status", row), ("workflow_input", payload)):
+            table = sa.table(name, *map(sa.column, planted))
+            connection.execute(sa.insert(table).values(planted))
+    return str(row["workflow_uuid"])
+
+
+def statuses(url: str) -> dict[str, str]:
+    with dbos_tables(url) as connection:
+        rows = connection.exec_driver_sql("SELECT workflow_uuid, status FROM workflow_status")
+        return {row[0]: row[1] for row in rows}
+
+
+def test_a_pickle_inserted_into_the_queue_runs_no_code(open_journal: Open, url: str, tmp_path: Path) -> None:
+    journal = open_journal(lambda _: None)
+    planted = [
+        plant(
+            url, tmp_path / name, status="ENQUEUED", queue_name="_dbos_internal_queue", serialization=decoder
+        )
+        for name, decoder in (("named", "py_pickle"), ("unnamed", None))
+    ]
+    eventually(lambda: [statuses(url)[workflow] for workflow in planted] == ["ERROR", "ERROR"])
+    assert not (tmp_path / "named").exists()
+    assert not (tmp_path / "unnamed").exists()
+    journal.run(iter([batch(1), None]).__next__)
+    assert nodes(journal) == ["node-1"]
+
+
+def test_pickles_of_earlier_versions_are_deleted_and_never_read(
+    open_journal: Open, url: str, tmp_path: Path
+) -> None:
+    open_journal(lambda _: None).run(iter([batch(1), None]).__next__)
+    open_journal.close()
+    made = tmp_path / "made"
+    # What recovery would take up, and what has ended.
+    earlier = {
+        "executor_id": "wg0",
+        "application_version": APPLICATION_VERSION,
+        "serialization": "py_pickle",
+    }
+    planted = plant(url, made, status="PENDING", **earlier)
+    ended = plant(url, tmp_path / "ended", status="SUCCESS", **earlier)
+    assert {planted, ended} < set(statuses(url))
+    journal = open_journal(lambda _: None)
+    assert {planted, ended}.isdisjoint(statuses(url))
+    with dbos_tables(url) as connection:
+        left = connection.exec_driver_sql("SELECT inputs FROM workflow_input").scalars().all()
+    # This version's own stays for a look.
+    assert [text for text in left if not text.startswith("{")] == []
+    assert len(left) == 1
+    journal.run(iter([batch(2), None]).__next__)
+    assert nodes(journal) == ["node-1", "node-2"]
+    assert not made.exists()

@@ -119,7 +119,7 @@ class Secret:
         return f"Secret(ocw_{self.id}_***)"
 
     def __reduce__(self) -> NoReturn:
-        # Workflow arguments are pickled into the database, where no secret may come.
+        # What is pickled may end in a file or a database, where no secret may come.
         raise TypeError("a secret is not pickled")
 
 
