@@ -5,17 +5,22 @@ WORKERS ?= 3
 MINUTES ?= 10
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help run test unit torture lint check bench format clean
+.PHONY: help run install test unit torture lint check bench format requirements clean
 
 BIN := .venv/bin
+# What runs, and what also tests it: the second set has all of the first, in the same versions.
+RUNS := .venv/.runs
 STAMP := .venv/.installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes
 SOURCES := backend tests
 
 help: ## Say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-run: $(STAMP) ## Make a hub under ./var if there is none, and serve on 127.0.0.1:8000 (PORT=...); Ctrl-C stops
+run: $(RUNS) ## Make a hub under ./var if there is none, and serve on 127.0.0.1:8000 (PORT=...); Ctrl-C stops
 	@exec $(BIN)/python -m backend run --port $(PORT)
+
+install: $(RUNS) ## Make .venv with what the service needs to run, and nothing more
 
 test: $(STAMP) .test-requirements ## Run all tests, with coverage, in some 5 minutes; as root on Debian or Ubuntu it installs what they need
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=97
@@ -41,17 +46,38 @@ format: $(STAMP) ## Put the code into its canonical form
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+requirements: .uv/bin/uv ## Pin what pyproject.toml names, with hashes, in both requirements.txt (ARGS=--upgrade)
+	$(COMPILE) --extra test $(ARGS) --output-file requirements.txt
+	$(COMPILE) --constraints requirements.txt --output-file deploy/requirements.txt
+
+# One file for each Python from 3.11 on and each system: what differs has a marker.
+COMPILE := .uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-strip-extras \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make requirements" \
+	pyproject.toml --extra redis
+
 clean: ## Take away what can be made again; ./var and the interface stay
-	rm -rf .venv .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .uv .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
 
-$(STAMP): requirements.txt
+$(RUNS): deploy/requirements.txt | .venv/.made
+	$(PIP) -r deploy/requirements.txt
+	@touch $@
+
+$(STAMP): requirements.txt | .venv/.made
+	$(PIP) -r requirements.txt
+	@touch $(RUNS) $@
+
+# Not cleared: a service may be running from it.
+.venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
 		{ echo "Python 3.11 to 3.14 is needed; name one with make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory .python3-venv
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PYTHON) -m venv .venv
 	@touch $@
+
+.uv/bin/uv: | .venv/.made
+	$(BIN)/python -m venv .uv
+	.uv/bin/pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
 
 .PHONY: .test-requirements
 .test-requirements: $(STAMP)
