@@ -14,6 +14,7 @@ import typer
 
 from backend import access_commands, reconcile_command
 from backend.access_commands import one_sentence
+from backend.adapters.process_memory import keep_private
 from backend.errors import StartRefusedError
 
 # Everything heavier is imported by the command that needs it, so that `--help` answers at once.
@@ -51,8 +52,9 @@ UnixSocket = Annotated[
 
 @app.callback()
 def main() -> None:
-    """Whatever is made from here on is for its owner's eyes only."""
+    """Whatever is made from here on is for its owner's eyes only, and so is this process's memory."""
     os.umask(0o077)
+    keep_private()
 
 
 @app.command()

@@ -59,6 +59,7 @@ def test_one_privilege_and_one_place_to_write_to() -> None:
     assert unit["User"] == unit["Group"] == ["wireguard-provisioning"]
     assert unit["ProtectSystem"] == ["strict"]
     assert unit["UMask"] == ["0077"]
+    assert unit["LimitCORE"] == ["0"]
     assert (unit["StateDirectory"], unit["StateDirectoryMode"]) == (["wireguard-provisioning"], ["0700"])
     assert "ReadWritePaths" not in unit
     # No plus and no exclamation mark: nothing of it is run with more than that.

@@ -74,7 +74,7 @@ class DatabaseFile:
         if self._is_deleted():
             return (
                 f"the database {self._path} was deleted under the running service, and is lost when that "
-                f"stops; put it back first, `{self._rescue()}`, then restart the service"
+                f"stops; put it back first, as root: `{self._rescue()}`, then restart the service"
             )
         return (
             f"the database {self._path} was moved under the running service, to {self._place()}; move it "
@@ -86,7 +86,7 @@ class DatabaseFile:
         if self._is_deleted():
             return (
                 f"{another}, which was deleted; restart the service to use the one that is there, or before "
-                f"that put the deleted one back in its place, `{self._rescue()}`"
+                f"that put the deleted one back in its place, as root: `{self._rescue()}`"
             )
         return (
             f"{another}, which is {self._place()} now; move that one back, with its -wal and -shm, or "

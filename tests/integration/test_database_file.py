@@ -94,7 +94,7 @@ def test_a_database_that_was_moved_is_missed_until_it_is_back(
 def test_a_deleted_database_is_missed_and_never_made_anew(database: Database, path: Path) -> None:
     database.engine.dispose()
     path.unlink()
-    with pytest.raises(RecordsUnavailableError, match=r"was deleted .* put it back first, `cp -p /proc/"):
+    with pytest.raises(RecordsUnavailableError, match=r"was deleted .* first, as root: `cp -p /proc/"):
         database.check()
     with pytest.raises(sa.exc.OperationalError, match="was deleted"), database.engine.connect():
         pass

@@ -1,6 +1,7 @@
 """What the service makes is for its owner's eyes only, and it doesn't start where others could meddle."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -85,10 +86,12 @@ def test_every_file_of_a_running_service_is_private(tmp_path: Path) -> None:
                 body = provision_body(f"node-{number}")
                 assert service.client.post("/api/v1/wireguard/provision", json=body).status_code == 200
             status = Path(f"/proc/{service.pid}/status").read_text()
+            limits = Path(f"/proc/{service.pid}/limits").read_text()
             found = modes(tmp_path)
     finally:
         os.umask(before)
     assert "Umask:\t0077\n" in status
+    assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
     assert found == FILES
 
 

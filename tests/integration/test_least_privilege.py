@@ -116,6 +116,8 @@ def test_the_service_needs_no_privilege_but_cap_net_admin(hub: Hub) -> None:
         only = f"{1 << 12:016x}"  # CAP_NET_ADMIN, linux/capability.h
         for line in (f"CapEff:\t{only}", f"CapPrm:\t{only}", f"CapBnd:\t{only}", "NoNewPrivs:\t1"):
             assert line in status
+        # Not dumpable: root's, whoever runs it (proc(5)).
+        assert Path(f"/proc/{service.pid}/environ").stat().st_uid == 0
         body = provision_body("node-1")
         key = body["wireguard_public_key"]
         answer = service.client.post("/api/v1/wireguard/provision", json=body)
