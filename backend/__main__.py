@@ -7,8 +7,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
 
 import typer
 
@@ -216,11 +217,19 @@ def _serve(settings: "Settings", listener: "socket.socket", hint: str = "") -> N
     gc.disable()
     import uvicorn
 
+    from backend.adapters.connections import Connections
+    from backend.adapters.descriptors import Descriptors
     from backend.adapters.http_protocol import BoundedProtocol, answering_when_cancelled
     from backend.adapters.logs import configure_logging
     from backend.main import create_app, running_service
 
     configure_logging(settings.log_level)
+    descriptors = Descriptors.raised()
+    connections = Connections.within(
+        descriptors.connections,
+        settings.wireguard_max_connections,
+        settings.wireguard_max_connections_per_source,
+    )
     # uvicorn handles both while it runs, and raises them again when it has shut down: that was asked for, and
     # is no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -230,7 +239,8 @@ def _serve(settings: "Settings", listener: "socket.socket", hint: str = "") -> N
         config = uvicorn.Config(
             answering_when_cancelled(create_app(settings, service)),
             loop="uvloop",
-            http=BoundedProtocol,
+            # Called as the class would be.
+            http=cast("type[BoundedProtocol]", partial(BoundedProtocol, connections=connections)),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -238,6 +248,7 @@ def _serve(settings: "Settings", listener: "socket.socket", hint: str = "") -> N
             access_log=settings.access_log,
             proxy_headers=False,
             server_header=False,
+            backlog=descriptors.backlog,
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
         # Whatever was made until here stays: nothing of it is looked at again by the garbage collector.

@@ -29,6 +29,7 @@ _DAY_SECONDS: Final = 24 * 60 * 60
 _HOST_LABEL: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _REDIS_DATABASE: Final = re.compile(r"(/[0-9]{0,9})?")
 _PORT: Final = re.compile(r"[1-9][0-9]{0,4}")
+_CONNECTIONS: Final = re.compile(r"[1-9][0-9]{0,4}")
 
 
 class AuthMode(StrEnum):
@@ -239,6 +240,13 @@ def _parse_rate_limit_storage(value: Any) -> str:
     return text
 
 
+def _parse_connections(value: Any) -> int:
+    text = str(value).strip()
+    if not _CONNECTIONS.fullmatch(text):
+        raise ValueError("is not a number from 1 to 99999; write one like 256")
+    return int(text)
+
+
 class Settings(BaseSettings):
     """The service's settings, checked once. Field names in capitals are the variables' names."""
 
@@ -277,6 +285,8 @@ class Settings(BaseSettings):
         "30/minute"
     )
     wireguard_auth: Annotated[AuthMode, BeforeValidator(_parse_auth)] = AuthMode.REQUIRED
+    wireguard_max_connections: Annotated[int, BeforeValidator(_parse_connections)] = 4096
+    wireguard_max_connections_per_source: Annotated[int, BeforeValidator(_parse_connections)] = 256
     wireguard_require_proof: bool = False
     log_level: Annotated[LogLevel, BeforeValidator(_parse_log_level)] = LogLevel.INFO
     access_log: bool = False

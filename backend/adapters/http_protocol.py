@@ -2,7 +2,8 @@
 
 uvicorn bounds the time between two requests and the body that it keeps unread, and nothing else: a connection
 that says nothing stays for ever, a request may come in byte by byte, and neither httptools nor llhttp bounds
-the head (h11_max_incomplete_event_size is what its name says).
+the head (h11_max_incomplete_event_size is what its name says). Requests that come before the answers to
+earlier ones are all parsed and kept, without a bound.
 """
 
 import json
@@ -14,8 +15,11 @@ from typing import Any, ClassVar, Final, cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
+
+from backend.adapters.connections import Connections
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +28,11 @@ REQUEST_SECONDS: Final = 10.0
 STOP_SECONDS: Final = 1.0
 RETRY_AFTER_SECONDS: Final = 5
 MAX_HEAD_BYTES: Final = 32 * 1024
+# How many requests may wait for the answer to an earlier one. What comes behind them isn't parsed yet:
+# parsed, a request takes a hundred times as much memory.
+MAX_AHEAD: Final = 8
+# What is parsed at once: most requests, or some that were sent ahead.
+_PIECE_BYTES: Final = 2 * 1024
 
 _REASONS: Final = {
     HTTPStatus.REQUEST_TIMEOUT: "The request did not come in completely in time; send it again",
@@ -33,7 +42,9 @@ _REASONS: Final = {
     HTTPStatus.SERVICE_UNAVAILABLE: (
         "The service is stopping; the request had not come in completely, and nothing was done. Send it again"
     ),
+    HTTPStatus.TOO_MANY_REQUESTS: "Too many connections from this address; close some, or ask again later",
 }
+_FULL: Final = "Too many connections; ask again later"
 
 _CANCELLED: Final = "The service is stopping; ask again to learn what became of the request"
 
@@ -43,6 +54,17 @@ _NOWHERE: Final = cast(list[tuple[bytes, bytes]], deque[tuple[bytes, bytes]](max
 
 class _HeadTooLargeError(Exception):
     """Ends the parser's work; it becomes a 431."""
+
+
+class _Flow(FlowControl):
+    """Reads nothing more, whatever the app or an answer says, while what has come waits to be parsed."""
+
+    holding = False
+
+    def resume_reading(self) -> None:
+        """Read on, unless there is enough to do."""
+        if not self.holding:
+            super().resume_reading()
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -62,6 +84,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     A request that comes in one piece costs no timer: one is set for the connection, and again only for a
     piece that leaves a request incomplete.
+
+    `connections` says whether one more may be open, and ends those whose client doesn't read its answers.
     """
 
     request_seconds: ClassVar[float] = REQUEST_SECONDS
@@ -74,8 +98,11 @@ class BoundedProtocol(HttpToolsProtocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: AbstractEventLoop | None = None,
+        *,
+        connections: Connections | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self._admitted = connections
         # Since when a request is awaited, on the loop's clock; None while nothing more has to come.
         self._since: float | None = None
         self._watch: TimerHandle | None = None
@@ -86,15 +113,25 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_too_large = False
         # Set when the service was told to stop while a request was coming in.
         self._stop: TimerHandle | None = None
+        # What has come behind MAX_AHEAD requests that wait, and whether the client says any more after it.
+        self._held = b""
+        self._held_is_all = False
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
         super().connection_made(transport)
+        self.flow = self._held_flow = _Flow(transport)
         if self.client is None and (self.server is None or self.server[1] is not None):
             # TCP, but gone already, so that the kernel doesn't say any more who it was. What such a client
             # has sent would be handled as if it came through a UNIX socket, which has no address either.
             transport.abort()
             return
+        if self._admitted is not None:
+            refusal = self._admitted.admit(self, None if self.client is None else self.client[0])
+            if refusal is not None:
+                self._answer(refusal, _FULL if refusal is HTTPStatus.SERVICE_UNAVAILABLE else None)
+                transport.close()
+                return
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -103,10 +140,15 @@ class BoundedProtocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self._watch = None
+        if self._admitted is not None:
+            self._admitted.release(self)
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override] # uvicorn's says None, which closes at once
         """Say whether the connection stays open: until what was asked for completely has been answered."""
+        if self._held:
+            self._held_is_all = True
+            return True
         if not self._is_answering() or (self.cycle.more_body and not self.pipeline):
             return False
         self.cycle.keep_alive = False
@@ -114,6 +156,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close the connection as soon as nothing is asked for on it; called once, when the service stops."""
+        self._held = b""
         if not self._is_coming_in():
             super().shutdown()
             return
@@ -122,14 +165,33 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop = self.loop.call_later(self.stop_seconds, self._refuse_the_incomplete)
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come, and see whether more has to follow."""
-        size = self.max_head_bytes
-        if len(data) > size:
+        """Take what has come, as far as not too many requests wait already."""
+        if len(data) <= _PIECE_BYTES and not self._held and len(self.pipeline) < MAX_AHEAD:
+            self._take(data)
+        else:
+            self._held += data
+            self._take_held()
+
+    def _take_held(self) -> None:
+        """Parse what is held, until it is all or MAX_AHEAD requests wait for their answers."""
+        held, start = self._held, 0
+        while start < len(held) and len(self.pipeline) < MAX_AHEAD and not self.transport.is_closing():
             # A whole head of any size could come in at once.
-            for start in range(0, len(data), size):
-                if not self.transport.is_closing():
-                    self.data_received(data[start : start + size])
-            return
+            self._take(held[start : start + _PIECE_BYTES])
+            start += _PIECE_BYTES
+        self._held = b"" if self.transport.is_closing() else held[start:]
+        self._held_flow.holding = bool(self._held)
+        if self._held:
+            self.flow.pause_reading()
+        elif self._held_is_all:
+            if not self.eof_received():
+                self.transport.close()
+        elif not self._is_answering():
+            # No answer will have it resumed.
+            self.flow.resume_reading()
+
+    def _take(self, data: bytes) -> None:
+        """Parse a piece of what has come, and see whether more has to follow."""
         self._overhead += len(data)
         super().data_received(data)
         if self._overhead or self.scope is not self._complete:
@@ -160,6 +222,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._since = None
         self._overhead = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on with what was held back, now that there is room for it."""
+        super().on_response_complete()
+        if self._held:
+            self._take_held()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what the parser could not go on with."""
@@ -228,8 +296,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.cycle.message_event.set()
         self.transport.close()
 
-    def _answer(self, status: HTTPStatus) -> None:
-        body = json.dumps({"detail": _REASONS[status]}).encode()
+    def _answer(self, status: HTTPStatus, reason: str | None = None) -> None:
+        body = json.dumps({"detail": reason or _REASONS[status]}).encode()
         headers = [*self.server_state.default_headers, *_headers(status, body)]
         lines = [b"%b: %b\r\n" % header for header in headers]
         self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", body]))
@@ -266,6 +334,6 @@ def _headers(status: HTTPStatus, body: bytes) -> list[tuple[bytes, bytes]]:
         (b"cache-control", b"no-store"),
         (b"connection", b"close"),
     ]
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+    if status in {HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS}:
         headers.append((b"retry-after", b"%d" % RETRY_AFTER_SECONDS))
     return headers

@@ -8,13 +8,14 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Final
 
+from backend.adapters.host_link import HostLinks
 from backend.adapters.host_tools import ToolRefusedError, find, query, run
 from backend.adapters.trusted_paths import make_private_directory, require_trusted_file
 from backend.errors import ConfigFileError, HubUpdateError
@@ -205,11 +206,8 @@ def show(
 
 def interface_exists(name: str) -> bool:
     """Tell whether this network namespace has an interface of that name, of whatever kind."""
-    try:
-        socket.if_nametoindex(name)
-    except OSError:
-        return False
-    return True
+    with closing(HostLinks()) as links:
+        return links.index(name) is not None
 
 
 def listen_port(config_path: Path) -> int | None:

@@ -9,7 +9,6 @@ here: the limits are there to keep load within bounds, not to sell it.
 import asyncio
 import logging
 import math
-import socket
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -21,6 +20,7 @@ from limits.aio.storage import RedisStorage, Storage
 from limits.aio.strategies import FixedWindowRateLimiter
 
 from backend.errors import StartRefusedError
+from backend.models.sources import network_of
 from backend.services.ports import LimitKind
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ _REDIS_AGAIN_SECONDS: Final = 5.0
 _REDIS_CONNECTIONS: Final = 32
 
 _BY_ADDRESS: Final = {LimitKind.SOURCE, LimitKind.FAILED_AUTHENTICATION}
-_MAPPED_IPV4: Final = bytes(10) + b"\xff\xff"
 
 
 class BoundedMemory(Storage):
@@ -154,7 +153,7 @@ class RateLimits:
 
     async def _ask(self, question: "_Question", kind: LimitKind, who: str) -> int | None:
         if kind in _BY_ADDRESS:
-            who = _network(who)
+            who = network_of(who)
         item = self._items[kind]
         redis = self._redis
         if redis is not None and self._may_ask_redis():
@@ -211,18 +210,6 @@ async def _check(
 async def _wait(strategy: FixedWindowRateLimiter, item: RateLimitItem, kind: LimitKind, who: str) -> int:
     ends = await strategy.storage.get_expiry(item.key_for(kind, who))
     return max(1, math.ceil(ends - time.time()))
-
-
-def _network(address: str) -> str:
-    if ":" not in address:
-        return address
-    try:
-        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
-    except OSError:
-        return address
-    if packed.startswith(_MAPPED_IPV4):
-        return socket.inet_ntoa(packed[len(_MAPPED_IPV4) :])
-    return f"{socket.inet_ntop(socket.AF_INET6, packed[:8] + bytes(8))}/64"
 
 
 @dataclass(frozen=True, slots=True)

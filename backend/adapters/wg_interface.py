@@ -1,12 +1,12 @@
 """The live interface, by `wg` (wg(8)); and the stand-in for where only the file is kept."""
 
-import socket
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from ipaddress import IPv4Address
 from typing import Final
 
-from backend.adapters import host_link, host_tools
+from backend.adapters import host_tools
+from backend.adapters.host_link import HostLinks
 from backend.errors import HubUpdateError
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.interface_state import InterfaceState
@@ -30,6 +30,7 @@ class WgInterface:
         self._name = InterfaceName.parse(name)
         self._address = address
         self._wg = host_tools.find("wg")
+        self._links = HostLinks()
         # A `wg addconf` that has been started and waits for its input.
         self._waiting: Future[host_tools.Running | None] | None = None
         self._executor = ThreadPoolExecutor(1, "hub-wg")
@@ -64,6 +65,7 @@ class WgInterface:
         if waiting is not None:
             waiting.kill()
         self._executor.shutdown()
+        self._links.close()
 
     def _take_waiting(self) -> host_tools.Running | None:
         waiting, self._waiting = self._waiting, None
@@ -115,14 +117,11 @@ class WgInterface:
 
     def link_problem(self) -> str | None:
         """Ask the kernel (netdevice(7)) whether the link is up and has the hub's address."""
-        return host_link.problem(self._name, self._address)
+        return self._links.problem(self._name, self._address)
 
     def incarnation(self) -> int | None:
         """Return the interface's index (netdevice(7)): a new interface has a new one."""
-        try:
-            return socket.if_nametoindex(self._name)
-        except OSError:
-            return None
+        return self._links.index(self._name)
 
     def _run(self, *arguments: str, stdin: bytes = b"") -> str:
         return host_tools.run([self._wg, *arguments], stdin, timeout=_TIMEOUT_SECONDS)

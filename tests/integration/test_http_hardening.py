@@ -80,11 +80,11 @@ def echoing_app() -> FastAPI:
 class Server:
     """An app behind our protocol, in a thread."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, http: Any = HastyProtocol) -> None:
         self.app = echoing_app()
         self.listener = listener
         config = uvicorn.Config(
-            self.app, loop="uvloop", http=HastyProtocol, ws="none", log_config=None, server_header=False
+            self.app, loop="uvloop", http=http, ws="none", log_config=None, server_header=False
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],))
