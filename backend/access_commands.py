@@ -47,9 +47,6 @@ def create_token(
         str | None, typer.Option(help="Only for such names, like swarm-node-*.")
     ] = None,
     source_cidr: Annotated[str | None, typer.Option(help="Only from there, like 192.0.2.0/24.")] = None,
-    ephemeral: Annotated[
-        bool, typer.Option("--ephemeral", help="Its nodes are here for a while only.")
-    ] = False,
     note: Note = "",
     output: Output = None,
 ) -> None:
@@ -63,7 +60,6 @@ def create_token(
             "expires_in": expires_in,
             "node_id_pattern": node_id_pattern,
             "source_cidr": source_cidr,
-            "ephemeral": ephemeral,
             "note": note,
         }
         _make(_checked(TokenRequest, given), AuditAction.TOKEN_MADE, output)

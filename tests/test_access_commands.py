@@ -132,13 +132,12 @@ def test_the_first_key_is_made_before_the_service_ever_ran_in_private(
 
 def test_a_tokens_options_are_what_it_has(run: Run, make: Make) -> None:
     options = ["--max-uses", "3", "--expires-in", "60", "--node-id-pattern", "swarm-*", "--note", "for ü"]
-    make("token", "create", *options, "--source-cidr", "2001:db8::/32", "--ephemeral")
+    make("token", "create", *options, "--source-cidr", "2001:db8::/32")
     (token,) = lines(run("token", "list"))
-    assert {name: token[name] for name in ("max_uses", "node_id_pattern", "source_cidr", "ephemeral")} == {
+    assert {name: token[name] for name in ("max_uses", "node_id_pattern", "source_cidr")} == {
         "max_uses": 3,
         "node_id_pattern": "swarm-*",
         "source_cidr": "2001:db8::/32",
-        "ephemeral": True,
     }
     assert token["note"] == "for ü"
 

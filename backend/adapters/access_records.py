@@ -42,7 +42,8 @@ credentials: Final = sa.Table(
     sa.Column("uses", sa.Integer(), nullable=False),
     sa.Column("node_id_pattern", sa.String(128), nullable=True),
     sa.Column("source_cidr", sa.String(43), nullable=True),
-    sa.Column("ephemeral", sa.Boolean(), nullable=False),
+    # Kept for leases of nodes; nothing reads it.
+    sa.Column("ephemeral", sa.Boolean(), nullable=False, default=False),
     sa.Column("revoked_at", UtcDateTime(), nullable=True),
     sa.Column("last_used_at", UtcDateTime(), nullable=True),
     # A token is counted and a key has a role; what is neither lets nobody in.
@@ -114,6 +115,8 @@ nonces: Final = sa.Table(
 )
 
 Nonce = tuple[str, str]
+
+_CREDENTIAL_FIELDS: Final = tuple(column.name for column in credentials.columns if column.name != "ephemeral")
 
 # Made once: building a statement costs more than running it.
 _TOKENS: Final = sa.and_(
@@ -214,7 +217,7 @@ def any_credential(connection: sa.Connection) -> bool:
 
 def insert_credential(connection: sa.Connection, credential: Credential) -> None:
     """Keep a new credential."""
-    values = {column.name: getattr(credential, column.name) for column in credentials.columns}
+    values = {name: getattr(credential, name) for name in _CREDENTIAL_FIELDS}
     network = credential.source_cidr
     values["source_cidr"] = None if network is None else str(network)
     connection.execute(sa.insert(credentials), [values])
@@ -416,7 +419,7 @@ def forget_nonces_before(connection: sa.Connection, moment: datetime) -> int:
 
 
 def _credential(row: sa.RowMapping) -> Credential:
-    values: dict[str, Any] = {column.name: row[column.name] for column in credentials.columns}
+    values: dict[str, Any] = {name: row[name] for name in _CREDENTIAL_FIELDS}
     values["kind"] = CredentialKind(values["kind"])
     values["role"] = None if values["role"] is None else Role(values["role"])
     values["source_cidr"] = None if values["source_cidr"] is None else ip_network(values["source_cidr"])

@@ -101,7 +101,7 @@ def assert_refused(answer: httpx.Response) -> None:
 
 def test_a_token_is_told_of_by_what_it_is_and_its_secret_once(admin: Holder) -> None:
     asked = {"max_uses": 3, "expires_in": 60, "node_id_pattern": "gpu-*", "source_cidr": "10.0.0.0/8"}
-    token = admin.make(TOKENS, **asked, ephemeral=True, note="for the lab").made
+    token = admin.make(TOKENS, **asked, note="for the lab").made
     secret = token.pop("secret")
     assert re.fullmatch(rf"ocw_{token['id']}_[0-9a-f]{{64}}", secret)
     assert MOMENT.fullmatch(token["created_at"])
@@ -118,7 +118,6 @@ def test_a_token_is_told_of_by_what_it_is_and_its_secret_once(admin: Holder) -> 
         "uses": 0,
         "node_id_pattern": "gpu-*",
         "source_cidr": "10.0.0.0/8",
-        "ephemeral": True,
     }
     assert admin.listed(TOKENS)[token["id"]] == token
 
@@ -165,9 +164,8 @@ def test_no_answer_has_a_hash_or_a_secret_but_the_one_that_makes_it(
             (TOKENS, "source_cidr", value)
             for value in ("192.0.2.1/24", "::ffff:0:0/96", "fe80::%1/64", "", 1)
         ],
-        *[(TOKENS, "ephemeral", value) for value in ("yes", 1, None)],
         *[(TOKENS, "note", value) for value in ("x" * 257, "a\nb", "\u202e", None)],
-        *[(TOKENS, name, "x") for name in ("secret", "id", "uses", "role")],
+        *[(TOKENS, name, "x") for name in ("secret", "id", "uses", "role", "ephemeral")],
         *[(KEYS, "role", value) for value in ("root", "", "ADMIN", None, 1)],
         *[(KEYS, "expires_in", value) for value in (0, 10 * 365 * 24 * 3600 + 1, "60")],
         *[(KEYS, "note", value) for value in ("x" * 257, "\x00")],

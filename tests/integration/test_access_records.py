@@ -121,7 +121,7 @@ def test_a_credential_comes_back_as_it_was(engine: sa.Engine) -> None:
         assert not access_records.any_credential(connection)
         assert access_records.load_credentials(connection) == []
         assert access_records.credentials_version(connection) == 0
-    asked = {"max_uses": 3, "node_id_pattern": "n-*", "source_cidr": "2001:db8::/32", "ephemeral": True}
+    asked = {"max_uses": 3, "node_id_pattern": "n-*", "source_cidr": "2001:db8::/32"}
     token, _ = TokenRequest.model_validate({**asked, "note": "ünï"}).make("cli:root", NOON)
     key, _ = KeyRequest(role=Role.ADMIN).make("cli:root", NOON + timedelta(microseconds=1))
     with engine.begin() as connection:

@@ -146,7 +146,6 @@ class Credential:
     uses: int = 0
     node_id_pattern: str | None = None
     source_cidr: Network | None = None
-    ephemeral: bool = False
     revoked_at: datetime | None = None
     last_used_at: datetime | None = None
 
@@ -261,7 +260,6 @@ class TokenRequest(_Strict):
     expires_in: int = Field(default=_HOUR, ge=1, le=_YEAR, description="Seconds from now.")
     node_id_pattern: NodeIdPattern | None = None
     source_cidr: SourceNetwork | None = None
-    ephemeral: bool = Field(default=False, description="Whether its nodes are here for a while only.")
     note: Note = ""
 
     def make(self, created_by: str, now: datetime) -> tuple[Credential, Secret]:
@@ -279,7 +277,6 @@ class TokenRequest(_Strict):
             max_uses=self.max_uses,
             node_id_pattern=self.node_id_pattern,
             source_cidr=self.source_cidr,
-            ephemeral=self.ephemeral,
         )
         return token, secret
 
@@ -342,7 +339,6 @@ class TokenInfo(_Info):
     uses: int
     node_id_pattern: str | None
     source_cidr: Network | None
-    ephemeral: bool
 
 
 class KeyInfo(_Info):
