@@ -1,7 +1,5 @@
 """The hub's door: who is let in, to do what, and who makes the credentials for that."""
 
-import asyncio
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -34,10 +32,9 @@ from backend.services.clerk import Clerk
 from backend.services.idempotency import IdempotencyKey
 from backend.services.ports import AccessStore, LimitKind, RateLimiter
 from backend.services.proof import IdentityProof, WireGuardChallenges, WireGuardProof, check_identity
+from backend.services.shared_look import SharedLook
 
 _SCHEME: Final = "bearer"
-# How often, at most, a credential that nobody knows makes us look into the records: seconds.
-_LOOK_AGAIN_SECONDS: Final = 0.5
 _MADE: Final = {CredentialKind.TOKEN: AuditAction.TOKEN_MADE, CredentialKind.KEY: AuditAction.KEY_MADE}
 _REVOKED: Final = {
     CredentialKind.TOKEN: AuditAction.TOKEN_REVOKED,
@@ -91,8 +88,7 @@ class Door:
         self._loading = Lock()
         self._version: int | None = None
         self._credentials: dict[str, Credential] = {}
-        self._looked_again_at = float("-inf")
-        self._looking: asyncio.Future[None] | None = None
+        self._look = SharedLook(self.refresh)
         # Guards _uses: how many uses of a token have been granted, as far as is known.
         self._counting = Lock()
         self._uses: dict[str, int] = {}
@@ -266,29 +262,13 @@ class Door:
         credential = self._credentials.get(secret.id)
         if credential is None:
             # It may have been made by the command line a moment ago.
-            await self._look_again()
+            await self._look.wait()
             credential = self._credentials.get(secret.id)
         if credential is None:
             raise await self.count_failure(UnauthenticatedError("unknown"), source)
         if not credential.matches(secret):
             raise await self.count_failure(UnauthenticatedError("secret", credential.id), source)
         return credential
-
-    async def _look_again(self) -> None:
-        """Load the credentials, unless that was done a moment ago; raise RecordsUnavailableError.
-
-        Who comes while that goes on waits for its end, which says whether the credential is good.
-        """
-        looking = self._looking
-        if looking is None or looking.done():
-            if time.monotonic() - self._looked_again_at <= _LOOK_AGAIN_SECONDS:
-                return
-            looking = self._looking = asyncio.ensure_future(asyncio.to_thread(self._look))
-        await asyncio.shield(looking)
-
-    def _look(self) -> None:
-        self.refresh()
-        self._looked_again_at = time.monotonic()
 
     async def count_failure(
         self, error: UnauthenticatedError, source: str | None
