@@ -1,10 +1,10 @@
-"""The tables of credentials, audit, answers and nonces, and all the SQL that touches them.
+"""The tables of credentials, answers and nonces, and all the SQL that touches them.
 
 Every function runs in its caller's transaction. Rows are locked in one order everywhere, credentials
 (by id) before `access_state`, so that no two transactions wait for each other.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from ipaddress import ip_network
 from typing import Any, Final
@@ -14,18 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from backend.adapters.records import UtcDateTime, metadata
 from backend.models.access.answers import Answer
-from backend.models.access.audit import (
-    AuditAction,
-    AuditEvent,
-    AuditOutcome,
-    AuditQuery,
-    AuditRecord,
-    chain_hash,
-    timestamp,
-)
 from backend.models.access.credentials import Credential, CredentialKind, Role
-
-_ROWS_AT_A_TIME: Final = 1000
 
 credentials: Final = sa.Table(
     "credentials",
@@ -64,30 +53,6 @@ access_state: Final = sa.Table(
     sa.Column("credentials_version", sa.BigInteger(), nullable=False),
     sa.Column("audit_sequence", sa.BigInteger(), nullable=False),
     sa.Column("audit_hash", sa.String(64), nullable=False),
-)
-
-# Append-only: triggers refuse anything else.
-audit: Final = sa.Table(
-    "audit",
-    metadata,
-    sa.Column(
-        "sequence",
-        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
-        primary_key=True,
-        autoincrement=False,
-    ),
-    # The text that is hashed: a column of dates would give it back in whatever spelling it has.
-    sa.Column("at", sa.String(32), nullable=False),
-    sa.Column("action", sa.String(32), nullable=False),
-    sa.Column("outcome", sa.String(16), nullable=False),
-    sa.Column("actor", sa.Text(), nullable=False),
-    sa.Column("subject", sa.Text(), nullable=True),
-    sa.Column("source", sa.Text(), nullable=True),
-    sa.Column("request_id", sa.Text(), nullable=True),
-    sa.Column("reason", sa.Text(), nullable=True),
-    sa.Column("count", sa.Integer(), nullable=False),
-    sa.Column("previous_hash", sa.String(64), nullable=False),
-    sa.Column("hash", sa.String(64), nullable=False),
 )
 
 answers: Final = sa.Table(
@@ -181,18 +146,6 @@ _BURN_NONCES: Final = {
     "postgresql": postgresql.insert(nonces)
     .on_conflict_do_nothing()
     .returning(nonces.c.identity, nonces.c.nonce),
-}
-_EXTEND_LOG: Final = (
-    sa.update(access_state)
-    .values(audit_sequence=access_state.c.audit_sequence + sa.bindparam("number"))
-    .returning(access_state.c.audit_sequence, access_state.c.audit_hash)
-)
-_NOTE_HEAD: Final = sa.update(access_state).values(audit_hash=sa.bindparam("head"))
-# For the driver as it is: SQLAlchemy takes as long for the values of a row as SQLite for the row.
-_INSERT_AUDIT: Final = {
-    dialect: f"INSERT INTO audit ({', '.join(audit.columns.keys())}) "  # noqa: S608 - the table's own names
-    f"VALUES ({', '.join([place] * len(audit.columns))})"
-    for dialect, place in (("sqlite", "?"), ("postgresql", "%s"))
 }
 
 
@@ -289,86 +242,6 @@ def return_uses(connection: sa.Connection, counts: Mapping[str, int]) -> None:
         connection.execute(_RETURN_USES, rows)
 
 
-def append_audit(connection: sa.Connection, events: Sequence[AuditEvent]) -> int:
-    """Append to the audit log, in this order, and return the sequence of its last row."""
-    if not events:
-        return audit_head(connection)[0]
-    # First, because it makes whoever else appends wait until this transaction ends.
-    last, previous = connection.execute(_EXTEND_LOG, {"number": len(events)}).one()
-    rows = []
-    for sequence, given in enumerate(events, start=last - len(events) + 1):
-        event = given.storable()
-        own = chain_hash(previous, sequence, event)
-        # In the order of the table's columns.
-        rows.append(
-            (
-                sequence,
-                timestamp(event.at),
-                event.action.value,
-                event.outcome.value,
-                event.actor,
-                event.subject,
-                event.source,
-                event.request_id,
-                event.reason,
-                event.count,
-                previous,
-                own,
-            )
-        )
-        previous = own
-    connection.exec_driver_sql(_INSERT_AUDIT[connection.dialect.name], rows)
-    connection.execute(_NOTE_HEAD, {"head": previous})
-    return int(last)
-
-
-def list_audit(connection: sa.Connection, query: AuditQuery) -> list[AuditRecord]:
-    """Return the newest rows, the newest first."""
-    statement = sa.select(audit).order_by(audit.c.sequence.desc()).limit(query.limit)
-    if query.before is not None:
-        statement = statement.where(audit.c.sequence < query.before)
-    if query.action is not None:
-        statement = statement.where(audit.c.action == query.action.value)
-    if query.actor is not None:
-        statement = statement.where(audit.c.actor == query.actor)
-    if query.subject is not None:
-        statement = statement.where(audit.c.subject == query.subject)
-    return [_record(row) for row in connection.execute(statement).mappings()]
-
-
-def hold_still(connection: sa.Connection) -> None:
-    """Let everything that this transaction reads be of one moment. Only reads, and nothing before it.
-
-    Without it the log's end may have moved on between its head and its rows.
-    """
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("BEGIN")
-    else:
-        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-
-
-def audit_head(connection: sa.Connection) -> tuple[int, str]:
-    """Return the sequence and the hash of the audit log's last row, as they are kept apart from it."""
-    row = connection.execute(sa.select(access_state.c.audit_sequence, access_state.c.audit_hash)).one()
-    return row.audit_sequence, row.audit_hash
-
-
-def audit_hash(connection: sa.Connection, sequence: int) -> str | None:
-    """Return the hash of a row of the audit log, None where there is no such row."""
-    return connection.scalar(sa.select(audit.c.hash).where(audit.c.sequence == sequence))
-
-
-def iterate_audit(connection: sa.Connection) -> Iterator[AuditRecord]:
-    """Read the whole audit log in order, some rows at a time.
-
-    What was changed into something that is never written comes as UNREADABLE, and so isn't missing.
-    """
-    statement = sa.select(audit).order_by(audit.c.sequence)
-    # Closed also where whoever reads has seen enough: the server keeps the rest of it open.
-    with connection.execute(statement.execution_options(yield_per=_ROWS_AT_A_TIME)) as result:
-        yield from map(_record, result.mappings())
-
-
 def save_answers(connection: sa.Connection, given: Iterable[Answer]) -> None:
     """Keep answers. The first of a key stays, until it is forgotten."""
     rows = [{column.name: getattr(answer, column.name) for column in answers.columns} for answer in given]
@@ -424,30 +297,3 @@ def _credential(row: sa.RowMapping) -> Credential:
     values["role"] = None if values["role"] is None else Role(values["role"])
     values["source_cidr"] = None if values["source_cidr"] is None else ip_network(values["source_cidr"])
     return Credential(**values)
-
-
-def _record(row: sa.RowMapping) -> AuditRecord:
-    return AuditRecord(
-        row["sequence"], _event(row) or _UNREADABLE, str(row["previous_hash"]), str(row["hash"])
-    )
-
-
-def _event(row: sa.RowMapping) -> AuditEvent | None:
-    """Read a row as `append_audit` writes it, or return None: SQLite takes any type in any column."""
-    texts = (row["actor"], row["subject"], row["source"], row["request_id"], row["reason"])
-    actor, subject, source, request_id, reason = texts
-    if type(row["count"]) is not int or not all(text is None or type(text) is str for text in texts):
-        return None
-    try:
-        at = datetime.fromisoformat(row["at"])
-        action, outcome = AuditAction(row["action"]), AuditOutcome(row["outcome"])
-    except (TypeError, ValueError):
-        return None
-    if timestamp(at) != row["at"]:
-        return None
-    return AuditEvent(at, action, outcome, actor, subject, source, request_id, reason, row["count"])
-
-
-_UNREADABLE: Final = AuditEvent(
-    datetime.fromisoformat("1970-01-01T00:00Z"), AuditAction.UNREADABLE, AuditOutcome.NOTED, "nobody"
-)

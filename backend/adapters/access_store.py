@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from backend.adapters import access_records
+from backend.adapters import access_records, audit_records
 from backend.adapters.database import Database
 from backend.errors import RecordsUnavailableError
 from backend.models.access.answers import ANSWERS_KEPT, Answer
@@ -37,33 +37,33 @@ class SqlAccessStore:
         """Keep a new credential."""
         with self._writing() as connection:
             access_records.insert_credential(connection, credential)
-            access_records.append_audit(connection, [event])
+            audit_records.append_audit(connection, [event])
 
     def revoke_credential(self, credential_id: str, event: AuditEvent) -> Credential | None:
         """Revoke a credential at the event's time and return it, or None if there is none."""
         with self._writing() as connection:
             revoked = access_records.revoke_credential(connection, credential_id, event.at)
             if revoked is not None:
-                access_records.append_audit(connection, [event])
+                audit_records.append_audit(connection, [event])
             return revoked
 
     def write(self, events: Sequence[AuditEvent], used: Mapping[str, datetime]) -> None:
         """Append to the audit log, and note when credentials were used last."""
         with self._writing() as connection:
             access_records.note_used(connection, used)
-            access_records.append_audit(connection, events)
+            audit_records.append_audit(connection, events)
 
     def audit_page(self, query: AuditQuery) -> list[AuditRecord]:
         """Return rows of the audit log, the newest first."""
         with self._reading() as connection:
-            return access_records.list_audit(connection, query)
+            return audit_records.list_audit(connection, query)
 
     def verify_audit(self) -> tuple[str | None, tuple[int, str]]:
         """Return the sentence that names the first row that isn't as it was written, and the log's head."""
         with self._reading() as connection:
-            access_records.hold_still(connection)
-            head = access_records.audit_head(connection)
-            return verify(access_records.iterate_audit(connection), head), head
+            audit_records.hold_still(connection)
+            head = audit_records.audit_head(connection)
+            return verify(audit_records.iterate_audit(connection), head), head
 
     def find_answer(self, scope: str, key_hash: str) -> Answer | None:
         """Return what was answered to this key within the last 24 hours."""

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from backend.adapters import access_records, hub_records, records
+from backend.adapters import access_records, audit_records, hub_records, records
 from backend.adapters.database import Database
 from backend.adapters.postgresql import said
 from backend.errors import RecordsUnavailableError, UnauthenticatedError
@@ -113,7 +113,7 @@ class SqlJournal:
     def audit_hash(self, sequence: int) -> str | None:
         """Return the hash of a row of the audit log, None where there is no such row."""
         with self._reading() as connection:
-            return access_records.audit_hash(connection, sequence)
+            return audit_records.audit_hash(connection, sequence)
 
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`, outside of any batch."""
@@ -184,7 +184,7 @@ class SqlJournal:
             access_records.save_answers(
                 connection, [change.answer for change in accepted if change.answer is not None]
             )
-            access_records.append_audit(
+            audit_records.append_audit(
                 connection, [change.event for change in accepted if change.event is not None]
             )
         # A commit to a file that was moved or deleted succeeds, and the next start knows nothing of it.
@@ -209,7 +209,7 @@ class SqlJournal:
             _note_removed(connection, accepted, Action.ADD, batch.generation)
             access_records.forget_answers_of(connection, added)
             access_records.save_answers(connection, self._forgotten)
-            access_records.append_audit(
+            audit_records.append_audit(
                 connection,
                 [
                     SERVICE.event(

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from backend.adapters import access_records, database, records
+from backend.adapters import access_records, audit_records, database, records
 from backend.adapters.database import Database
 from backend.errors import StartRefusedError
 from backend.models.access.answers import Answer
@@ -86,14 +86,14 @@ def event(subject: str | None = None, **over: Any) -> AuditEvent:
 
 def append(engine: sa.Engine, *events: AuditEvent) -> int:
     with engine.begin() as connection:
-        return access_records.append_audit(connection, events)
+        return audit_records.append_audit(connection, events)
 
 
 def verified(engine: sa.Engine) -> str | None:
     with engine.connect() as connection:
-        access_records.hold_still(connection)
-        head = access_records.audit_head(connection)
-        return verify(access_records.iterate_audit(connection), head)
+        audit_records.hold_still(connection)
+        head = audit_records.audit_head(connection)
+        return verify(audit_records.iterate_audit(connection), head)
 
 
 def together(number: int, work: Callable[[int], None]) -> None:
@@ -258,8 +258,8 @@ def test_those_who_count_many_tokens_at_once_do_not_wait_for_each_other_forever(
 
 def test_the_audit_log_is_read_as_it_was_written(engine: sa.Engine) -> None:
     with engine.begin() as connection:
-        assert access_records.audit_head(connection) == (0, GENESIS)
-        assert access_records.append_audit(connection, []) == 0
+        assert audit_records.audit_head(connection) == (0, GENESIS)
+        assert audit_records.append_audit(connection, []) == 0
     events = [
         event("node-1", at=NOON.replace(microsecond=123), source="::1", request_id="r-1"),
         event("ünï\u2028", outcome=AuditOutcome.REFUSED, reason='"; DROP TABLE audit', count=100),
@@ -268,9 +268,9 @@ def test_the_audit_log_is_read_as_it_was_written(engine: sa.Engine) -> None:
     assert append(engine, *events[:2]) == 2
     assert append(engine, events[2]) == 3
     with engine.connect() as connection:
-        rows = list(access_records.iterate_audit(connection))
-        assert access_records.audit_head(connection) == (3, rows[-1].hash)
-        assert access_records.append_audit(connection, []) == 3
+        rows = list(audit_records.iterate_audit(connection))
+        assert audit_records.audit_head(connection) == (3, rows[-1].hash)
+        assert audit_records.append_audit(connection, []) == 3
     assert [row.sequence for row in rows] == [1, 2, 3]
     assert [row.event for row in rows] == [given.storable() for given in events]
     assert [row.previous_hash for row in rows] == [GENESIS, rows[0].hash, rows[1].hash]
@@ -288,7 +288,7 @@ def test_the_log_is_listed_from_its_end_in_pages(engine: sa.Engine) -> None:
 
     def listed(before: int | None = None, limit: int = 100, **chosen: Any) -> list[int]:
         with engine.connect() as connection:
-            found = access_records.list_audit(connection, AuditQuery(limit, before, **chosen))
+            found = audit_records.list_audit(connection, AuditQuery(limit, before, **chosen))
         return [row.sequence for row in found]
 
     assert listed(limit=3) == [11, 10, 9]
@@ -307,7 +307,7 @@ def test_writers_at_the_same_time_make_one_chain(engine: sa.Engine) -> None:
     together(6, work)
     assert verified(engine) is None
     with engine.connect() as connection:
-        rows = list(access_records.iterate_audit(connection))
+        rows = list(audit_records.iterate_audit(connection))
     assert len(rows) == 180
     # What one transaction wrote stands together.
     assert all(len({row.event.subject for row in rows[at : at + 3]}) == 1 for at in range(0, 180, 3))
@@ -316,17 +316,17 @@ def test_writers_at_the_same_time_make_one_chain(engine: sa.Engine) -> None:
 def test_a_log_that_grows_meanwhile_is_verified_as_it_was(engine: sa.Engine) -> None:
     append(engine, event(), event())
     with engine.connect() as connection:
-        access_records.hold_still(connection)
-        head = access_records.audit_head(connection)
+        audit_records.hold_still(connection)
+        head = audit_records.audit_head(connection)
         append(engine, event())
-        assert verify(access_records.iterate_audit(connection), head) is None
+        assert verify(audit_records.iterate_audit(connection), head) is None
     assert verified(engine) is None
 
 
 def test_an_act_that_did_not_happen_leaves_no_row_and_no_gap(engine: sa.Engine) -> None:
     append(engine, event())
     with engine.connect() as connection:
-        access_records.append_audit(connection, [event(), event()])
+        audit_records.append_audit(connection, [event(), event()])
         connection.rollback()
     assert append(engine, event()) == 2
     assert verified(engine) is None
@@ -513,7 +513,7 @@ def test_a_database_with_peers_goes_on_and_back(unmigrated: Database) -> None:
             (peer,) = records.load_state(connection).peers
             assert peer.node_id == "node-1"
             assert connection.scalar(sa.select(records.peers.c.token_id)) is None
-            assert access_records.audit_head(connection) == (0, GENESIS)
+            assert audit_records.audit_head(connection) == (0, GENESIS)
         make_token(engine)
         append(engine, event())
         migrate_to(engine, "0001", command.downgrade)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from backend.adapters import access_records
+from backend.adapters import access_records, audit_records
 from backend.adapters.access_store import SqlAccessStore
 from backend.adapters.database import IN_MEMORY, Database
 from backend.adapters.sql_journal import SqlJournal
@@ -139,14 +139,15 @@ def test_an_intent_that_fails_in_the_middle_leaves_nothing_of_itself(
     journal.intend(Batch(1, 0, [joining(0, token)]))
     before = (nodes(journal), journal.load().generation, uses(store), acts(store))
     with monkeypatch.context() as patch:
-        work = getattr(access_records, moment)
+        module = audit_records if moment == "append_audit" else access_records
+        work = getattr(module, moment)
 
         def work_and_fail(*arguments: Any) -> None:
             if afterwards:
                 work(*arguments)
             fail()
 
-        patch.setattr(access_records, moment, work_and_fail)
+        patch.setattr(module, moment, work_and_fail)
         with pytest.raises(sa.exc.OperationalError):
             journal.intend(Batch(2, 1, [joining(1, token), leaving(0)]))
     assert (nodes(journal), journal.load().generation, uses(store), acts(store)) == before
@@ -236,7 +237,7 @@ def test_a_taking_back_that_fails_in_the_middle_takes_nothing_back(
     journal.intend(batch)
     before = (nodes(journal), uses(store), acts(store), answered(store, 0))
     with monkeypatch.context() as patch:
-        patch.setattr(access_records, moment, fail)
+        patch.setattr(audit_records if moment == "append_audit" else access_records, moment, fail)
         with pytest.raises(sa.exc.OperationalError):
             journal.revoke(batch)
     assert (nodes(journal), uses(store), acts(store), answered(store, 0)) == before
