@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
 
 import typer
 
-from backend import access_commands, reconcile_command
+from backend import access_commands, audit_commands, reconcile_command
 from backend.access_commands import one_sentence
 from backend.adapters.process_memory import keep_private
 from backend.errors import StartRefusedError
@@ -40,7 +40,7 @@ hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The hub's c
 app.add_typer(hub, name="hub")
 app.add_typer(access_commands.token, name="token")
 app.add_typer(access_commands.key, name="key")
-app.add_typer(access_commands.audit, name="audit")
+app.add_typer(audit_commands.audit, name="audit")
 app.command()(reconcile_command.reconcile)
 
 Host = Annotated[str, typer.Option(help="The address to listen on.")]

@@ -1,4 +1,4 @@
-"""`python -m backend token|key|audit`: credentials and audit log, straight from the records.
+"""`python -m backend token|key`: credentials, straight from the records.
 
 Whoever may read and write the records may do all of this, so no credential is asked for: that is how the
 first one is made.
@@ -29,7 +29,6 @@ _Model = TypeVar("_Model", bound="BaseModel")
 
 token = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Enrolment tokens, for nodes.")
 key = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Operators' keys.")
-audit = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The audit log.")
 
 Id = Annotated[str, typer.Argument(help="The 16 digits behind ocw_.")]
 Note = Annotated[str, typer.Option(help="What you want to remember of it.")]
@@ -68,7 +67,7 @@ def create_token(
 @token.command("list")
 def list_tokens() -> None:
     """Print every token as a line of JSON, without its secret."""
-    with one_sentence(), _store() as store:
+    with one_sentence(), open_store() as store:
         from backend.models.access.credentials import CredentialKind, TokenInfo
 
         now = datetime.now(UTC)
@@ -105,7 +104,7 @@ def create_key(
 @key.command("list")
 def list_keys() -> None:
     """Print every key as a line of JSON, without its secret."""
-    with one_sentence(), _store() as store:
+    with one_sentence(), open_store() as store:
         from backend.models.access.credentials import CredentialKind, KeyInfo
 
         now = datetime.now(UTC)
@@ -123,53 +122,6 @@ def revoke_key(credential_id: Id) -> None:
         _revoke(CredentialKind.KEY, credential_id, AuditAction.KEY_REVOKED)
 
 
-@audit.command("list")
-def list_audit(
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many, the newest.")] = 100,
-    action: Annotated[str | None, typer.Option(help="Only such acts, like provision or key_made.")] = None,
-    actor: Annotated[str | None, typer.Option(help="Only by whom, like key:3f1c0e5a9b7d2468.")] = None,
-    subject: Annotated[str | None, typer.Option(help="Only of that node or credential.")] = None,
-) -> None:
-    """Print the newest entries as lines of JSON, the oldest of them first."""
-    with one_sentence():
-        from backend.models.access.audit import AuditEntry, AuditQuery
-
-        query = AuditQuery(limit, None, _action(action), actor, subject)
-        with _store() as store:
-            for record in reversed(store.audit_page(query)):
-                typer.echo(AuditEntry.of(record).model_dump_json())
-
-
-@audit.command("verify")
-def verify_audit() -> None:
-    """Check that nobody has changed, dropped or moved an entry; the status is 1 if somebody has."""
-    with one_sentence(), _store() as store:
-        wrong, (sequence, head) = store.verify_audit()
-        if wrong is not None:
-            typer.echo(f"broken: {wrong}", err=True)
-            raise typer.Exit(1)
-        typer.echo(f"whole: {sequence} entries")
-        # Kept elsewhere, it finds out who has written the whole log anew.
-        typer.echo(f"head: {head}")
-        _compare_with_mark(sequence)
-
-
-def _compare_with_mark(sequence: int) -> None:
-    """End with the status 1 where the hub has reached a later row than the log has."""
-    from backend.quickstart import beside_run
-    from backend.services.hub_mark import HubMark
-    from backend.settings import load_settings
-
-    reached = HubMark(beside_run(load_settings()).wireguard_config_path.resolve()).read().audit_sequence
-    if reached > sequence:
-        typer.echo(
-            f"older: the hub has reached row {reached}, so the records are from a backup or another copy; "
-            "credentials that were revoked since work again: revoke them once more",
-            err=True,
-        )
-        raise typer.Exit(1)
-
-
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """End the process with what an error says and how to mend it, and without a traceback."""
@@ -183,7 +135,8 @@ def one_sentence() -> Iterator[None]:
 
 
 @contextmanager
-def _store() -> "Iterator[SqlAccessStore]":
+def open_store() -> "Iterator[SqlAccessStore]":
+    """Open the records beside the service, or without it."""
     from backend.main import open_access
     from backend.settings import load_settings
 
@@ -203,17 +156,8 @@ def _checked(model: type[_Model], given: Mapping[str, object]) -> _Model:
         raise StartRefusedError(f"--{option}: {problem['msg']}") from None
 
 
-def _action(name: str | None) -> "AuditAction | None":
-    from backend.models.access.audit import AuditAction
-
-    try:
-        return None if name is None else AuditAction(name)
-    except ValueError:
-        raise StartRefusedError(f"--action: it is one of {', '.join(AuditAction)}") from None
-
-
 def _make(request: "TokenRequest | KeyRequest", action: "AuditAction", output: Path | None) -> None:
-    with _store() as store:
+    with open_store() as store:
         now = datetime.now(UTC)
         credential, secret = request.make(actor(), now)
         # First: a secret that could not be written down would be lost.
@@ -254,7 +198,7 @@ def _listed(store: "SqlAccessStore", kind: "CredentialKind") -> "list[Credential
 
 
 def _revoke(kind: "CredentialKind", credential_id: str, action: "AuditAction") -> None:
-    with _store() as store:
+    with open_store() as store:
         if credential_id not in {credential.id for credential in _listed(store, kind)}:
             raise CredentialNotFoundError(f"{kind.value} {credential_id}")
         store.revoke_credential(credential_id, _event(action, credential_id, datetime.now(UTC)))

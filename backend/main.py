@@ -76,7 +76,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         stack.callback(database.close)
         journal = _journal(settings, database)
         stack.callback(journal.close)
-        clerk = Clerk(SqlAccessStore(database))
+        clerk = Clerk(SqlAccessStore(database), settings.audit_keep)
         local, secret = KeyRequest(role=Role.ADMIN).make(SERVICE.name, datetime.now(UTC))
         asks = settings.wireguard_auth is AuthMode.REQUIRED
         limits = RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
+from datetime import timedelta
 from difflib import get_close_matches
 from enum import StrEnum
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address
@@ -28,6 +29,7 @@ _DAY_SECONDS: Final = 24 * 60 * 60
 
 _HOST_LABEL: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _REDIS_DATABASE: Final = re.compile(r"(/[0-9]{0,9})?")
+_DAYS: Final = re.compile(r"[1-9][0-9]{0,4}")
 _PORT: Final = re.compile(r"[1-9][0-9]{0,4}")
 _CONNECTIONS: Final = re.compile(r"[1-9][0-9]{0,4}")
 
@@ -247,6 +249,13 @@ def _parse_connections(value: Any) -> int:
     return int(text)
 
 
+def _parse_days(value: Any) -> int:
+    text = str(value).strip()
+    if not _DAYS.fullmatch(text):
+        raise ValueError("is no number of days from 1 to 99999; write one like 365")
+    return int(text)
+
+
 class Settings(BaseSettings):
     """The service's settings, checked once. Field names in capitals are the variables' names."""
 
@@ -288,6 +297,7 @@ class Settings(BaseSettings):
     wireguard_max_connections: Annotated[int, BeforeValidator(_parse_connections)] = 4096
     wireguard_max_connections_per_source: Annotated[int, BeforeValidator(_parse_connections)] = 256
     wireguard_require_proof: bool = False
+    wireguard_audit_keep: Annotated[int, BeforeValidator(_parse_days)] = 365
     log_level: Annotated[LogLevel, BeforeValidator(_parse_log_level)] = LogLevel.INFO
     access_log: bool = False
 
@@ -300,6 +310,11 @@ class Settings(BaseSettings):
             LimitKind.KEY: self.wireguard_rate_limit_key,
             LimitKind.FAILED_AUTHENTICATION: self.wireguard_rate_limit_failed_authentication,
         }
+
+    @property
+    def audit_keep(self) -> timedelta:
+        """How long rows of the audit log are kept."""
+        return timedelta(days=self.wireguard_audit_keep)
 
     @property
     def interface(self) -> InterfaceName:

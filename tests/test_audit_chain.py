@@ -28,7 +28,8 @@ awkward = st.text('",[]\\:ab01 \x00\n\u2028\u00e9\U0001f600') | st.sampled_from(
 events = st.builds(
     AuditEvent,
     at=st.datetimes(timezones=st.just(UTC)),
-    action=st.sampled_from(AuditAction),
+    # A checkpoint says where the log begins; it has tests of its own.
+    action=st.sampled_from([action for action in AuditAction if action is not AuditAction.AUDIT_PRUNED]),
     outcome=st.sampled_from(AuditOutcome),
     actor=awkward,
     subject=st.none() | awkward,
@@ -66,6 +67,22 @@ def named(rows: list[AuditRecord], head: tuple[int, str]) -> int:
 def test_an_untouched_log_holds(log: list[AuditEvent]) -> None:
     rows, head = written(log)
     assert verify(rows, head) is None
+
+
+@given(logs, st.data())
+def test_a_pruned_log_holds_from_the_start_that_its_newest_checkpoint_names(
+    log: list[AuditEvent], data: st.DataObject
+) -> None:
+    first, last = sorted(data.draw(st.integers(1, len(log))) for _ in range(2))
+    whole, _ = written(log)
+    for pruned in (first, last):
+        subject, reason = str(pruned), whole[pruned - 1].hash
+        log = [*log, replace(log[0], action=AuditAction.AUDIT_PRUNED, subject=subject, reason=reason)]
+    rows, head = written(log)
+    assert verify(rows[last:], head, (last, rows[last - 1].hash)) is None
+    other = data.draw(st.integers(0, len(rows) - 1))
+    if other != last:
+        assert verify(rows[other:], head, (other, rows[other - 1].hash if other else GENESIS)) is not None
 
 
 @given(logs, events, st.data())

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.errors import PausedError
-from backend.models.access.audit import GENESIS
+from backend.models.access.audit import GENESIS, PRUNED
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services.hub_history import adopt
@@ -79,6 +79,13 @@ def test_records_step_back_by_generation_or_by_another_history() -> None:
     assert "another database" in (stepped_back(RecordedState((), 9, 7), mark, None) or "")
     assert "generation 6" in (stepped_back(RecordedState((), 6, 6), mark, "a" * 64) or "")
     assert "row 3" in (stepped_back(RecordedState((), 8, 8), mark, "b" * 64) or "")
+
+
+def test_a_mark_whose_row_was_pruned_is_no_other_history() -> None:
+    mark = Mark(7, 3, "a" * 64)
+    for generation in (7, 9):
+        assert stepped_back(RecordedState((), generation, generation), mark, PRUNED) is None
+    assert stepped_back(RecordedState((), 6, 6), mark, PRUNED) is not None
 
 
 def test_an_adopted_peer_keeps_name_key_and_address() -> None:

@@ -1,5 +1,6 @@
 """What an operator may set, and the sentence that each mistake gets."""
 
+from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def test_nothing_set_gives_the_documented_defaults(tmp_path: Path) -> None:
         LimitKind.KEY: "60000/minute",
         LimitKind.FAILED_AUTHENTICATION: "30/minute",
     }
+    assert settings.audit_keep == timedelta(days=365)
     assert (settings.interface, settings.listen_port) == ("wg0", 51820)
 
 
@@ -190,6 +192,8 @@ WRONG = [
         "5/month",
         "counts for longer than a day; write one like 1000/day.",
     ),
+    ("WIREGUARD_AUDIT_KEEP", "0", "is no number of days from 1 to 99999; write one like 365."),
+    ("WIREGUARD_AUDIT_KEEP", "1 year", "is no number of days from 1 to 99999; write one like 365."),
     ("ACCESS_LOG", "perhaps", "is neither true nor false; write one of the two."),
     ("LOG_LEVEL", "loud", "is unknown; write one of critical, error, warning, info, debug."),
     (

@@ -50,7 +50,7 @@ class GatedWorld(World):
         return self.made(KeyRequest(role=Role.READ))
 
     def asks(self, secret: Secret) -> Coroutine[Any, Any, Caller]:
-        return self.door.admit(f"Bearer {secret.reveal()}", SOMEWHERE, "r-1", local=False)
+        return self.door.admit(f"Bearer {secret.reveal()}", SOMEWHERE, "r-1")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from backend.adapters.records import UtcDateTime, metadata
 from backend.models.access.answers import Answer
+from backend.models.access.audit import GENESIS
 from backend.models.access.credentials import Credential, CredentialKind, Role
 
 credentials: Final = sa.Table(
@@ -45,7 +46,8 @@ credentials: Final = sa.Table(
     sa.CheckConstraint("uses >= 0 AND (max_uses IS NULL OR uses <= max_uses)", name="uses"),
 )
 
-# One row: whether the credentials are still those that were read, and where the audit log ends.
+# One row: whether the credentials are still those that were read, where the audit log ends, and the last row
+# of it that was pruned.
 access_state: Final = sa.Table(
     "access_state",
     metadata,
@@ -53,6 +55,8 @@ access_state: Final = sa.Table(
     sa.Column("credentials_version", sa.BigInteger(), nullable=False),
     sa.Column("audit_sequence", sa.BigInteger(), nullable=False),
     sa.Column("audit_hash", sa.String(64), nullable=False),
+    sa.Column("audit_pruned_sequence", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
+    sa.Column("audit_pruned_hash", sa.String(64), nullable=False, server_default=GENESIS),
 )
 
 answers: Final = sa.Table(

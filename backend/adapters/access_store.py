@@ -58,12 +58,29 @@ class SqlAccessStore:
         with self._reading() as connection:
             return audit_records.list_audit(connection, query)
 
-    def verify_audit(self) -> tuple[str | None, tuple[int, str]]:
-        """Return the sentence that names the first row that isn't as it was written, and the log's head."""
+    def verify_audit(self) -> tuple[str | None, tuple[int, str], tuple[int, str]]:
+        """Return the sentence that names the first row that isn't as it was written, and the log's two ends.
+
+        They are the sequences and hashes of its last row and of the last row that was pruned.
+        """
         with self._reading() as connection:
             audit_records.hold_still(connection)
-            head = audit_records.audit_head(connection)
-            return verify(audit_records.iterate_audit(connection), head), head
+            head, start = audit_records.audit_head(connection), audit_records.audit_start(connection)
+            return verify(audit_records.iterate_audit(connection), head, start), head, start
+
+    def prune_audit(self, before: datetime, limit: int, event: AuditEvent) -> int:
+        """Delete the oldest rows of the audit log, at most `limit`, all from before a moment; count them."""
+        with self._writing() as connection:
+            return audit_records.prune(connection, before, limit, event)
+
+    def audit_until(self, before: datetime) -> Iterator[AuditRecord]:
+        """Read the rows that `prune_audit` would delete, in order, as they are at one moment."""
+        with self._reading() as connection:
+            audit_records.hold_still(connection)
+            for record in audit_records.iterate_audit(connection):
+                if record.event.at >= before:
+                    break
+                yield record
 
     def find_answer(self, scope: str, key_hash: str) -> Answer | None:
         """Return what was answered to this key within the last 24 hours."""

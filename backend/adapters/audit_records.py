@@ -4,6 +4,7 @@ Every function runs in its caller's transaction. `access_state` is locked behind
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
@@ -12,6 +13,7 @@ import sqlalchemy as sa
 from backend.adapters.access_records import access_state
 from backend.adapters.records import metadata
 from backend.models.access.audit import (
+    PRUNED,
     AuditAction,
     AuditEvent,
     AuditOutcome,
@@ -23,7 +25,7 @@ from backend.models.access.audit import (
 
 _ROWS_AT_A_TIME: Final = 1000
 
-# Append-only: triggers refuse anything else.
+# Append-only, up to the row that `access_state` says is pruned: triggers refuse anything else.
 audit: Final = sa.Table(
     "audit",
     metadata,
@@ -51,6 +53,13 @@ _EXTEND_LOG: Final = (
     sa.update(access_state)
     .values(audit_sequence=access_state.c.audit_sequence + sa.bindparam("number"))
     .returning(access_state.c.audit_sequence, access_state.c.audit_hash)
+)
+# Changes nothing, and makes whoever else appends wait until the transaction ends.
+_LOCK_LOG: Final = sa.update(access_state).values(audit_sequence=access_state.c.audit_sequence)
+_OLDEST: Final = (
+    sa.select(audit.c.sequence, audit.c.at, audit.c.hash)
+    .order_by(audit.c.sequence)
+    .limit(sa.bindparam("number", type_=sa.Integer()))
 )
 _NOTE_HEAD: Final = sa.update(access_state).values(audit_hash=sa.bindparam("head"))
 # For the driver as it is: SQLAlchemy takes as long for the values of a row as SQLite for the row.
@@ -125,8 +134,57 @@ def audit_head(connection: sa.Connection) -> tuple[int, str]:
     return row.audit_sequence, row.audit_hash
 
 
+def audit_start(connection: sa.Connection) -> tuple[int, str]:
+    """Return the sequence and the hash of the last row that was pruned, (0, GENESIS) where none was."""
+    row = connection.execute(
+        sa.select(access_state.c.audit_pruned_sequence, access_state.c.audit_pruned_hash)
+    ).one()
+    return row.audit_pruned_sequence, row.audit_pruned_hash
+
+
+def prune(connection: sa.Connection, before: datetime, limit: int, event: AuditEvent) -> int:
+    """Delete the oldest rows, at most `limit`, all of them from before a moment; return how many there were.
+
+    The log ends then with a row that says so: `event`, with the last row's sequence and hash. The chain
+    holds it, so the log's start can't be moved without it.
+    """
+    cutoff = timestamp(before)
+    if not _older(connection, cutoff, 1):
+        return 0
+    connection.execute(_LOCK_LOG)
+    old = _older(connection, cutoff, limit)
+    if not old:
+        return 0
+    last, last_hash = old[-1]
+    # Before the rows are deleted: the triggers look at it.
+    connection.execute(
+        sa.update(access_state).values(audit_pruned_sequence=last, audit_pruned_hash=last_hash)
+    )
+    checkpoint = replace(event, subject=str(last), reason=last_hash, count=len(old))
+    append_audit(connection, [checkpoint])
+    connection.execute(sa.delete(audit).where(audit.c.sequence <= last))
+    return len(old)
+
+
+def _older(connection: sa.Connection, cutoff: str, limit: int) -> list[tuple[int, str]]:
+    """Return sequence and hash of the oldest rows, up to the first that isn't from before the cutoff."""
+    found = []
+    for sequence, at, own_hash in connection.execute(_OLDEST, {"number": limit}).all():
+        # As text, which is in the order of time: `timestamp` has one spelling.
+        if str(at) >= cutoff:
+            break
+        found.append((sequence, own_hash))
+    return found
+
+
 def audit_hash(connection: sa.Connection, sequence: int) -> str | None:
-    """Return the hash of a row of the audit log, None where there is no such row."""
+    """Return the hash of a row of the audit log, PRUNED for a pruned one, None where there is no such row.
+
+    The hash of the last row that was pruned is still known.
+    """
+    pruned, last_hash = audit_start(connection)
+    if 0 < sequence <= pruned:
+        return last_hash if sequence == pruned else PRUNED
     return connection.scalar(sa.select(audit.c.hash).where(audit.c.sequence == sequence))
 
 

@@ -111,7 +111,7 @@ class SqlJournal:
             return hub_records.removed_keys(connection, keys)
 
     def audit_hash(self, sequence: int) -> str | None:
-        """Return the hash of a row of the audit log, None where there is no such row."""
+        """Return the hash of a row of the audit log, PRUNED for a pruned one, None where there is none."""
         with self._reading() as connection:
             return audit_records.audit_hash(connection, sequence)
 

@@ -4,13 +4,14 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from threading import Event, Lock, Thread
 from typing import Final
 
 from backend.errors import RecordsUnavailableError
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.callers import SERVICE
+from backend.services.audit_pruning import KEPT, AuditPruning
 from backend.services.ports import AccessStore
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,10 @@ class Clerk:
     What is accepted is not its affair: that is logged in the transaction in which it happens.
     """
 
-    def __init__(self, store: AccessStore) -> None:
+    def __init__(self, store: AccessStore, keep: timedelta = KEPT) -> None:
+        """`keep` is how long rows of the audit log are kept."""
         self._store = store
+        self._pruning = AuditPruning(store, keep)
         # Orders those who write: who has written knows that nothing is still on its way from another.
         self._writing = Lock()
         # Guards the two below; never held across I/O.
@@ -115,7 +118,9 @@ class Clerk:
                 with contextlib.suppress(RecordsUnavailableError):
                     self._every_turn()
                 self.write()
-                self._tidy()
+                with contextlib.suppress(RecordsUnavailableError):
+                    self._tidy()
+                    self._pruning.step()
             except Exception:
                 # It must outlive whatever happened, or nothing would be logged from then on.
                 log.exception("clerk_failed")
@@ -124,5 +129,4 @@ class Clerk:
         self._untidied_seconds += INTERVAL_SECONDS
         if self._untidied_seconds >= _TIDY_INTERVAL_SECONDS:
             self._untidied_seconds = 0.0
-            with contextlib.suppress(RecordsUnavailableError):
-                self._store.tidy(datetime.now(UTC))
+            self._store.tidy(datetime.now(UTC))

@@ -175,7 +175,7 @@ class Journal(Protocol):
         """Return those of the given WireGuard keys whose peers were removed on the record."""
 
     def audit_hash(self, sequence: int) -> str | None:
-        """Return the hash of a row of the audit log, None where there is no such row."""
+        """Return the hash of a row of the audit log, PRUNED for a pruned one, None where there is none."""
 
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`, outside of any batch."""
@@ -216,6 +216,12 @@ class AccessStore(Protocol):
 
     def audit_page(self, query: AuditQuery) -> list[AuditRecord]:
         """Return rows of the audit log, the newest first."""
+
+    def prune_audit(self, before: datetime, limit: int, event: AuditEvent) -> int:
+        """Delete the oldest rows of the audit log, at most `limit`, all from before a moment; count them.
+
+        `event` is logged with the last one's sequence and hash, if there are any.
+        """
 
     def find_answer(self, scope: str, key_hash: str) -> Answer | None:
         """Return what was answered to this key within the last 24 hours."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from backend.errors import PausedError
+from backend.models.access.audit import PRUNED
 from backend.models.operator_commands import command
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.services.hub_mark import Mark
@@ -74,13 +75,14 @@ def stepped_back(state: RecordedState, mark: Mark, hash_at_mark: str | None) -> 
     """Say how the records are older than what this hub has reached, or return None.
 
     `hash_at_mark` is that of the audit log's row at the mark's sequence, None where there is no such row.
+    PRUNED says that there was one, so the log goes on behind the mark.
     """
     if state.generation < mark.generation:
         return (
             f"the records are at generation {state.generation}, and this hub has reached {mark.generation}: "
             "they are older, as from a backup"
         )
-    another = hash_at_mark != mark.audit_hash
+    another = hash_at_mark not in {mark.audit_hash, PRUNED}
     if hash_at_mark is None:
         # The log alone is older where the last that was lost were revocations, say; not behind later changes.
         another = mark.audit_sequence > 0 and state.generation > mark.generation

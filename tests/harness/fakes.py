@@ -227,6 +227,10 @@ class FakeAccessStore:
     def audit_page(self, query: AuditQuery) -> list[AuditRecord]:
         return []
 
+    def prune_audit(self, before: datetime, limit: int, event: AuditEvent) -> int:
+        self._answer()
+        return 0
+
     def find_answer(self, scope: str, key_hash: str) -> Answer | None:
         return self.answers.get((scope, key_hash))
 

@@ -92,8 +92,8 @@ def append(engine: sa.Engine, *events: AuditEvent) -> int:
 def verified(engine: sa.Engine) -> str | None:
     with engine.connect() as connection:
         audit_records.hold_still(connection)
-        head = audit_records.audit_head(connection)
-        return verify(audit_records.iterate_audit(connection), head)
+        head, start = audit_records.audit_head(connection), audit_records.audit_start(connection)
+        return verify(audit_records.iterate_audit(connection), head, start)
 
 
 def together(number: int, work: Callable[[int], None]) -> None:

@@ -55,7 +55,7 @@ def new_token() -> Credential:
 
 def everything(store: SqlAccessStore) -> tuple[object, ...]:
     """Return all that the store's transactions write: credentials, their version, the audit log."""
-    wrong, head = store.verify_audit()
+    wrong, head, _ = store.verify_audit()
     assert wrong is None
     return *store.load_credentials(), store.audit_page(AuditQuery(1000)), head
 

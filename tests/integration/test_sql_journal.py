@@ -321,7 +321,7 @@ def test_another_process_that_writes_the_log_between_batches_keeps_it_whole(
         generation += 1
     for process in commands:
         assert (process.communicate()[1], process.returncode) == ("", 0)
-    wrong, (sequence, _) = store.verify_audit()
+    wrong, (sequence, _), _ = store.verify_audit()
     assert wrong is None
     assert sequence == generation + 1 + len(commands)
     assert len(store.load_credentials()[1]) == 1 + len(commands)

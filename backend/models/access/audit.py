@@ -12,6 +12,10 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 # What the first row follows.
 GENESIS: Final = "0" * 64
+# Where a log begins of which nothing was pruned.
+BEGINNING: Final = (0, GENESIS)
+# Stands for the hash of a row that was pruned, where a row's hash is asked for.
+PRUNED: Final = "pruned"
 _VERSION: Final = "wireguard-provisioning audit 1"
 _TEXT_MAX_CHARACTERS: Final = 512
 
@@ -44,6 +48,8 @@ class AuditAction(StrEnum):
     PEERS_REMOVED = "peers_removed"
     # The operator has read that peers were adopted at a start.
     NOTICE_ACKNOWLEDGED = "notice_acknowledged"
+    # The oldest rows were deleted: `subject` is the sequence of the last of them, `reason` its hash.
+    AUDIT_PRUNED = "audit_pruned"
     # Never written: stands for a row that was changed into what can't be read any more.
     UNREADABLE = "unreadable"
 
@@ -143,26 +149,47 @@ def _quoted(text: str | None) -> str:
     return "null" if text is None else encode_basestring_ascii(text)
 
 
-def verify(records: Iterable[AuditRecord], head: tuple[int, str]) -> str | None:
+def verify(
+    records: Iterable[AuditRecord], head: tuple[int, str], start: tuple[int, str] = BEGINNING
+) -> str | None:
     """Return a sentence that names the first row that isn't as it was written, or None.
 
     `records` is the whole log in order, read once; `head` is the sequence and the hash of its last row as
-    noted apart from it, (0, GENESIS) for an empty log. Whoever can write both the log and the head can
-    write another log; a copy of the head that is kept elsewhere finds them out.
+    noted apart from it, (0, GENESIS) for an empty log; `start` is the same of the last row that was pruned.
+    Whoever can write both the log and the head can write another log; a copy of the head that is kept
+    elsewhere finds them out.
     """
-    sequence, previous = 0, GENESIS
+    sequence, previous = start
+    checkpoint: AuditRecord | None = None
     for record in records:
         wrong = _wrong(record, sequence, previous)
         if wrong is not None:
             return wrong
         sequence, previous = record.sequence, record.hash
+        if record.event.action is AuditAction.AUDIT_PRUNED:
+            checkpoint = record
         if sequence > head[0]:
             return f"Row {sequence} was inserted: the log ends at row {head[0]}."
     if sequence < head[0]:
         return f"Row {sequence + 1} is missing: the log goes on to row {head[0]}."
     if previous != head[1]:
         return f"Row {sequence} was replaced: it isn't the one that the log ends with."
-    return None
+    return _wrong_start(checkpoint, start)
+
+
+def _wrong_start(checkpoint: AuditRecord | None, start: tuple[int, str]) -> str | None:
+    """Say whether the newest checkpoint, which the chain holds, has another start of the log than `start`."""
+    if checkpoint is None:
+        if start == BEGINNING:
+            return None
+        return f"Row {start[0] + 1} is the first, and no row says that those before it were pruned."
+    event = checkpoint.event
+    if (event.subject, event.reason) == (str(start[0]), start[1]):
+        return None
+    return (
+        f"Row {checkpoint.sequence} says that the rows up to {event.subject} were pruned, "
+        f"and the log begins behind row {start[0]}."
+    )
 
 
 def _wrong(record: AuditRecord, sequence: int, previous: str) -> str | None:
