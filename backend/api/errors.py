@@ -65,6 +65,9 @@ RETRY_AFTER: Final[dict[type[ProvisioningError], int]] = {
 }
 
 MAX_BODY_BYTES: Final = 64 * 1024
+# In one answer.
+MAX_ERRORS: Final = 20
+_MAX_NAME: Final = 256
 _MAX_LENGTH_DIGITS: Final = 20
 
 # What a caller may choose: it goes into logs, records and headers as it is.
@@ -115,11 +118,14 @@ def answer(error: ProvisioningError) -> JSONResponse:
 
 
 def invalid(error: RequestValidationError) -> JSONResponse:
-    """Return FastAPI's list of errors without the input.
+    """Return FastAPI's list of errors without the input: the first of them, where there are many.
 
     What was sent may be a secret, may be nested too deep to be sent back, or no valid Unicode.
     """
-    errors = [{"type": e["type"], "loc": _location(e["loc"]), "msg": _message(e)} for e in error.errors()]
+    errors = [
+        {"type": e["type"], "loc": _location(e["loc"]), "msg": _message(e)}
+        for e in error.errors()[:MAX_ERRORS]
+    ]
     return JSONResponse({"detail": errors}, status_code=422)
 
 
@@ -130,7 +136,8 @@ def _message(error: dict[str, Any]) -> str:
 
 
 def _location(parts: Sequence[str | int]) -> list[str | int]:
-    return [_text(part) if isinstance(part, str) else part for part in parts]
+    # A caller's own field may have a name as long as the body.
+    return [_text(part[:_MAX_NAME]) if isinstance(part, str) else part for part in parts]
 
 
 def _text(text: str) -> str:

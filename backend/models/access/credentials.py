@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from backend.models.access.node_patterns import NODE_ID_GLOB, parse_pattern, pattern_matches
+from backend.models.strict import StrictModel
 from backend.models.wireguard.provisioning import UtcSecond
 
 CREDENTIAL_ID_PATTERN: Final = r"^[0-9a-f]{16}$"
@@ -247,13 +248,7 @@ SourceNetwork = Annotated[
 ]
 
 
-class _Strict(BaseModel):
-    """Refuses unknown fields and does not turn one type into another."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TokenRequest(_Strict):
+class TokenRequest(StrictModel):
     """What an operator asks of a new enrolment token."""
 
     max_uses: int = Field(default=1, ge=1, le=1_000_000, description="How many nodes it lets in.")
@@ -281,7 +276,7 @@ class TokenRequest(_Strict):
         return token, secret
 
 
-class KeyRequest(_Strict):
+class KeyRequest(StrictModel):
     """What an operator asks of a new key."""
 
     # A role comes as its text, which a strict model takes from JSON alone.

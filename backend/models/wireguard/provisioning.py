@@ -17,6 +17,7 @@ from pydantic import (
     StringConstraints,
 )
 
+from backend.models.strict import StrictModel
 from backend.models.wireguard.keys import WireGuardKey
 
 NODE_ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,128}$"
@@ -27,6 +28,7 @@ SEMVER_PATTERN: Final = (
     r"(\+([0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*))?$"
 )
 _SEMVER: Final = re.compile(SEMVER_PATTERN.removesuffix("$") + r"\Z")
+MODELS_MAX: Final = 64
 METADATA_MAX_BYTES: Final = 8 * 1024
 METADATA_MAX_DEPTH: Final = 8
 PERSISTENT_KEEPALIVE_SECONDS: Final = 25
@@ -36,6 +38,12 @@ def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("only printable characters are allowed")
     return text
+
+
+def _name(text: str) -> str:
+    if text.isspace():
+        raise ValueError("a name that is blank is none")
+    return _printable(text)
 
 
 def _semantic(text: str) -> str:
@@ -88,30 +96,25 @@ SemanticVersion = Annotated[
         json_schema_extra={"pattern": SEMVER_PATTERN},
     ),
 ]
-ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_name)]
 UtcSecond = Annotated[
     AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC).replace(microsecond=0))
 ]
 Metadata = Annotated[dict[str, JsonValue], BeforeValidator(_bounded_metadata)]
 
 
-class _Strict(BaseModel):
-    """Refuses unknown fields and does not turn one type into another."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class NodeCapabilities(_Strict):
+class NodeCapabilities(StrictModel):
     """What the node offers to the swarm. Memory is in MiB."""
 
     gpu_count: int = Field(default=0, ge=0, le=16)
     gpu_memory_mb: int = Field(default=0, ge=0, le=1_048_576)
     cpu_cores: int = Field(default=1, ge=1, le=256)
     memory_mb: int = Field(default=1024, ge=512, le=2_097_152)
-    models: list[ModelName] = Field(default_factory=list)
+    # fail_fast: each wrong name would be an error of its own.
+    models: list[ModelName] = Field(default_factory=list, max_length=MODELS_MAX, fail_fast=True)
 
 
-class ProvisioningRequest(_Strict):
+class ProvisioningRequest(StrictModel):
     """What a node sends to join."""
 
     model_config = ConfigDict(

@@ -20,6 +20,7 @@ from backend.models.access.credentials import (
     TokenInfo,
     TokenRequest,
 )
+from backend.models.strict import StrictModel
 from backend.models.wireguard.keys import WireGuardKey
 
 router = APIRouter(prefix="/wireguard", tags=["access"], route_class=DoorRoute, responses=REFUSALS)
@@ -29,10 +30,8 @@ _NOT_FOUND = problem("No such credential.", "token 3f1c0e5a9b7d2468 not found")
 _NO_PROOF = "this hub asks for no proof: provision without one"
 
 
-class ChallengeRequest(BaseModel):
+class ChallengeRequest(StrictModel):
     """Whose private half is to be proved."""
-
-    model_config = ConfigDict(extra="forbid")
 
     wireguard_public_key: WireGuardKey
 
@@ -115,10 +114,11 @@ async def revoke_key(credential_id: str, caller: Admin, service: Service) -> Key
     return KeyInfo.of(key, datetime.now(UTC))
 
 
-class AuditParameters(BaseModel):
+class AuditParameters(StrictModel):
     """Which entries: the newest, or those `before` one, and only those that match."""
 
-    model_config = ConfigDict(extra="forbid")
+    # All of a query is text.
+    model_config = ConfigDict(strict=False)
 
     limit: int = Field(default=100, ge=1, le=1000)
     before: int | None = Field(
