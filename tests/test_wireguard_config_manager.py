@@ -735,7 +735,7 @@ def test_broken_file_is_refused_until_it_is_mended(config: Path, manager: WireGu
     assert config.read_bytes() == broken
     assert manager.foreign_peers == _FOREIGN_PEERS
     config.write_bytes(_OPERATORS)
-    manager.validate_config()
+    assert manager.validate_config() is True
     assert manager.write([_peer(1)])
 
 
@@ -996,7 +996,7 @@ def test_leftover_of_a_real_writer_has_the_name_that_is_looked_for(
 
 def test_peer_is_added_replaced_and_removed(config: Path, manager: WireGuardConfigManager) -> None:
     manager.add_peer(_KEYS[0], ["10.0.0.2/32"])
-    manager.add_peer(_KEYS[1], ["10.0.0.3"], 25, label="node-1")
+    manager.add_peer(_KEYS[1], ["10.0.0.3"], None, 25, label="node-1")
     assert manager.managed_peers == (
         ManagedPeer("manual", _KEYS[0], IPv4Address("10.0.0.2")),
         _peer(1),
@@ -1012,27 +1012,32 @@ def test_peer_is_added_replaced_and_removed(config: Path, manager: WireGuardConf
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("jKlMnOpQrStUvWxYzAbCdEfGhIjKlMnO=", ["10.0.0.3/32"], None, "a"),
-        (_KEYS[1] + "\n", ["10.0.0.3/32"], None, "a"),
-        (_ZERO, ["10.0.0.3/32"], None, "a"),
-        (_HUB, ["10.0.0.3/32"], None, "a"),
-        (_KEYS[1], [], None, "a"),
-        (_KEYS[1], ["10.0.0.3/32", "10.0.0.4/32"], None, "a"),
-        (_KEYS[1], "10.0.0.3/32", None, "a"),
-        (_KEYS[1], "7", None, "a"),
-        (_KEYS[1], ["10.0.0.0/24"], None, "a"),
-        (_KEYS[1], ["fd00::3/128"], None, "a"),
-        (_KEYS[1], ["10.0.0.3/32\n"], None, "a"),
-        (_KEYS[1], ["10.0.0.2/32"], None, "a"),
-        (_KEYS[1], ["10.0.0.3/32"], -1, "a"),
-        (_KEYS[1], ["10.0.0.3/32"], 65_536, "a"),
-        (_KEYS[1], ["10.0.0.3/32"], None, "a\n[Interface]\nPostUp = id"),
+        ("jKlMnOpQrStUvWxYzAbCdEfGhIjKlMnO=", ["10.0.0.3/32"], None, None, "a"),
+        (_KEYS[1] + "\n", ["10.0.0.3/32"], None, None, "a"),
+        (_ZERO, ["10.0.0.3/32"], None, None, "a"),
+        (_HUB, ["10.0.0.3/32"], None, None, "a"),
+        (_KEYS[1], [], None, None, "a"),
+        (_KEYS[1], ["10.0.0.3/32", "10.0.0.2/32"], None, None, "a"),
+        (_KEYS[1], ["10.0.0.3/32", "192.168.7.0/24"], None, None, "a"),
+        (_KEYS[1], ["10.0.0.3/32", "10.0.0.4/33"], None, None, "a"),
+        (_KEYS[1], ["10.0.0.3/32", "10.0.0.4/32 # a"], None, None, "a"),
+        (_KEYS[1], ["10.0.0.3/32", "fd00::200"], None, None, "a"),
+        (_KEYS[1], "10.0.0.3/32", None, None, "a"),
+        (_KEYS[1], "7", None, None, "a"),
+        (_KEYS[1], ["10.0.0.3/32"], "hub.example.com", None, "a"),
+        (_KEYS[1], ["10.0.0.3/32"], "hub.example.com:0", None, "a"),
+        (_KEYS[1], ["10.0.0.3/32"], "a:1\nPostUp = id", None, "a"),
+        (_KEYS[1], ["10.0.0.3/32\n"], None, None, "a"),
+        (_KEYS[1], ["10.0.0.2/32"], None, None, "a"),
+        (_KEYS[1], ["10.0.0.3/32"], None, -1, "a"),
+        (_KEYS[1], ["10.0.0.3/32"], None, 65_536, "a"),
+        (_KEYS[1], ["10.0.0.3/32"], None, None, "a\n[Interface]\nPostUp = id"),
     ],
 )
 def test_peer_that_cannot_be_is_refused_without_touching_the_file(
     config: Path,
     manager: WireGuardConfigManager,
-    arguments: tuple[str, list[str], int | None, str],
+    arguments: tuple[str, list[str], str | None, int | None, str],
 ) -> None:
     manager.add_peer(_KEYS[0], ["10.0.0.2/32"])
     before, text = _unread(config), config.read_bytes()
@@ -1049,8 +1054,8 @@ def test_text_is_given_back_with_its_odd_bytes(manager: WireGuardConfigManager) 
 def test_reload_is_given_the_stripped_text_of_the_file(config: Path) -> None:
     given_texts: list[bytes] = []
     manager = WireGuardConfigManager(config, given_texts.append)
-    manager.add_peer(_KEYS[0], ["10.0.0.2/32"], 25, "node-0")
-    manager.reload_config()
+    manager.add_peer(_KEYS[0], ["10.0.0.2/32"], None, 25, "node-0")
+    assert manager.reload_config() is True
     assert given_texts == [strip(_OPERATORS + _block(0))]
     config.write_bytes(b"")
     with pytest.raises(ConfigFileError, match="PrivateKey"):

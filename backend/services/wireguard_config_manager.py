@@ -11,10 +11,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Network
 from pathlib import Path
 from threading import Lock
-from typing import Final
+from typing import Final, Literal
 
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.operator_commands import command, put_key_back
@@ -23,6 +22,7 @@ from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services.config_reader import ConfigReader, FileIdentity
 from backend.services.interface_drift import DesiredInterface
 from backend.services.staged_file import StagedFile, is_temporary, stage_file, sync_directory, try_directory
+from backend.services.wireguard_config_changes import Content, NewPeer, with_peer, without_peer
 from backend.services.wireguard_config_text import (
     ForeignPeer,
     HubKeyError,
@@ -226,50 +226,21 @@ class WireGuardConfigManager:
         self,
         public_key: str,
         allowed_ips: Sequence[str],
+        endpoint: str | None = None,
         persistent_keepalive: int | None = None,
         label: str = "manual",
     ) -> None:
-        """Write a peer of ours into the file, instead of one with the same key.
+        """Write a peer into the file, instead of one with the same key that was added before.
 
-        `allowed_ips` is exactly one IPv4 address, as A.B.C.D/32. ValueError, and the file is not touched, if
-        that or anything else about the peer can't be.
+        `allowed_ips` are addresses or networks in CIDR notation, `endpoint` is host:port, the keepalive is in
+        seconds. ValueError, and the file is not touched, if anything about the peer can't be.
         """
-        if isinstance(allowed_ips, str) or len(allowed_ips) != 1:
-            raise ValueError("a peer has exactly one of AllowedIPs, an IPv4 address as A.B.C.D/32")
-        network = IPv4Network(allowed_ips[0])
-        if network.num_addresses != 1:
-            raise ValueError(f"{network} is a network: a peer has one IPv4 address, as A.B.C.D/32")
-        key = WireGuardKey.parse(public_key)
-        peer = ManagedPeer(label, key, network.network_address, persistent_keepalive)
-        with self._lock:
-            version = self._refresh()
-            if key == version.hub_public_key:
-                raise ValueError("that is the hub's own key: `wg` would leave the peer out without a word")
-            others = [other for other in version.config.managed_peers if other.public_key != key]
-            foreign = version.config.foreign_peers
-            # `wg` would take the key or the address away from the other peer without a word.
-            if any(other.public_key == key for other in foreign):
-                raise ValueError("a hand-made peer has that key")
-            held = {other.address for other in others}
-            held.update(
-                network.network_address
-                for other in foreign
-                for network in other.allowed_ips
-                if isinstance(network, IPv4Network) and network.num_addresses == 1
-            )
-            if peer.address in held:
-                raise ValueError(f"{peer.address} belongs to another peer")
-            self._write((*others, peer))
+        peer = NewPeer.parse(label, public_key, allowed_ips, endpoint, persistent_keepalive)
+        self._change(lambda known: with_peer(known.config, known.hub_public_key, peer))
 
     def remove_peer(self, public_key: str) -> bool:
-        """Take a peer of ours out of the file; return whether it was there."""
-        with self._lock:
-            peers = self._refresh().config.managed_peers
-            left = tuple(peer for peer in peers if peer.public_key != public_key)
-            if len(left) == len(peers):
-                return False
-            self._write(left)
-            return True
+        """Take a peer of ours, or one that was added, out of the file; return whether it was there."""
+        return self._change(lambda known: without_peer(known.config, public_key))
 
     def get_config(self) -> str:
         """Return the file's text as it is now, the private key included; odd bytes as lone surrogates."""
@@ -277,7 +248,7 @@ class WireGuardConfigManager:
             text, _, _ = self._reader.read()
         return text.decode(errors="surrogateescape")
 
-    def reload_config(self) -> None:
+    def reload_config(self) -> Literal[True]:
         """Bring the interface up to the file; HubUpdateError if that can't be done."""
         if self._reload is None:
             raise HubUpdateError(
@@ -286,11 +257,13 @@ class WireGuardConfigManager:
         with self._lock:
             config = self._refresh().config
             self._reload(render(config.foreign_stripped, config.managed_peers))
+        return True
 
-    def validate_config(self) -> None:
+    def validate_config(self) -> Literal[True]:
         """Read the file afresh; raise ConfigFileError if it can't be used."""
         with self._lock:
             self._version = self._load()
+        return True
 
     def _known(self) -> _Version:
         version = self._version
@@ -335,6 +308,25 @@ class WireGuardConfigManager:
                 f"{command('hub up --replace-key')}, and restart the service",
             )
         return _Version(text, identity, settled, config, hub_public_key)
+
+    def _change(self, change: Callable[[_Version], Content | None]) -> bool:
+        """Replace the file by what `change` makes of the present version; return whether it is another."""
+        with self._lock:
+            for _ in range(_ATTEMPTS):
+                known = self._refresh()
+                content = change(known)
+                text = known.text if content is None else render(*content)
+                if text == known.text:
+                    return False
+                try:
+                    file = stage_file(self.path, text, known.identity)
+                    if file is not None and file.replace():
+                        self._version = None
+                        sync_directory(self.path.parent)
+                        return True
+                except OSError as exc:
+                    raise self._not_replaced(exc) from exc
+            raise self._never_still()
 
     def _write(self, peers: tuple[ManagedPeer, ...]) -> bool:
         replaced = self._put_in_place(self._stage(peers))
