@@ -378,10 +378,16 @@ def _names_in_env_file() -> Iterable[str]:
         return ()  # load_settings() says so
 
 
-def load_settings() -> Settings:
-    """Read the settings; raise StartRefusedError for the first that is wrong."""
+def load_settings(**given: Any) -> Settings:
+    """Read the settings that aren't given; raise StartRefusedError for the first that is wrong.
+
+    TypeError for a name that no setting has.
+    """
+    unknown = given.keys() - Settings.model_fields.keys()
+    if unknown:
+        raise TypeError(f"there is no setting {', '.join(sorted(unknown))}")
     try:
-        return Settings()
+        return Settings(**given)
     except ValidationError as exc:
         error = exc.errors(include_url=False, include_input=False)[0]
         name = str(error["loc"][0]).upper()

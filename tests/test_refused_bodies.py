@@ -10,7 +10,8 @@ from fastapi import APIRouter, FastAPI, Query
 from pydantic import BaseModel, ValidationError
 
 from backend.api.errors import MAX_BODY_BYTES, MAX_ERRORS, DomainErrorRoute
-from backend.api.v1.endpoints.wireguard_access import AuditParameters, ChallengeRequest
+from backend.api.v1.endpoints.wireguard_access import AuditParameters
+from backend.api.v1.endpoints.wireguard_provisioning import ChallengeRequest
 from backend.models.access.credentials import KeyRequest, TokenRequest
 from backend.models.wireguard.provisioning import MODELS_MAX, NodeCapabilities, ProvisioningRequest
 from tests.harness.requests import new_key, provision_body

@@ -24,8 +24,6 @@ def _parse_network(network: str | IPv4Network) -> IPv4Network:
             f"{network} can't be a pool: choose an IPv4 network with a prefix length from"
             f" /{_SHORTEST_PREFIX} to /{_LONGEST_PREFIX}, such as 10.0.0.0/24"
         )
-    if isinstance(network, str) and IPv4Address(network.partition("/")[0]) != parsed.network_address:
-        raise ValueError(f"{network} has host bits set: write {parsed}")
     return parsed
 
 
@@ -37,12 +35,13 @@ class IPPoolManager:
     only when it has none. The network and the broadcast address are never handed out.
     """
 
-    def __init__(self, network: str | IPv4Network, reserved_ips: Iterable[str] = ()) -> None:
+    def __init__(self, network: str | IPv4Network, reserved_ips: Iterable[str] | None = None) -> None:
+        """Take the network with or without host bits: 10.0.0.5/24 is 10.0.0.0/24. Raises ValueError."""
         self._network = _parse_network(network)
         self._base = int(self._network.network_address)
         self._size = self._network.num_addresses
         # Offsets that stay taken whoever lets go of them.
-        self._reserved = frozenset({0, self._size - 1, *map(self._reserved_offset, reserved_ips)})
+        self._reserved = frozenset({0, self._size - 1, *map(self._reserved_offset, reserved_ips or ())})
 
         self._lock = Lock()  # guards everything below; held for microseconds, never across I/O
         self._address_of: dict[str, int] = {}
@@ -182,7 +181,7 @@ class IPPoolManager:
     def _refuse_second(self, peer_id: str) -> None:
         address = self._address_of.get(peer_id)
         if address is not None:
-            raise ValueError(f"peer {peer_id} already has the address {IPv4Address(address)}")
+            raise ValueError(f"Peer {peer_id} already has IP {IPv4Address(address)}")
 
     def _hold(self, peer_id: str, address: int) -> None:
         self._address_of[peer_id] = address

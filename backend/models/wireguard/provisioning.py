@@ -198,3 +198,5 @@ class ProvisioningRecord(BaseModel):
     capabilities: NodeCapabilities
     version: str
     metadata: dict[str, JsonValue] | None = None
+    # A peer that isn't on the hub has no record.
+    status: Literal["active"] = "active"

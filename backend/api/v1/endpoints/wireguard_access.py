@@ -1,14 +1,14 @@
-"""The endpoints of the hub's door: challenges, tokens, keys and the audit log."""
+"""The endpoints of the hub's door: tokens, keys and the audit log."""
 
 import asyncio
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, HTTPException, Query
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Query
+from pydantic import ConfigDict, Field
 
 from backend.api.dependencies import Service
-from backend.api.door import REFUSALS, Admin, DoorRoute, Provisioner, Reader, audited
+from backend.api.door import REFUSALS, Admin, DoorRoute, Reader, audited
 from backend.api.errors import problem
 from backend.models.access.audit import AuditAction, AuditEntry, AuditPage, AuditQuery
 from backend.models.access.credentials import (
@@ -21,49 +21,11 @@ from backend.models.access.credentials import (
     TokenRequest,
 )
 from backend.models.strict import StrictModel
-from backend.models.wireguard.keys import WireGuardKey
 
 router = APIRouter(prefix="/wireguard", tags=["access"], route_class=DoorRoute, responses=REFUSALS)
 
 
 _NOT_FOUND = problem("No such credential.", "token 3f1c0e5a9b7d2468 not found")
-_NO_PROOF = "this hub asks for no proof: provision without one"
-
-
-class ChallengeRequest(StrictModel):
-    """Whose private half is to be proved."""
-
-    wireguard_public_key: WireGuardKey
-
-
-class ChallengeAnswer(BaseModel):
-    """What only the holder of the private half can answer, once, within `expires_in` seconds."""
-
-    challenge_id: str
-    server_public_key: str = Field(description="An X25519 key made for this challenge, base64 of 32 bytes.")
-    challenge: str = Field(description="Base64 of 32 bytes.")
-    expires_in: int
-    audience: str = Field(description="The hub's public key: what is signed names it.")
-
-
-@router.post(
-    "/challenge",
-    summary="Ask for a challenge to a WireGuard key",
-    responses={404: problem("This hub asks for no proof.", _NO_PROOF)},
-)
-@audited(AuditAction.CHALLENGE)
-async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Service) -> ChallengeAnswer:
-    """Give a challenge, where this hub asks for proofs (WIREGUARD_REQUIRE_PROOF); 404 elsewhere."""
-    if service.door.challenges is None:
-        raise HTTPException(404, _NO_PROOF)
-    challenge = service.door.challenges.issue(body.wireguard_public_key)
-    return ChallengeAnswer(
-        challenge_id=challenge.challenge_id,
-        server_public_key=challenge.server_public_key,
-        challenge=challenge.challenge,
-        expires_in=challenge.expires_in,
-        audience=service.hub_key,
-    )
 
 
 @router.post("/tokens", summary="Make an enrolment token", status_code=201)

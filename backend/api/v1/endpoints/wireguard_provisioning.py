@@ -1,15 +1,17 @@
 """The endpoints of provisioning. Include `router` with prefix="/api/v1"."""
 
 import asyncio
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from pydantic import BaseModel, Field
 
 from backend.api.dependencies import Service, outcome, service_of_the_app
 from backend.api.door import REFUSALS, DoorRoute, Operator, Provisioner, Reader, audited, proven
 from backend.api.errors import problem
 from backend.models.access.audit import AuditAction
+from backend.models.strict import StrictModel
+from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.provisioning import (
     PeerConfiguration,
     ProvisioningRequest,
@@ -19,7 +21,7 @@ from backend.services.idempotency import IdempotencyKey
 
 router = APIRouter(
     prefix="/wireguard",
-    tags=["wireguard"],
+    tags=["WireGuard"],
     route_class=DoorRoute,
     lifespan=service_of_the_app,
     responses=REFUSALS,
@@ -61,6 +63,23 @@ class PoolStats(BaseModel):
     utilization_percent: int = Field(ge=0, le=100, examples=[0])
 
 
+class ChallengeRequest(StrictModel):
+    """Whose private half is to be proved."""
+
+    wireguard_public_key: WireGuardKey
+
+
+class ChallengeAnswer(BaseModel):
+    """What only the holder of the private half can answer, once, within `expires_in` seconds."""
+
+    challenge_id: str
+    server_public_key: str = Field(description="An X25519 key made for this challenge, base64 of 32 bytes.")
+    challenge: str = Field(description="Base64 of 32 bytes.")
+    expires_in: int
+    audience: str = Field(description="The hub's public key: what is signed names it.")
+
+
+_NO_PROOF: Final = "this hub asks for no proof: provision without one"
 _CONFLICT: dict[str, Any] = {
     "model": Conflict,
     "description": "The node or its WireGuard key is already provisioned; nothing was changed.",
@@ -121,7 +140,29 @@ _UNAVAILABLE = problem(
 
 
 @router.post(
+    "/challenge",
+    operation_id="make_challenge",
+    summary="Ask for a challenge to a WireGuard key",
+    responses={404: problem("This hub asks for no proof.", _NO_PROOF)},
+)
+@audited(AuditAction.CHALLENGE)
+async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Service) -> ChallengeAnswer:
+    """Give a challenge, where this hub asks for proofs (WIREGUARD_REQUIRE_PROOF); 404 elsewhere."""
+    if service.door.challenges is None:
+        raise HTTPException(404, _NO_PROOF)
+    challenge = service.door.challenges.issue(body.wireguard_public_key)
+    return ChallengeAnswer(
+        challenge_id=challenge.challenge_id,
+        server_public_key=challenge.server_public_key,
+        challenge=challenge.challenge,
+        expires_in=challenge.expires_in,
+        audience=service.hub_key,
+    )
+
+
+@router.post(
     "/provision",
+    operation_id="provision_peer",
     summary="Provision a peer",
     openapi_extra=_IDEMPOTENCY_KEY,
     response_model=ProvisioningResponse,
@@ -156,7 +197,12 @@ async def provision_peer(
     return _json(first)
 
 
-@router.get("/peers", summary="List the peers", response_model=dict[str, PeerConfiguration])
+@router.get(
+    "/peers",
+    operation_id="list_peers",
+    summary="List the peers",
+    response_model=dict[str, PeerConfiguration],
+)
 async def list_peers(_: Reader, service: Service) -> Response:
     """Return every peer's configuration by node_id."""
     pieces = []
@@ -168,17 +214,21 @@ async def list_peers(_: Reader, service: Service) -> Response:
 
 @router.get(
     "/peers/{node_id}",
+    operation_id="get_peer_config",
     summary="Show a peer",
     response_model=PeerConfiguration,
     responses={404: _NOT_FOUND},
 )
-async def get_peer(node_id: str, _: Reader, service: Service) -> Response:
+async def get_peer_config(node_id: str, _: Reader, service: Service) -> Response:
     """Return one peer's configuration."""
     return _json(service.get_peer_json(node_id))
 
 
 @router.delete(
-    "/peers/{node_id}", summary="Deprovision a peer", responses={404: _NOT_FOUND, 503: _UNAVAILABLE}
+    "/peers/{node_id}",
+    operation_id="deprovision_peer",
+    summary="Deprovision a peer",
+    responses={404: _NOT_FOUND, 503: _UNAVAILABLE},
 )
 @audited(AuditAction.DEPROVISION)
 async def deprovision_peer(node_id: str, caller: Operator, service: Service) -> Deprovisioned:
@@ -187,7 +237,7 @@ async def deprovision_peer(node_id: str, caller: Operator, service: Service) -> 
     return Deprovisioned(message=f"Peer {node_id} deprovisioned successfully")
 
 
-@router.get("/pool/stats", summary="Show the pool's figures")
-async def pool_stats(_: Reader, service: Service) -> PoolStats:
+@router.get("/pool/stats", operation_id="get_pool_stats", summary="Show the pool's figures")
+async def get_pool_stats(_: Reader, service: Service) -> PoolStats:
     """Return how many addresses there are, and what became of them."""
     return PoolStats(**service.get_pool_stats())
