@@ -122,7 +122,8 @@ async def provide_service(app: FastAPI, settings: Settings) -> AsyncIterator[Non
     try:
         yield
     finally:
-        del app.state.provisioning_service
+        # Not deleted: a late request would start it anew.
+        app.state.provisioning_service = None
         try:
             await service.door.leave_loop()
         finally:
@@ -138,7 +139,6 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if service is not None:
-            app.state.provisioning_service = service
             yield
             await service.door.leave_loop()
             return
@@ -151,6 +151,9 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
         version=__version__,
         lifespan=lifespan,
     )
+    app.state.provisioning_settings = settings
+    if service is not None:
+        app.state.provisioning_service = service
     app.include_router(provisioning_router, prefix="/api/v1")
     app.include_router(access_router, prefix="/api/v1")
     app.include_router(health_router)

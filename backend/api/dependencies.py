@@ -1,15 +1,20 @@
 """How an endpoint gets at the service, and how it waits for it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import Annotated, Final, TypeVar
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, Request
+from fastapi.dependencies.utils import get_dependant, solve_dependencies
+from fastapi.exceptions import RequestValidationError
 
+from backend.api.embedding import provisioning_service
 from backend.errors import OutcomeUnknownError
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
+
+__all__ = ["Service", "outcome", "provisioning_service", "service_for"]
 
 T = TypeVar("T")
 
@@ -20,16 +25,28 @@ _CERTAIN_SECONDS: Final = 2.5
 _LOOK_SECONDS: Final = 0.5
 
 
-async def provisioning_service(request: Request) -> WireGuardProvisioningService:
-    """Return the app's service. Not a plain function: FastAPI would give each request a thread for it."""
-    service = getattr(request.app.state, "provisioning_service", None)
-    if not isinstance(service, WireGuardProvisioningService):
-        reason = "The provisioning service isn't running: start this app with its lifespan"
-        raise HTTPException(503, reason, headers={"Retry-After": "10"})
-    return service
-
-
 Service = Annotated[WireGuardProvisioningService, Depends(provisioning_service)]
+
+
+def _take(service: Service) -> None:
+    """Depend on the service and on nothing else."""
+
+
+async def service_for(request: Request) -> WireGuardProvisioningService:
+    """Return what an endpoint gets as its Service, for those who ask outside of FastAPI's dependencies."""
+    if provisioning_service not in getattr(request.app, "dependency_overrides", ()):
+        return await provisioning_service(request)
+    solved = await solve_dependencies(
+        request=request,
+        dependant=get_dependant(path=request.url.path, call=_take),
+        dependency_overrides_provider=request.app,
+        async_exit_stack=request.scope["fastapi_inner_astack"],
+        embed_body_fields=False,
+    )
+    if solved.errors:
+        raise RequestValidationError(solved.errors)
+    service: WireGuardProvisioningService = solved.values["service"]
+    return service
 
 
 async def outcome(future: Future[T], in_doubt: Callable[[], bool]) -> T:
@@ -78,17 +95,3 @@ def _tell(loop: asyncio.AbstractEventLoop, decided: "asyncio.Future[None]") -> N
 def _wake(decided: "asyncio.Future[None]") -> None:
     if not decided.done():
         decided.set_result(None)
-
-
-@asynccontextmanager
-async def service_of_the_app(app: FastAPI) -> AsyncIterator[None]:
-    """Give an app that includes the router a service from the environment, unless it has one of its own."""
-    if hasattr(app.state, "provisioning_service"):
-        yield
-        return
-    # The one arrow that points outwards: an app that merely includes the router has no other composition.
-    from backend.main import provide_service  # noqa: PLC0415 - importing it at the top would be a circle
-    from backend.settings import load_settings  # noqa: PLC0415 - belongs to it
-
-    async with provide_service(app, load_settings()):
-        yield

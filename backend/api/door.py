@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from backend.api.dependencies import Service, provisioning_service
+from backend.api.dependencies import Service, service_for
 from backend.api.errors import DomainErrorRoute, problem
 from backend.errors import (
     AccessError,
@@ -88,7 +88,7 @@ class DoorRoute(DomainErrorRoute):
 
     async def admit(self, request: Request) -> None:
         """Find out who asks, for whoever depends on it; raise an AccessError."""
-        door = request.state.door = (await provisioning_service(request)).door
+        door = request.state.door = (await service_for(request)).door
         shown = request.headers.getlist("authorization")
         request.state.caller = await door.admit(
             # Two of them are as good as one that can't be read.

@@ -6,8 +6,9 @@ from typing import Any, Final, Literal
 from fastapi import APIRouter, HTTPException, Request, Response
 from pydantic import BaseModel, Field
 
-from backend.api.dependencies import Service, outcome, service_of_the_app
+from backend.api.dependencies import Service, outcome
 from backend.api.door import REFUSALS, DoorRoute, Operator, Provisioner, Reader, audited, proven
+from backend.api.embedding import service_of_the_app
 from backend.api.errors import problem
 from backend.models.access.audit import AuditAction
 from backend.models.strict import StrictModel
