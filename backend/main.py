@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 
 from backend import __version__
 from backend.adapters.access_store import SqlAccessStore
@@ -24,6 +25,7 @@ from backend.adapters.sql_journal import SqlJournal
 from backend.adapters.trusted_paths import require_trusted, require_trusted_file
 from backend.adapters.wg_interface import FileOnly, WgInterface
 from backend.api.health import router as health_router
+from backend.api.unrouted import unrouted
 from backend.api.v1.endpoints.wireguard_access import router as access_router
 from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
@@ -151,6 +153,7 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
         version=__version__,
         lifespan=lifespan,
     )
+    app.add_exception_handler(HTTPException, unrouted)
     app.state.provisioning_settings = settings
     if service is not None:
         app.state.provisioning_service = service

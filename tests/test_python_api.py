@@ -1,5 +1,7 @@
 """The names that Python programs use: modules, keywords, operations and what they return."""
 
+import json
+import re
 from importlib import import_module
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -69,6 +71,22 @@ def test_operations_have_the_names_and_the_tag_that_clients_are_generated_from()
         ("get", "/pool/stats"): "get_pool_stats",
     }
     assert all(operation["tags"] == ["WireGuard"] for operation in operations.values())
+
+
+def test_every_answer_has_a_schema_that_is_there() -> None:
+    app = FastAPI()
+    app.include_router(router, prefix="/api/v1")
+    document = app.openapi()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            for status, answer in operation["responses"].items():
+                assert answer["content"]["application/json"]["schema"], (path, method, status)
+    names = re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document))
+    assert set(names) <= set(document["components"]["schemas"])
+    refused = document["paths"]["/api/v1/wireguard/provision"]["post"]["responses"]["422"]
+    assert refused["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/HTTPValidationError"
+    }
 
 
 def test_record_says_its_status(hub: dict[str, Any]) -> None:

@@ -97,6 +97,18 @@ def test_a_query_full_of_unknown_fields_is_refused_with_few_errors() -> None:
     assert ask(router, "GET", params={"limit": "one"}).json()["detail"][0]["loc"] == ["query", "limit"]
 
 
+def test_a_whole_number_with_a_point_is_taken_for_one_and_no_other() -> None:
+    router = APIRouter(route_class=DomainErrorRoute)
+
+    @router.post("/")
+    async def take(body: TokenRequest) -> int:
+        return body.expires_in
+
+    assert ask(router, "POST", content='{"expires_in": 3600.0}').json() == 3600
+    for text in ("3600.5", '"3600"', "true", "1e-1"):
+        assert ask(router, "POST", content=f'{{"expires_in": {text}}}').status_code == 422
+
+
 @pytest.mark.parametrize(
     ("models", "right"),
     [

@@ -29,6 +29,24 @@ def test_what_a_node_sends_is_read_as_json_is() -> None:
     assert loads(body) == json.loads(body)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b"3600.0", 3600),
+        (b"36e2", 3600),
+        (b"-0.0", 0),
+        (b"9007199254740991.0", 2**53 - 1),
+        (b"3600.5", 3600.5),
+        (b"9007199254740992.0", 2.0**53),
+        (b"1e300", 1e300),
+    ],
+)
+def test_a_whole_number_is_one_however_it_is_written(text: bytes, value: float) -> None:
+    found = loads(b'{"a": %s}' % text)["a"]
+    assert found == value
+    assert type(found) is type(value)
+
+
 REFUSED = [
     (b"", "The body is not JSON: Expecting value, at character 0"),
     (b"{", "The body is not JSON: Expecting property name enclosed in double quotes, at character 1"),

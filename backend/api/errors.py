@@ -4,9 +4,7 @@ The class also bounds the body, reads JSON strictly, and gives every answer its 
 router that is included in any app: nothing has to be registered there.
 """
 
-import re
-import secrets
-from collections.abc import Callable, Coroutine, MutableMapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -16,9 +14,11 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Scope, Send
 
+from backend.api.request_id import identify, mark
 from backend.api.strict_json import StrictRequest
+from backend.api.unrouted import unrouted
 from backend.errors import (
     AccessError,
     AddressTakenError,
@@ -69,9 +69,6 @@ MAX_BODY_BYTES: Final = 64 * 1024
 MAX_ERRORS: Final = 20
 _MAX_NAME: Final = 256
 _MAX_LENGTH_DIGITS: Final = 20
-
-# What a caller may choose: it goes into logs, records and headers as it is.
-_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class Problem(BaseModel):
@@ -156,7 +153,7 @@ class DomainErrorRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            request_id = _identify(request.scope)
+            request_id = identify(request.scope)
             try:
                 bounded = StrictRequest(request.scope, _bounded(request))
                 await self.admit(bounded)
@@ -171,10 +168,19 @@ class DomainErrorRoute(APIRoute):
                 self.note_refusal(request, error)
                 # As the app's own handler would, which knows nothing of the headers below.
                 response = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
-            response.raw_headers += [(b"x-request-id", request_id), (b"cache-control", b"no-store")]
+            mark(response.raw_headers, request_id)
             return response
 
         return guarded
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, one with another method too, in whatever app this is."""
+        try:
+            await super().handle(scope, receive, send)
+        except StarletteHTTPException as error:
+            # The handler's own are answered above: no method of this route was meant.
+            response = await unrouted(Request(scope), error)
+            await response(scope, receive, send)
 
     async def admit(self, request: Request) -> None:
         """Let everybody in."""
@@ -185,15 +191,6 @@ class DomainErrorRoute(APIRoute):
     async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:  # noqa: ARG002 - for whoever counts
         """Return what to say to whoever was refused."""
         return error
-
-
-def _identify(scope: MutableMapping[str, Any]) -> bytes:
-    """Return the caller's own ID for the request if it is fit to be passed on, or else a new one."""
-    request_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    if not _REQUEST_ID.fullmatch(request_id):
-        request_id = secrets.token_hex(16).encode()
-    scope.setdefault("state", {})["request_id"] = request_id.decode()
-    return request_id
 
 
 def _bounded(request: Request) -> Receive:

@@ -42,12 +42,14 @@ class NotReady(BaseModel):
     detail: str = Field(examples=["interface wg0 does not exist; bring it up"])
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="Is the process alive?")
 async def healthz() -> Alive:
     """Answer as long as the process lives."""
     return Alive()
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Would a provision succeed?",

@@ -12,6 +12,8 @@ from fastapi import HTTPException, Request
 MAX_LEVELS: Final = 32
 # 2**64 has 20.
 MAX_DIGITS: Final = 20
+# RFC 7493, section 2.2.
+MAX_EXACT: Final = 2**53 - 1
 
 
 class StrictJSONError(ValueError):
@@ -51,11 +53,13 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _float(text: str) -> float:
+def _float(text: str) -> float | int:
+    """Read a number with a point or an exponent; a whole one is what it is without: JSON has one kind."""
     number = float(text)
     if math.isinf(number):
         raise StrictJSONError("A number is too large")
-    return number
+    # Beyond that a float stands for several whole numbers.
+    return int(number) if number.is_integer() and abs(number) <= MAX_EXACT else number
 
 
 def _constant(name: str) -> NoReturn:

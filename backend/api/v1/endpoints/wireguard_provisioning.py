@@ -99,6 +99,8 @@ _INVALID: dict[str, Any] = {
     "description": "The input can't be accepted; each entry says where and why.",
     "content": {
         "application/json": {
+            # FastAPI's own, which other operations get without asking.
+            "schema": {"$ref": "#/components/schemas/HTTPValidationError"},
             "example": {
                 "detail": [
                     {
@@ -107,7 +109,7 @@ _INVALID: dict[str, Any] = {
                         "msg": "Value error, a WireGuard key is 44 characters of base64, this is 33",
                     }
                 ]
-            }
+            },
         }
     },
 }
