@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from backend import client as client_package
 from backend.client.configuration import Configuration
 from backend.client.errors import AnswerError, JoinError, RefusedError, UnreachableError
 from backend.client.node import CHALLENGE_PATH, PROVISION_PATH, Client, Node
@@ -306,7 +307,7 @@ def test_a_node_proves_both_keys_and_is_let_in(hub: Hub, client: Client, node: N
         subnet_mask=IPv4Address("255.255.255.0"),
         hub_public_key=hub.key,
         hub_endpoint="hub.example.com:51820",
-        allowed_ips=IPv4Network("10.0.0.0/24"),
+        allowed_ips=(IPv4Network("10.0.0.0/24"),),
         persistent_keepalive=25,
         dns_servers=(IPv4Address("10.0.0.1"),),
         provisioned_at=datetime(2026, 2, 19, 12, tzinfo=UTC),
@@ -586,11 +587,13 @@ def test_an_answer_that_is_none_is_a_join_error(
         {"hub_endpoint": "hub"},
         {"allowed_ips": "10.0.0.0/24\n[Peer]"},
         {"allowed_ips": None},
+        {"allowed_ips": "10.0.0.0/24, fd00::%0\nPostUp = id/64"},
         {"persistent_keepalive": "25\n[Peer]"},
         {"persistent_keepalive": -1},
         {"persistent_keepalive": 65536},
         {"persistent_keepalive": True},
         {"dns_servers": ["10.0.0.1\nPostUp = id"]},
+        {"dns_servers": ["fd00::1%0\nPostUp = id"]},
         {"dns_servers": None},
         {"provisioned_at": "yesterday"},
     ],
@@ -602,6 +605,49 @@ def test_a_hub_can_write_nothing_else_into_the_nodes_file(
     hub.in_config = change
     with pytest.raises(AnswerError):
         client.provision(node, version="1.0.0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"allowed_ips": "0.0.0.0/0"}, id="everything"),
+        pytest.param({"allowed_ips": "0.0.0.0/1, 128.0.0.0/1"}, id="everything in halves"),
+        pytest.param({"allowed_ips": "10.0.0.0/24, 192.0.2.0/24"}, id="a public network beside its own"),
+        pytest.param({"allowed_ips": "10.0.0.0/7"}, id="more than a private network"),
+        pytest.param({"allowed_ips": "10.0.0.0/24, ::/0"}, id="all of IPv6"),
+        pytest.param({"allowed_ips": "10.0.1.0/24"}, id="not the node's address"),
+        pytest.param({"allowed_ips": ""}, id="none"),
+        pytest.param({"subnet_mask": "128.0.0.0"}, id="half of everything by the mask"),
+        pytest.param({"subnet_mask": "255.0.0.0"}, id="a mask that is wider than the prefix"),
+        pytest.param({"dns_servers": ["8.8.8.8"]}, id="a public name server"),
+        pytest.param({"dns_servers": ["10.0.0.1", "127.0.0.1"]}, id="the node's own name server"),
+        pytest.param({"dns_servers": ["2001:db8::1"]}, id="a public name server by IPv6"),
+    ],
+)
+def test_a_hub_cannot_take_the_nodes_traffic_to_itself(
+    hub: Hub, client: Client, node: Node, change: dict[str, Any]
+) -> None:
+    hub.in_config = change
+    with pytest.raises(AnswerError):
+        client.provision(node, version="1.0.0")
+
+
+@pytest.mark.parametrize(
+    ("address", "allowed_ips", "server"),
+    [
+        ("10.0.0.2", "10.0.0.0/8", "10.255.0.1"),
+        ("172.31.255.2", "172.31.255.0/24", "172.16.0.1"),
+        ("192.168.7.2", "192.168.7.0/24", "fd00::1"),
+        ("100.64.0.2", "fd00:1::/64,100.64.0.0/10", "100.127.0.1"),
+    ],
+)
+def test_private_networks_are_taken_from_a_hub(address: str, allowed_ips: str, server: str) -> None:
+    configuration = Configuration.from_json(
+        {**GOOD, "assigned_ip": address, "allowed_ips": allowed_ips, "dns_servers": [server]}
+    )
+    text = configuration.wg_quick(WireGuardPrivateKey.generate(), dns=True)
+    assert f"AllowedIPs = {allowed_ips.replace(',', ', ')}\n" in text
+    assert f"DNS = {server}\n" in text
 
 
 def test_a_newer_hub_may_say_more(hub: Hub, client: Client, node: Node) -> None:
@@ -629,11 +675,11 @@ def test_the_endpoints_that_a_hub_may_have_are_taken(endpoint: str) -> None:
         "",
         "hub.example.com",
         "ftp://hub",
-        "http://",
-        "http://user:pw@hub",
-        "http://hub?x=1",
-        "http://hub/#x",
-        "http://h/a b",
+        "https://",
+        "https://user:pw@hub",
+        "https://hub?x=1",
+        "https://hub/#x",
+        "https://h/a b",
     ],
 )
 def test_an_address_that_is_none_is_the_callers_mistake(url: str) -> None:
@@ -641,10 +687,42 @@ def test_an_address_that_is_none_is_the_callers_mistake(url: str) -> None:
         Client(url, TOKEN)
 
 
+@pytest.mark.parametrize(
+    "url", ["http://hub.example.com", "HTTP://10.0.0.1:8000", "http://localhost.example"]
+)
+def test_a_token_does_not_go_over_the_network_in_the_clear(url: str) -> None:
+    with pytest.raises(ValueError, match=r"https://, or allow_http=True"):
+        Client(url, TOKEN)
+    Client(url, TOKEN, allow_http=True)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000"])
+def test_the_nodes_own_host_may_be_asked_by_http(host: str) -> None:
+    Client(f"http://{host}", TOKEN)
+
+
+def test_a_client_that_requires_proofs_does_not_go_on_without(hub: Hub, node: Node, naps: Naps) -> None:
+    client = Client(hub.url, TOKEN, require_proof=True, sleep=naps)
+    client.provision(node, version="1.0.0")
+    hub.asks_for_proof = False
+    with pytest.raises(AnswerError, match="asks for no proof"):
+        client.provision(node, version="1.0.0")
+    assert len(hub.provisions()) == 1
+    assert naps.are()
+
+
+def test_the_package_has_what_its_callers_need() -> None:
+    assert client_package.Client is Client
+    assert client_package.Node is Node
+    assert {error.__name__ for error in (JoinError, RefusedError, UnreachableError, AnswerError)} <= set(
+        client_package.__all__
+    )
+
+
 @pytest.mark.parametrize("token", ["", " ", "a b", "a\nb", "caf\xe9", "\u0661"])
 def test_a_token_that_is_none_is_refused_without_being_shown(token: str) -> None:
     with pytest.raises(ValueError) as refused:
-        Client("http://hub", token)
+        Client("https://hub", token)
     assert str(refused.value) == "the token has characters that no token has"
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -94,11 +95,13 @@ class _Answer:
 
 
 class Client:
-    """Asks one hub. `base_url` is http(s)://host[:port][/prefix].
+    """Asks one hub. `base_url` is https://host[:port][/prefix]; http:// for the node's own host alone.
 
-    Over anything but the node's own host, use https: the token is sent as it is. Where the hub's public key
-    is known beforehand, give it as `hub_public_key`: no signature is then made for another hub, and no other
-    hub's configuration is taken. Without it, the hub is who the connection leads to.
+    The token is sent as it is: `allow_http` takes http:// to other hosts, for networks that are trusted with
+    it. Where the hub's public key is known beforehand, give it as `hub_public_key`: no signature is then made
+    for another hub, and no other hub's configuration is taken. Without it, the hub is who the connection
+    leads to. With `require_proof` a hub that asks for no proofs is refused: without them, what answers need
+    not be a hub at all, and whoever has the token can join under the node's name.
     """
 
     def __init__(  # noqa: PLR0913 - each has a default that is right for most
@@ -107,6 +110,8 @@ class Client:
         token: str | None = None,
         *,
         hub_public_key: str | None = None,
+        allow_http: bool = False,
+        require_proof: bool = False,
         timeout: float = 10.0,
         attempts: int = 5,
         tls: ssl.SSLContext | None = None,
@@ -126,6 +131,10 @@ class Client:
             or not _VISIBLE.fullmatch(url.path)
         ):
             raise ValueError("base_url is http(s)://host[:port][/prefix]")
+        if url.scheme == "http" and not allow_http and not _is_loopback(url.hostname):
+            raise ValueError(
+                "http:// shows the token to the network: use https://, or allow_http=True"
+            )
         self._host, self._port, self._prefix = url.hostname, url.port, url.path.rstrip("/")
         self._tls = (tls or ssl.create_default_context()) if url.scheme == "https" else None
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -136,6 +145,7 @@ class Client:
                 raise ValueError("the token has characters that no token has")
             self._headers["Authorization"] = f"Bearer {token}"
         self._hub_public_key = None if hub_public_key is None else WireGuardKey.parse(hub_public_key)
+        self._require_proof = require_proof
         self._timeout = timeout
         self._attempts = attempts
         self._sleep = sleep
@@ -192,9 +202,14 @@ class Client:
         return configuration
 
     def _proofs(self, node: Node, body: bytes) -> dict[str, str]:
-        """Return the headers that prove both keys, made anew each time; none where the hub asks for none."""
+        """Return the headers that prove both keys, made anew each time; none where the hub asks for none.
+
+        Raises AnswerError for that where `require_proof` was given.
+        """
         request = json.dumps({"wireguard_public_key": node.wireguard_public_key}).encode()
         answer = self._post(CHALLENGE_PATH, request, {})
+        if answer.status == HTTPStatus.NOT_FOUND and self._require_proof:
+            raise AnswerError("the hub asks for no proof, and this client requires one")
         if answer.status == HTTPStatus.NOT_FOUND:
             return {}
         if answer.status != HTTPStatus.OK:
@@ -241,6 +256,13 @@ class Client:
         if self._tls is None:
             return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout)
         return http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout, context=self._tls)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _ed25519(raw: bytes) -> Ed25519PrivateKey:
