@@ -2,7 +2,8 @@
 
     ProvisioningError
     ├── InvalidCredentialsError     the request can never succeed as it stands
-    ├── DuplicatePeerError          the node or the key is already known
+    ├── DuplicatePeerError          the node is already known
+    │   └── KeyTakenError           the WireGuard key is
     ├── PeerNotFoundError           nobody of that name
     ├── IPPoolExhaustedError        no address is left
     │   └── PeerLimitError          the interface takes no more peers, however many addresses there are
@@ -56,7 +57,7 @@ class InvalidCredentialsError(ProvisioningError):
 
 
 class DuplicatePeerError(ProvisioningError):
-    """The node is already provisioned, or another node holds its WireGuard key.
+    """The node is already provisioned.
 
     existing_config is what this caller may know of the peer in its way: everything, its name and
     address, or nothing.
@@ -68,9 +69,19 @@ class DuplicatePeerError(ProvisioningError):
         self.existing_config = existing_config
 
     def __str__(self) -> str:
-        if self.existing_config:
-            return f"Peer {self.peer_id} is already provisioned"
-        return f"The WireGuard public key of {self.peer_id} is already provisioned for another peer"
+        return f"Peer {self.peer_id} is already provisioned"
+
+
+class KeyTakenError(DuplicatePeerError):
+    """A peer holds the WireGuard key already; the caller learns nothing of that peer."""
+
+    def __init__(self, peer_id: str) -> None:
+        super().__init__(peer_id, {})
+        # What a pickle makes it from.
+        self.args = (peer_id,)
+
+    def __str__(self) -> str:
+        return f"The WireGuard public key sent for {self.peer_id} is already provisioned"
 
 
 class PeerNotFoundError(ProvisioningError):

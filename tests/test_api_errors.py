@@ -16,6 +16,7 @@ ANSWERS: list[tuple[errors.ProvisioningError, int, str | None]] = [
     (errors.ProvisioningError("why"), 503, "5"),
     (errors.InvalidCredentialsError("field", "reason"), 422, None),
     (errors.DuplicatePeerError("node-1", {}), 409, None),
+    (errors.KeyTakenError("node-1"), 409, None),
     (errors.PeerNotFoundError("node-1"), 404, None),
     (POOL_FULL, 503, "60"),
     (errors.PeerLimitError("wg0", 65536), 503, "60"),

@@ -783,6 +783,7 @@ def test_every_error_survives_pickle() -> None:
     samples: list[Exception] = [
         errors.InvalidCredentialsError("field", "reason"),
         errors.DuplicatePeerError("node", {"a": 1}),
+        errors.KeyTakenError("node"),
         errors.PeerNotFoundError("node"),
         errors.IPPoolExhaustedError("10.0.0.0/24", 253),
         errors.PeerLimitError("wg0", 65536),

@@ -11,6 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from backend.errors import (
     AddressTakenError,
     DuplicatePeerError,
+    KeyTakenError,
     OvertakenError,
     PeerNotFoundError,
     ProvisioningError,
@@ -247,4 +248,7 @@ def _refusal(connection: sa.Connection, peer: Peer) -> ProvisioningError:
     )
     if connection.scalar(address_taken) is not None:
         return AddressTakenError(str(peer.address))
-    return DuplicatePeerError(peer.node_id, {})
+    name_taken = sa.select(peers.c.node_id).where(peers.c.node_id == peer.node_id)
+    if connection.scalar(name_taken) is not None:
+        return DuplicatePeerError(peer.node_id, {})
+    return KeyTakenError(peer.node_id)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
-from backend.errors import AddressTakenError, DuplicatePeerError, ProvisioningError
+from backend.errors import AddressTakenError, KeyTakenError, ProvisioningError
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.peer_limit import PeerLimit
@@ -49,7 +49,7 @@ class HandMadePeers:
     def conflict(self, peer: Peer) -> ProvisioningError | None:
         """Return why this peer can't be added beside them, or None."""
         if self.hold(peer.wireguard_public_key):
-            return DuplicatePeerError(peer.node_id, {})
+            return KeyTakenError(peer.node_id)
         if self._pool.is_external(peer.address):
             return AddressTakenError(str(peer.address))
         return None

@@ -15,13 +15,13 @@ from backend.errors import (
     DuplicatePeerError,
     InvalidCredentialsError,
     IPPoolExhaustedError,
+    KeyTakenError,
     PeerNotFoundError,
     ProvisioningError,
     UnauthenticatedError,
 )
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE, Caller
-from backend.models.identity import NodeIdentity
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.provisioning import (
     PeerConfiguration,
@@ -35,6 +35,7 @@ from backend.services.hub_committer import HubCommitter
 from backend.services.hub_history import UNRECORDED_PUBLIC_KEY
 from backend.services.idempotency import IdempotencyKey, RecentAnswers
 from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.known_peers import is_same, may_know_address
 from backend.services.outcomes import after, fail, pass_on, succeed
 from backend.services.ports import Action, Change, Peer
 from backend.services.readiness import Readiness
@@ -270,6 +271,10 @@ class WireGuardProvisioningService:
     def _provision(self, asked: _Request, answer: Future[Peer]) -> None:
         request = asked.body
         self.door.check_node(asked.caller, request.node_id)
+        if request.wireguard_public_key == self._hand_made.hub_key:
+            raise InvalidCredentialsError(
+                "wireguard_public_key", "this is the hub's own key; send the public half of the node's own"
+            )
         with self._lock:
             entries = (self._by_node.get(request.node_id), self._by_key.get(request.wireguard_public_key))
             undecided = _undecided(*entries)
@@ -294,26 +299,29 @@ class WireGuardProvisioningService:
 
     def _refuse_known(self, asked: _Request, by_node: _Entry | None, by_key: _Entry | None) -> _Entry | None:
         """Refuse what is known, and return the entry where all that is known of the node is from the hub."""
-        node_id, key = asked.body.node_id, asked.body.wireguard_public_key
-        retried = by_node is not None and _is_same(asked, by_node.peer)
+        body, caller = asked.body, asked.caller
+        same = by_node is not None and is_same(body, caller.identity, by_node.peer)
         # Of a token that is used up one use is left: to ask again what was asked with it.
-        own = retried and by_node is not None and by_node.peer.token_id == asked.caller.token_id
-        if self.door.used_up(asked.caller) and not own:
-            raise UnauthenticatedError("used_up", asked.caller.token_id)
-        if by_node is not None:
-            peer = by_node.peer
-            if retried and (own or asked.caller.operates or asked.caller.identity is not None):
-                if peer.public_key == UNRECORDED_PUBLIC_KEY:
-                    return by_node
-                raise self._known_whole(peer)
-            raise DuplicatePeerError(node_id, {"node_id": node_id, "assigned_ip": str(peer.address)})
-        if by_key is not None or self._hand_made.hold(key):
-            raise DuplicatePeerError(node_id, {})
-        if key == self._hand_made.hub_key:
-            raise InvalidCredentialsError(
-                "wireguard_public_key", "this is the hub's own key; send the public half of the node's own"
-            )
-        return None
+        if self.door.used_up(caller) and not (same and by_node and by_node.peer.token_id == caller.token_id):
+            raise UnauthenticatedError("used_up", caller.token_id)
+        may_know = by_node is not None and may_know_address(body, caller, by_node.peer)
+        # The key first, or a key that can't be provisioned would tell which node_ids are, and cost no use.
+        self._refuse_taken(body, by_node if may_know else None, by_key)
+        if by_node is None:
+            return None
+        peer = by_node.peer
+        if may_know and same:
+            if peer.public_key == UNRECORDED_PUBLIC_KEY:
+                return by_node
+            raise self._known_whole(peer)
+        known = {"node_id": peer.node_id, "assigned_ip": str(peer.address)} if may_know else {}
+        raise DuplicatePeerError(peer.node_id, known)
+
+    def _refuse_taken(self, body: ProvisioningRequest, own: _Entry | None, by_key: _Entry | None) -> None:
+        """Refuse a key that a peer has already, unless it is the caller's own."""
+        hand_made = by_key is None and self._hand_made.hold(body.wireguard_public_key)
+        if hand_made or by_key not in {None, own}:
+            raise KeyTakenError(body.node_id)
 
     def _known_whole(self, peer: Peer) -> DuplicatePeerError:
         return DuplicatePeerError(peer.node_id, json.loads(self._configurations.json(peer)))
@@ -450,20 +458,6 @@ def _record(request: ProvisioningRequest, peer: Peer) -> ProvisioningRecord:
         version=request.version,
         metadata=request.metadata,
     )
-
-
-def _is_same(asked: _Request, peer: Peer) -> bool:
-    """Say whether this is a peer's own request once more: the node is the same, and both keys are."""
-    if asked.body.node_id != peer.node_id or asked.body.wireguard_public_key != peer.wireguard_public_key:
-        return False
-    if peer.public_key in {asked.body.public_key, UNRECORDED_PUBLIC_KEY}:
-        return True
-    # One key can be written in several ways; whose it is was proved.
-    identity = asked.caller.identity
-    try:
-        return identity is not None and NodeIdentity.parse(peer.public_key) == identity
-    except ValueError:
-        return False
 
 
 def _undecided(*entries: _Entry | None) -> Future[None] | None:

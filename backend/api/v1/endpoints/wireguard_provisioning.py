@@ -35,7 +35,8 @@ class DuplicatePeer(BaseModel):
     message: str = Field(examples=["Peer swarm-node-001 is already provisioned"])
     existing_config: PeerConfiguration | dict[str, str] = Field(
         description="Whole where the node and both keys are the same; node_id and assigned_ip where the key "
-        "is another one; empty where another node holds the WireGuard key."
+        "is another one; empty where another node holds the WireGuard key, and for a caller that is neither "
+        "an operator nor shows the peer's own token or proven identity."
     )
 
 

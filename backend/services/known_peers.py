@@ -1,0 +1,35 @@
+"""Whose request meets a peer that is there already, and how much of that peer its caller may know."""
+
+from backend.models.access.callers import Caller
+from backend.models.identity import NodeIdentity
+from backend.models.wireguard.provisioning import ProvisioningRequest
+from backend.services.hub_history import UNRECORDED_PUBLIC_KEY
+from backend.services.ports import Peer
+
+
+def is_same(body: ProvisioningRequest, identity: NodeIdentity | None, peer: Peer) -> bool:
+    """Say whether this is a peer's own request once more: the node is the same, and both keys are.
+
+    `identity` is the one that the request's sender proved, if it had to.
+    """
+    if body.node_id != peer.node_id or body.wireguard_public_key != peer.wireguard_public_key:
+        return False
+    return peer.public_key in {body.public_key, UNRECORDED_PUBLIC_KEY} or _is(identity, peer)
+
+
+def may_know_address(body: ProvisioningRequest, caller: Caller, peer: Peer) -> bool:
+    """Say whether the caller may know the address of the peer that has the node_id it asks for."""
+    if caller.operates or (caller.token_id is not None and caller.token_id == peer.token_id):
+        return True
+    if peer.public_key == UNRECORDED_PUBLIC_KEY:
+        # Nothing is known of the node but its WireGuard key, which is proved with the identity.
+        return caller.identity is not None and body.wireguard_public_key == peer.wireguard_public_key
+    return _is(caller.identity, peer)
+
+
+def _is(identity: NodeIdentity | None, peer: Peer) -> bool:
+    """Say whether a peer's public_key is this identity: one key can be written in several ways."""
+    try:
+        return identity is not None and NodeIdentity.parse(peer.public_key) == identity
+    except ValueError:
+        return False
