@@ -132,9 +132,7 @@ class Client:
         ):
             raise ValueError("base_url is http(s)://host[:port][/prefix]")
         if url.scheme == "http" and not allow_http and not _is_loopback(url.hostname):
-            raise ValueError(
-                "http:// shows the token to the network: use https://, or allow_http=True"
-            )
+            raise ValueError("http:// shows the token to the network: use https://, or allow_http=True")
         self._host, self._port, self._prefix = url.hostname, url.port, url.path.rstrip("/")
         self._tls = (tls or ssl.create_default_context()) if url.scheme == "https" else None
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
