@@ -128,7 +128,7 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except (StartRefusedError, ProvisioningError) as exc:
-        from backend.models.access.credentials import redacted
+        from backend.models.access.secret_text import redacted
 
         typer.echo(f"error: {redacted(str(exc))}", err=True)
         raise typer.Exit(1) from None

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from backend.models.access.credentials import Secret, TokenRequest
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.models.wireguard.provisioning import (
     METADATA_MAX_BYTES,
@@ -107,6 +108,19 @@ def test_capabilities_have_the_defaults_that_callers_rely_on() -> None:
         "memory_mb": 1024,
         "models": [],
     }
+
+
+@pytest.mark.parametrize("form", ["{}", "node-{}", "{}-{}"])
+def test_a_credential_in_place_of_a_name_is_refused_and_not_repeated(form: str) -> None:
+    secret = Secret.generate().reveal()
+    text = form.format(secret, "x")
+    with pytest.raises(ValidationError, match="this is a credential") as refused:
+        ProvisioningRequest.model_validate(provision_body(text))
+    assert secret not in str(refused.value.errors(include_input=False, include_context=False))
+    with pytest.raises(ValidationError, match="this is a credential"):
+        TokenRequest(node_id_pattern=text)
+    # A credential's ID alone is no secret.
+    assert ProvisioningRequest.model_validate(provision_body(secret[:20])).node_id == secret[:20]
 
 
 @pytest.mark.parametrize("value", [True, "1", 1.5, None])

@@ -4,7 +4,7 @@ import logging
 import time
 from typing import Final
 
-from backend.models.access.credentials import redacted
+from backend.models.access.secret_text import redacted
 
 # uvicorn's: address, method, path, HTTP's version, status.
 _ACCESS_ARGUMENTS: Final = 5

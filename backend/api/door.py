@@ -32,7 +32,8 @@ from backend.errors import (
 )
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import Caller, CallerKind
-from backend.models.access.credentials import Permission, redacted
+from backend.models.access.credentials import Permission
+from backend.models.access.secret_text import redacted
 from backend.models.identity import NodeIdentity
 from backend.models.wireguard.provisioning import ProvisioningRequest
 from backend.services.door import Door, Proof

@@ -36,7 +36,7 @@ from backend.errors import (
     RecordsUnavailableError,
     UnauthenticatedError,
 )
-from backend.models.access.credentials import redacted
+from backend.models.access.secret_text import redacted
 
 # The nearest class in an error's line of descent counts.
 STATUS: Final[dict[type[ProvisioningError], int]] = {

@@ -190,11 +190,15 @@ def misuse_everything(ear: Ear, secrets: Iterable[str], admin: str) -> None:
             json.dumps({**provision_body("node-9"), "wireguard_public_key": f"{secret}{secret}"}),
             json.dumps({**provision_body("node-9"), "version": secret}),
             json.dumps({**provision_body("node-9"), "node_id": f"{secret}!"}),
+            # Every character of a credential may stand in a name.
+            json.dumps({**provision_body("node-9"), "node_id": secret}),
+            json.dumps({**provision_body("node-9"), "node_id": f"node-{secret}"}),
             json.dumps({**provision_body("node-9"), "capabilities": {"gpu_count": secret}}),
             json.dumps({**provision_body("node-9"), "unknown": secret}),
             json.dumps({"wireguard_public_key": f"{secret}="}),
             json.dumps({"role": secret}),
             json.dumps({"max_uses": secret, "source_cidr": secret, "node_id_pattern": f"{secret}!"}),
+            json.dumps({"node_id_pattern": f"*{secret}"}),
             secret,
         ):
             for path in (PROVISION, f"{API}/challenge", f"{API}/tokens", f"{API}/keys"):

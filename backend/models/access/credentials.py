@@ -1,7 +1,6 @@
 """Enrolment tokens and operator keys: what is kept of them, and their shapes over HTTP."""
 
 import hmac
-import re
 import secrets
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -21,11 +20,11 @@ from pydantic import (
 )
 
 from backend.models.access.node_patterns import NODE_ID_GLOB, parse_pattern, pattern_matches
+from backend.models.access.secret_text import SECRET_TEXT, require_no_secret
 from backend.models.strict import StrictModel
 from backend.models.wireguard.provisioning import UtcSecond
 
 CREDENTIAL_ID_PATTERN: Final = r"^[0-9a-f]{16}$"
-_TEXT: Final = re.compile(r"ocw_([0-9a-f]{16})_([0-9a-f]{64})")
 _HOUR: Final = 3600
 _YEAR: Final = 365 * 24 * _HOUR
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
@@ -99,7 +98,7 @@ class Secret:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read what a caller sent; raise a ValueError that doesn't repeat it."""
-        found = _TEXT.fullmatch(text)
+        found = SECRET_TEXT.fullmatch(text)
         if found is None:
             raise ValueError("a credential is ocw_, 16 hexadecimal digits, _, and 64 more, in lower case")
         return cls(found[1], found[2])
@@ -122,11 +121,6 @@ class Secret:
     def __reduce__(self) -> NoReturn:
         # What is pickled may end in a file or a database, where no secret may come.
         raise TypeError("a secret is not pickled")
-
-
-def redacted(text: str) -> str:
-    """Return a text without the secrets of the credentials in it, for whoever repeats what was sent."""
-    return _TEXT.sub(r"ocw_\1_***", text) if "ocw_" in text else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +229,7 @@ NodeIdPattern = Annotated[
     str,
     StringConstraints(max_length=128),
     AfterValidator(parse_pattern),
+    AfterValidator(require_no_secret),
     Field(
         description="Only nodes of such a name are let in: `*` is any run of characters, `?` any one.",
         examples=["swarm-node-*"],

@@ -17,6 +17,7 @@ from pydantic import (
     StringConstraints,
 )
 
+from backend.models.access.secret_text import require_no_secret
 from backend.models.strict import StrictModel
 from backend.models.wireguard.keys import WireGuardKey
 
@@ -79,6 +80,8 @@ def _bounded_metadata(value: Any) -> Any:
 NodeId = Annotated[
     str,
     StringConstraints(pattern=NODE_ID_PATTERN),
+    # A name is repeated in the records, the config, the audit log and the answers.
+    AfterValidator(require_no_secret),
     Field(description="The node's name, unique in the swarm.", examples=["swarm-node-001"]),
 ]
 PeerPublicKey = Annotated[
