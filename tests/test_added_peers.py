@@ -13,7 +13,7 @@ from backend.models.wireguard.provisioning import ProvisioningRequest
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_config_text import parse, strip
 from backend.settings import ReloadMode, Settings
-from tests.harness.requests import provision_body
+from tests.harness.requests import other_spelling, provision_body
 from tests.harness.requirements import require
 
 _KEYS: Final = tuple(WireGuardPrivateKey(bytes([number + 1] * 32)).public_key() for number in range(4))
@@ -171,3 +171,17 @@ def test_service_keeps_such_a_peer_and_hands_out_nothing_of_it(path: Path, setti
         service.provision_peer(request, 30)
         assert list(service.list_provisioned_peers()) == ["node-1", "node-3"]
         assert _KEYS[0] not in path.read_text()
+
+
+def test_key_of_the_operators_peer_is_refused_in_its_canonical_spelling_too(
+    path: Path, manager: WireGuardConfigManager
+) -> None:
+    path.write_text(_HUB.replace(_KEYS[3], other_spelling(_KEYS[3])))
+    before = path.read_text()
+    for key, said in (
+        (_KEYS[3], "a hand-made peer has that key"),
+        (other_spelling(_KEYS[0]), "second spelling"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            manager.add_peer(key, ["10.0.0.7/32"])
+    assert path.read_text() == before

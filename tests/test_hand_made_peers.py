@@ -11,7 +11,7 @@ from backend.services.hand_made_peers import HandMadePeers
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.ports import Peer
 from backend.services.wireguard_config_manager import ForeignPeer
-from tests.harness.requests import new_key
+from tests.harness.requests import new_key, other_spelling
 
 THEIRS = WireGuardKey.parse(new_key())
 OURS = WireGuardKey.parse(new_key())
@@ -50,6 +50,13 @@ def test_a_key_of_theirs_is_shared(hand_made: HandMadePeers) -> None:
     assert isinstance(conflict, DuplicatePeerError)
     # Not a word about whose it is.
     assert conflict.existing_config == {}
+
+
+def test_a_key_of_theirs_in_another_spelling_is_shared_too(hand_made: HandMadePeers) -> None:
+    hand_made.note([ForeignPeer(other_spelling(OURS), ())], HUB)
+    assert hand_made.hold(OURS)
+    assert hand_made.share({OURS: IPv4Address("10.0.0.2")})
+    assert isinstance(hand_made.conflict(peer(OURS, "10.0.0.2")), DuplicatePeerError)
 
 
 @pytest.mark.parametrize("address", ["10.0.0.7", "10.0.0.12", "10.1.0.8"])

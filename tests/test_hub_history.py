@@ -20,6 +20,7 @@ from backend.services.hub_mark import HubMark, Mark
 from backend.services.ports import Peer, RecordedState
 from backend.services.removal_guard import FoundPeers, HubPeer, RemovalGuard, is_many, stepped_back
 from backend.services.wireguard_config_text import ManagedPeer
+from tests.harness.requests import new_key, other_spelling
 
 KEYS = [WireGuardPrivateKey(bytes([n] * 32)).public_key() for n in range(1, 41)]
 NOW = datetime(2026, 2, 19, 12, tzinfo=UTC)
@@ -192,3 +193,8 @@ def test_a_mark_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pyte
 def test_a_key_of_the_interface_that_is_none_of_a_node_is_not_adopted() -> None:
     zero = WireGuardKey.trusted("A" * 43 + "=")
     assert adopt([HubPeer(zero, None, frozenset({"10.0.0.2/32"}))], (), NOW).peers == []
+
+
+def test_a_peer_whose_key_is_a_second_spelling_is_adopted_like_any_other() -> None:
+    found = HubPeer(other_spelling(new_key()), "node-1", frozenset({"10.0.0.2/32"}))
+    assert [peer.wireguard_public_key for peer in adopt([found], (), NOW).peers] == [found.public_key]

@@ -2,14 +2,18 @@
 
 import base64
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey, canonical_spelling
+from tests.harness.requests import new_key
 from tests.harness.requirements import require
 from tests.harness.torture import tried
 from tests.harness.wireguard import genkey
@@ -76,8 +80,9 @@ def test_our_verdict_on_a_key_is_that_of_wg(tmp_path: Path, text: str) -> None:
         WireGuardKey.parse(text)
     except ValueError as exc:
         verdict = str(exc)
-    # The one thing that we know better: a key that is spelled right, and nobody's.
-    assert (verdict == "fine" or "low order" in verdict) == wg_accepts(text, tmp_path)
+    # What we know better: a key that is nobody's, and one that is another's, too.
+    known = verdict == "fine" or "low order" in verdict or "second spelling" in verdict
+    assert known == wg_accepts(text, tmp_path)
 
 
 @given(st.text())
@@ -102,6 +107,42 @@ def test_a_point_of_low_order_is_nobodys_key(u: int, top_bit: int) -> None:
     # The key agreement ignores the top bit, so that bit makes no other key of it.
     with pytest.raises(ValueError, match="low order"):
         WireGuardKey.parse(spell(u + top_bit))
+
+
+def second_spellings(key: str) -> list[str]:
+    """Return the other texts that a key agreement, OpenSSL's, takes for this key."""
+    private = X25519PrivateKey.generate()
+
+    def agree(text: str) -> bytes:
+        return private.exchange(X25519PublicKey.from_public_bytes(base64.b64decode(text)))
+
+    u = int.from_bytes(base64.b64decode(key), "little")
+    found = [spell(other) for other in (u + 2**255, u + P, u + P + 2**255) if other < 2**256]
+    return [text for text in found if agree(text) == agree(key)]
+
+
+@pytest.mark.parametrize("u", [pytest.param(9, id="base-point"), pytest.param(None, id="any")])
+def test_a_second_spelling_gives_the_holder_of_one_private_key_no_second_address(u: int | None) -> None:
+    key = new_key() if u is None else spell(u)
+    others = second_spellings(key)
+    assert len(others) == (1 if u is None else 3)
+    for text in others:
+        with pytest.raises(ValueError, match="second spelling") as refused:
+            WireGuardKey.parse(text)
+        assert text not in str(refused.value)
+        assert canonical_spelling(text) == key
+        # What was let in before goes on.
+        assert WireGuardKey.parse_written(text) == text
+    assert accepted(key)
+    assert canonical_spelling(key) == key
+
+
+@given(keys)
+def test_the_published_pattern_refuses_no_key_that_is_taken(text: str) -> None:
+    pattern = TypeAdapter(WireGuardKey).json_schema()["pattern"]
+    top_bit = base64.b64decode(text)[31] & 0x80
+    assert (re.search(pattern, text) is None) == bool(top_bit)
+    assert not (top_bit and accepted(text))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services import wireguard_config_manager, wireguard_config_text
 from backend.services.wireguard_config_manager import ForeignPeer, ManagedPeer, WireGuardConfigManager
 from backend.services.wireguard_config_text import InvalidConfigError, parse, render, strip
+from tests.harness.requests import other_spelling
 from tests.harness.requirements import require
 from tests.harness.torture import tried
 
@@ -139,6 +140,15 @@ def test_foreign_text_comes_back_exactly_with_and_without_its_last_newline(forei
     parsed = parse(render(foreign, peers))
     assert parsed.foreign == foreign
     assert parsed.managed_peers == peers
+
+
+@pytest.mark.parametrize("edited", [b"", b"\n# by hand\n"])
+def test_a_block_of_ours_whose_key_is_a_second_spelling_is_still_ours(edited: bytes) -> None:
+    """Earlier versions let such keys in. Taken for hand-made, it would never go again."""
+    peer = ManagedPeer("node-0", WireGuardKey.parse_written(other_spelling(_KEYS[0])), _peer(0).address)
+    parsed = parse(render(_MINIMAL, [peer, _peer(1)]) + edited)
+    assert parsed.managed_peers == (peer, _peer(1))
+    assert parsed.foreign_peers == ()
 
 
 def test_text_that_an_operator_put_behind_our_blocks_moves_before_them_in_order() -> None:

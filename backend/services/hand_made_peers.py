@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 from backend.errors import AddressTakenError, KeyTakenError, ProvisioningError
-from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.keys import WireGuardKey, canonical_spelling
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.peer_limit import PeerLimit
 from backend.services.ports import Peer
@@ -17,6 +17,8 @@ class HandMadePeers:
     def __init__(self, pool: IPPoolManager, limit: PeerLimit | None = None) -> None:
         self._pool = pool
         self._limit = limit or PeerLimit()
+        self._count = 0
+        # Canonical: another spelling would give the holder of one private key a second address.
         self._keys: frozenset[str] = frozenset()
         self._hub_key: WireGuardKey | None = None
 
@@ -24,12 +26,14 @@ class HandMadePeers:
         """Take over what the file says now."""
         networks = (network for peer in peers for network in peer.allowed_ips)
         self._pool.set_external(network for network in networks if isinstance(network, IPv4Network))
-        self._keys = frozenset(peer.public_key for peer in peers)
+        keys = {peer.public_key for peer in peers}
+        self._count = len(keys)
+        self._keys = frozenset(map(canonical_spelling, keys))
         self._hub_key = hub_key
 
     def require_room_beside(self, ours: int) -> None:
         """Raise PeerLimitError where the interface takes no more than them and so many of our peers."""
-        self._limit.require_room(ours + len(self._keys))
+        self._limit.require_room(ours + self._count)
 
     @property
     def hub_key(self) -> WireGuardKey:
@@ -39,12 +43,15 @@ class HandMadePeers:
         return self._hub_key
 
     def hold(self, key: WireGuardKey) -> bool:
-        """Say whether one of them has this key."""
+        """Say whether one of them has this key, which is one that `parse` takes, in whichever spelling."""
         return key in self._keys
 
     def share(self, ours: Mapping[WireGuardKey, IPv4Address]) -> bool:
         """Say whether one of them has the key or the address of one of these peers of ours, too."""
-        return any(key in self._keys or self._pool.is_external(address) for key, address in ours.items())
+        return any(
+            canonical_spelling(key) in self._keys or self._pool.is_external(address)
+            for key, address in ours.items()
+        )
 
     def conflict(self, peer: Peer) -> ProvisioningError | None:
         """Return why this peer can't be added beside them, or None."""

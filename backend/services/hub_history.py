@@ -48,7 +48,7 @@ def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer], at: datetime) -> A
     for peer in reversed(list(found)):
         address = _only_address(peer)
         try:
-            key = WireGuardKey.parse(peer.public_key)
+            key = WireGuardKey.parse_written(peer.public_key)
         except ValueError:
             address = None
         if address is None or address in addresses:

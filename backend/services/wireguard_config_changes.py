@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Final, Self
 
-from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey
+from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, canonical_spelling
 from backend.services.wireguard_config_text import InvalidConfigError, ManagedPeer, ParsedConfig, parse
 from backend.services.wireguard_config_values import allowed_ip, check_endpoint
 
@@ -100,7 +100,7 @@ def with_peer(config: ParsedConfig, hub_public_key: WireGuardKey, peer: NewPeer)
         raise ValueError("that is the hub's own key: `wg` would leave the peer out without a word")
     foreign, managed = without_peer(config, peer.public_key) or (config.foreign, config.managed_peers)
     others = config.foreign_peers if foreign == config.foreign else parse(foreign).foreign_peers
-    if any(other.public_key == peer.public_key for other in others):
+    if any(canonical_spelling(other.public_key) == peer.public_key for other in others):
         raise ValueError("a hand-made peer has that key")
     held: set[IPv4Network | IPv6Network] = {IPv4Network(other.address) for other in managed}
     held.update(network for other in others for network in other.allowed_ips)

@@ -178,7 +178,7 @@ def _take_off_blocks(text: bytes) -> tuple[bytes, list[ManagedPeer]]:
         try:
             peer = ManagedPeer(
                 label.decode(),
-                WireGuardKey.parse(key.decode()),
+                WireGuardKey.parse_written(key.decode()),
                 IPv4Address(address.decode()),
                 None if keepalive is None else int(keepalive),
             )
@@ -340,7 +340,7 @@ def _managed_peer(label: str, lines: Iterable[bytes]) -> ManagedPeer | None:
     try:
         for line in lines:
             section.take(line)
-        public_key = WireGuardKey.parse(section.public_key or "")
+        public_key = WireGuardKey.parse_written(section.public_key or "")
     except ValueError:
         return None
     if len(section.allowed_ips) != 1:

@@ -15,6 +15,13 @@ def new_key() -> str:
     return base64.b64encode(X25519PrivateKey.generate().public_key().public_bytes_raw()).decode()
 
 
+def other_spelling(key: str) -> str:
+    """Return the same key with bit 255 set, which the key agreement ignores and `wg` doesn't."""
+    raw = bytearray(base64.b64decode(key))
+    raw[31] |= 0x80
+    return base64.b64encode(raw).decode()
+
+
 def provision_body(node_id: str, key: str | None = None, **over: Any) -> dict[str, Any]:
     """Return the body of a valid request, with the fields in `over` put over it."""
     return {

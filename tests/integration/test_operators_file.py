@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import new_key, other_spelling, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import in_file, listed, settings_for, without_ours
 from tests.harness.wireguard import HubInterface
@@ -144,3 +144,27 @@ def test_a_file_broken_by_hand_turns_readiness_red_and_is_left_as_it_is(
     path.write_text(whole)
     assert service.client.delete(f"{PEERS}/node-1").status_code == 200
     assert service.client.get("/readyz").status_code == 200
+
+
+def test_a_hand_made_peer_whose_key_is_a_second_spelling_stays_and_keeps_its_key_to_itself(
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+) -> None:
+    """`wg` and the interface take any 32 bytes, and show them as they are."""
+    key = new_key()
+    other = other_spelling(key)
+    path = hub_interface.config_path
+    text = f"{path.read_text()}\n[Peer]\nPublicKey = {other}\nAllowedIPs = 10.0.0.7/32\n"
+    path.write_text(text)
+    service = start_service(settings_for(hub_interface, tmp_path))
+    assert hub_interface.peers() == {other: {"10.0.0.7/32"}}
+    refused = service.client.post(PROVISION, json=provision_body("node-1", key))
+    assert (refused.status_code, refused.json()["detail"]["existing_config"]) == (409, {})
+    again = service.client.post(PROVISION, json=provision_body("node-1", other))
+    assert again.status_code == 422
+    assert "second spelling" in again.json()["detail"][0]["msg"]
+    assert service.client.post(PROVISION, json=provision_body("node-2")).status_code == 200
+    assert service.client.delete(f"{PEERS}/node-2").status_code == 200
+    service.restart()
+    assert hub_interface.peers() == {other: {"10.0.0.7/32"}}
+    assert path.read_text() == text
+    assert "interface_drifted" not in service.log

@@ -17,9 +17,12 @@ _KEY_CHARACTERS: Final = 44
 KEY_PATTERN: Final = r"^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"
 _CANONICAL: Final = re.compile(KEY_PATTERN[1:-1])
 
+# The same of a public key: of the last bytes' bits, the highest isn't set in any that `wg pubkey` prints.
+_PUBLIC_KEY_PATTERN: Final = r"^[A-Za-z0-9+/]{41}[A-HQ-Xg-nw-z0-3][AEIMQUYcgkosw048]=$"
+
 _P: Final = 2**255 - 19
-# The u-coordinates of order 1, 2, 4 and 8 on Curve25519 and on its twist, with their spellings above
-# p: a key agreement with any of them gives a secret that everybody knows (RFC 7748, section 6.1).
+# The u-coordinates of order 1, 2, 4 and 8 on Curve25519 and on its twist: a key agreement with any of
+# them gives a secret that everybody knows (RFC 7748, section 6.1).
 _LOW_ORDER: Final = frozenset(
     {
         0,
@@ -27,8 +30,6 @@ _LOW_ORDER: Final = frozenset(
         325606250916557431795983626356110631294008115727848805560023387167927233504,
         39382357235489614581723060781553021112529911719440698176882885853963445705823,
         _P - 1,
-        _P,
-        _P + 1,
     }
 )
 
@@ -42,21 +43,49 @@ def _decode(text: str) -> bytes:
     return base64.b64decode(text)
 
 
-class WireGuardKey(str):
-    """A public key in the one spelling that `wg` takes: 44 characters of base64 for 32 bytes.
+def _coordinate(raw: bytes) -> int:
+    """Return the u-coordinate that the key agreement makes of 32 bytes (RFC 7748, section 5)."""
+    return (int.from_bytes(raw, "little") & (2**255 - 1)) % _P
 
-    It is a ``str``, so it can be written, compared and bound to SQL as it is. Only :meth:`parse` makes one.
+
+def canonical_spelling(text: str) -> str:
+    """Return the one spelling that `wg pubkey` has for a key that is in a config or on an interface.
+
+    The key agreement ignores bit 255 and counts modulo 2^255-19, so a key has at least one other spelling,
+    which is another peer for `wg` and the interface.
+    """
+    return base64.b64encode(_coordinate(base64.b64decode(text)).to_bytes(_KEY_BYTES, "little")).decode()
+
+
+class WireGuardKey(str):
+    """A public key: 44 characters of base64 for 32 bytes.
+
+    It is a ``str``, so it can be written, compared and bound to SQL as it is.
     """
 
     __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Check the spelling and the point; raise a ValueError that says what is wrong."""
-        # RFC 7748, section 5: the top bit is ignored by the key agreement.
-        u = int.from_bytes(_decode(text), "little") & (2**255 - 1)
-        if u in _LOW_ORDER:
+        """Take a key in the one spelling that `wg pubkey` has; raise a ValueError that says what is wrong."""
+        raw = _decode(text)
+        if _coordinate(raw) in _LOW_ORDER:
             raise ValueError("a point of low order is nobody's key; make one with `wg genkey | wg pubkey`")
+        if int.from_bytes(raw, "little") >= _P:
+            raise ValueError(
+                "a second spelling of another key, not below 2^255-19 (RFC 7748, section 5); use what "
+                "`wg pubkey` prints, unchanged"
+            )
+        return cls(text)
+
+    @classmethod
+    def parse_written(cls, text: str) -> Self:
+        """Take a key that the hub's config has already, in whichever of its spellings; raise a ValueError.
+
+        Earlier versions took all of them from nodes, and to refuse one now would take the node's tunnel down.
+        """
+        if _coordinate(_decode(text)) in _LOW_ORDER:
+            raise ValueError("a point of low order is nobody's key")
         return cls(text)
 
     @classmethod
@@ -74,7 +103,7 @@ class WireGuardKey(str):
     ) -> JsonSchemaValue:
         return {
             "type": "string",
-            "pattern": KEY_PATTERN,
+            "pattern": _PUBLIC_KEY_PATTERN,
             "minLength": 44,
             "maxLength": 44,
             "description": "A WireGuard public key: canonical base64 of 32 bytes, as `wg pubkey` prints it.",
