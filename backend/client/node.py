@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -122,18 +122,8 @@ class Client:
 
         Raises ValueError.
         """
-        url = urlsplit(base_url)
-        extra = url.username or url.query or url.fragment
-        if (
-            url.scheme not in {"http", "https"}
-            or not url.hostname
-            or extra
-            or not _VISIBLE.fullmatch(url.path)
-        ):
-            raise ValueError("base_url is http(s)://host[:port][/prefix]")
-        if url.scheme == "http" and not allow_http and not _is_loopback(url.hostname):
-            raise ValueError("http:// shows the token to the network: use https://, or allow_http=True")
-        self._host, self._port, self._prefix = url.hostname, url.port, url.path.rstrip("/")
+        url = _hub_url(base_url, allow_http=allow_http)
+        self._host, self._port, self._prefix = url.hostname or "", url.port, url.path.rstrip("/")
         self._tls = (tls or ssl.create_default_context()) if url.scheme == "https" else None
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token is not None:
@@ -254,6 +244,16 @@ class Client:
         if self._tls is None:
             return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout)
         return http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout, context=self._tls)
+
+
+def _hub_url(text: str, *, allow_http: bool) -> SplitResult:
+    url = urlsplit(text)
+    extra = url.username or url.query or url.fragment
+    if url.scheme not in {"http", "https"} or not url.hostname or extra or not _VISIBLE.fullmatch(url.path):
+        raise ValueError("base_url is http(s)://host[:port][/prefix]")
+    if url.scheme == "http" and not allow_http and not _is_loopback(url.hostname):
+        raise ValueError("http:// shows the token to the network: use https://, or allow_http=True")
+    return url
 
 
 def _is_loopback(host: str) -> bool:
