@@ -1,5 +1,6 @@
 """The names that Python programs use: modules, keywords, operations and what they return."""
 
+import asyncio
 import json
 import re
 from importlib import import_module
@@ -7,6 +8,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 
@@ -137,3 +139,25 @@ def test_what_cannot_be_is_said_in_a_sentence(hub: dict[str, Any], over: dict[st
 def test_a_misspelt_keyword_is_not_ignored(hub: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="hub_adress"), open_service(**hub, hub_adress="10.9.0.1"):
         pass
+
+
+def test_documented_programs_run_as_they_stand(
+    hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    text = text.replace("/etc/wireguard/wg0.conf", hub["config_path"])
+    service, app, parts = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    for name in ("WIREGUARD_RELOAD", "WIREGUARD_AUTH"):
+        monkeypatch.setenv(name, "off")
+    monkeypatch.setenv("WIREGUARD_CONFIG_PATH", hub["config_path"])
+    run(service)
+    assert capsys.readouterr().out.startswith("10.0.0.2 {'total_addresses': 254, ")
+    run(parts)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(run(app)["app"]), base_url="http://hub")
+    assert asyncio.run(client.get("/api/v1/wireguard/peers")).json() == {}
+
+
+def run(program: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(program, "docs/python.md", "exec"), names)  # noqa: S102 - our own page
+    return names
