@@ -44,6 +44,7 @@ from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.peer_limit import PeerLimit
 from backend.services.ports import Hub
 from backend.services.proof import WireGuardChallenges
+from backend.services.proving import ProofVerifier
 from backend.services.removal_guard import RemovalGuard
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
@@ -96,7 +97,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
                 SqlAccessStore(database),
                 clerk,
                 limits,
-                WireGuardChallenges() if settings.wireguard_require_proof else None,
+                ProofVerifier(WireGuardChallenges()) if settings.wireguard_require_proof else None,
                 local=local,
                 asks=asks,
             ),

@@ -42,7 +42,8 @@ from backend.services.proof import (
     IdentityProof,
     WireGuardChallenges,
     WireGuardProof,
-    check_identity,
+    check_clock,
+    check_signature,
 )
 from tests.harness.service import free_port
 
@@ -187,7 +188,8 @@ class Hub:
         proof = IdentityProof.parse(
             headers.get(TIMESTAMP_HEADER), headers.get(NONCE_HEADER), headers.get(SIGNATURE_HEADER)
         )
-        check_identity(
+        check_clock(proof)
+        check_signature(
             NodeIdentity.parse(asked.public_key),
             proof,
             method="POST",

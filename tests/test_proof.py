@@ -34,7 +34,8 @@ from backend.services.proof import (
     WireGuardChallenges,
     WireGuardProof,
     answer_challenge,
-    check_identity,
+    check_clock,
+    check_signature,
     sign,
     signed_message,
 )
@@ -73,6 +74,11 @@ def clock() -> Clock:
 
 def identity_of(owner: Ed25519PrivateKey) -> NodeIdentity:
     return NodeIdentity(owner.public_key().public_bytes_raw())
+
+
+def check_now(identity: NodeIdentity, proof: IdentityProof, *, clock: Clock, **request_: Any) -> None:
+    check_clock(proof, clock)
+    check_signature(identity, proof, **request_)
 
 
 requests = st.fixed_dictionaries(
@@ -118,12 +124,12 @@ def test_what_is_signed_is_what_the_documentation_says() -> None:
 
 def test_a_signed_request_is_its_owners(owner: Ed25519PrivateKey, clock: Clock) -> None:
     proof = sign(owner, **REQUEST, timestamp=NOW)
-    check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+    check_now(identity_of(owner), proof, **REQUEST, clock=clock)
     headers = proof.headers()
     assert IdentityProof.parse(*headers.values()) == proof
     assert list(headers) == ["X-Node-Timestamp", "X-Node-Nonce", "X-Node-Signature"]
     with pytest.raises(SignatureError):
-        check_identity(identity_of(Ed25519PrivateKey.generate()), proof, **REQUEST, clock=clock)
+        check_now(identity_of(Ed25519PrivateKey.generate()), proof, **REQUEST, clock=clock)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +146,7 @@ def test_a_signature_is_good_for_no_other_request(
 ) -> None:
     proof = sign(owner, **REQUEST, timestamp=NOW)
     with pytest.raises(SignatureError):
-        check_identity(identity_of(owner), proof, **{**REQUEST, **change}, clock=clock)
+        check_now(identity_of(owner), proof, **{**REQUEST, **change}, clock=clock)
 
 
 @pytest.mark.parametrize("change", [{"timestamp": NOW + 1}, {"nonce": "another-nonce-of-mine"}])
@@ -149,7 +155,7 @@ def test_time_and_nonce_are_signed_too(
 ) -> None:
     proof = replace(sign(owner, **REQUEST, timestamp=NOW), **change)
     with pytest.raises(SignatureError):
-        check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+        check_now(identity_of(owner), proof, **REQUEST, clock=clock)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +168,11 @@ def test_the_clock_may_be_a_minute_off_either_way(
     proof = sign(owner, **REQUEST, timestamp=NOW)
     clock.now = NOW + off
     if passes:
-        check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+        check_now(identity_of(owner), proof, **REQUEST, clock=clock)
         assert clock.now <= proof.valid_until
     else:
         with pytest.raises(ClockError):
-            check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+            check_now(identity_of(owner), proof, **REQUEST, clock=clock)
 
 
 def test_a_nonce_is_needed_until_the_clock_refuses_the_request_anyway(
@@ -174,12 +180,12 @@ def test_a_nonce_is_needed_until_the_clock_refuses_the_request_anyway(
 ) -> None:
     # Signed by a clock that is as fast as it may be: good for two minutes.
     proof = sign(owner, **REQUEST, timestamp=NOW + WINDOW_SECONDS)
-    check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+    check_now(identity_of(owner), proof, **REQUEST, clock=clock)
     clock.now = proof.valid_until
-    check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+    check_now(identity_of(owner), proof, **REQUEST, clock=clock)
     clock.now = proof.valid_until + 0.01
     with pytest.raises(ClockError):
-        check_identity(identity_of(owner), proof, **REQUEST, clock=clock)
+        check_now(identity_of(owner), proof, **REQUEST, clock=clock)
 
 
 def test_every_signature_has_a_nonce_of_its_own(owner: Ed25519PrivateKey) -> None:

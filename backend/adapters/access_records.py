@@ -83,8 +83,6 @@ nonces: Final = sa.Table(
     sqlite_with_rowid=False,
 )
 
-Nonce = tuple[str, str]
-
 _CREDENTIAL_FIELDS: Final = tuple(column.name for column in credentials.columns if column.name != "ephemeral")
 
 # Made once: building a statement costs more than running it.
@@ -274,7 +272,9 @@ def forget_answers_before(connection: sa.Connection, moment: datetime) -> int:
     return connection.execute(sa.delete(answers).where(answers.c.created_at < moment)).rowcount
 
 
-def burn_nonces(connection: sa.Connection, given: Iterable[tuple[str, str, datetime]]) -> set[Nonce]:
+def burn_nonces(
+    connection: sa.Connection, given: Iterable[tuple[str, str, datetime]]
+) -> set[tuple[str, str]]:
     """Keep (identity, nonce, expires_at) and return those (identity, nonce) that nobody had used before.
 
     One that is given twice is burnt once: which of the two it was for is the caller's to decide.

@@ -87,11 +87,6 @@ class SqlAccessStore:
         with self._reading() as connection:
             return access_records.find_answer(connection, scope, key_hash)
 
-    def burn_nonce(self, identity: str, nonce: str, expires_at: datetime) -> bool:
-        """Keep a nonce; return False where it was used before."""
-        with self._writing() as connection:
-            return bool(access_records.burn_nonces(connection, [(identity, nonce, expires_at)]))
-
     def tidy(self, now: datetime) -> None:
         """Forget answers and nonces that are no longer needed."""
         with self._writing() as connection:

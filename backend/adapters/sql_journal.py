@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from backend.adapters import access_records, audit_records, hub_records, records
 from backend.adapters.database import Database
 from backend.adapters.postgresql import said
-from backend.errors import RecordsUnavailableError, UnauthenticatedError
+from backend.errors import NonceError, RecordsUnavailableError, UnauthenticatedError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
@@ -175,6 +175,7 @@ class SqlJournal:
     def intend(self, batch: Batch) -> None:
         """Write the batch's records, count the tokens' uses and log who did it, in one transaction."""
         with self._engine.begin() as connection:
+            _burn_nonces(connection, batch.accepted())
             self._removed = records.write_intent(connection, batch)
             _count_uses(connection, batch.accepted())
             accepted = batch.accepted()
@@ -255,6 +256,20 @@ def _tokens(changes: Sequence[Change]) -> Counter[str]:
         for change in changes
         if change.action is Action.ADD and change.peer.token_id is not None
     )
+
+
+def _burn_nonces(connection: sa.Connection, changes: Sequence[Change]) -> None:
+    """Keep the nonces that these changes were signed with, and refuse those whose nonce was used before."""
+    signed = [(change, change.nonce) for change in changes if change.nonce is not None]
+    if not signed:
+        return
+    fresh = access_records.burn_nonces(connection, [nonce for _, nonce in signed])
+    for change, nonce in signed:
+        try:
+            # Taken out: of two that came with the same nonce, one is let in.
+            fresh.remove((nonce.identity, nonce.nonce))
+        except KeyError:
+            change.refusal = NonceError()
 
 
 def _count_uses(connection: sa.Connection, accepted: Sequence[Change]) -> None:

@@ -1,9 +1,6 @@
 """How a request comes to its caller: who it is, whether it may, and that a refusal is on record."""
 
-import asyncio
-import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, TypeVar
 
@@ -11,7 +8,7 @@ from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from backend.api.dependencies import Service, service_for
+from backend.api.dependencies import service_for
 from backend.api.errors import DomainErrorRoute, problem
 from backend.errors import (
     AccessError,
@@ -34,18 +31,7 @@ from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Permission
 from backend.models.access.secret_text import redacted
-from backend.models.identity import NodeIdentity
-from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services.door import Door, Proof
-from backend.services.proof import (
-    CHALLENGE_HEADER,
-    NONCE_HEADER,
-    SIGNATURE_HEADER,
-    TIMESTAMP_HEADER,
-    WIREGUARD_PROOF_HEADER,
-    IdentityProof,
-    WireGuardProof,
-)
+from backend.services.door import Door
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
@@ -160,31 +146,3 @@ Provisioner = Annotated[Caller, Depends(may(Permission.PROVISION))]
 Reader = Annotated[Caller, Depends(may(Permission.READ))]
 Operator = Annotated[Caller, Depends(may(Permission.OPERATE))]
 Admin = Annotated[Caller, Depends(may(Permission.ADMINISTER))]
-
-
-async def proven(request: Request, body: ProvisioningRequest, caller: Caller, service: Service) -> Caller:
-    """Return the caller with the identity that it proved, where the hub asks for it; raise a ProofError."""
-    if service.door.challenges is None:
-        return caller
-    try:
-        identity = NodeIdentity.parse(body.public_key)
-    except ValueError as exc:
-        raise InvalidCredentialsError("public_key", str(exc)) from None
-    names = (TIMESTAMP_HEADER, NONCE_HEADER, SIGNATURE_HEADER, CHALLENGE_HEADER, WIREGUARD_PROOF_HEADER)
-    timestamp, nonce, signature, challenge_id, mac = (_only(request, name) for name in names)
-    proof = Proof(
-        IdentityProof.parse(timestamp, nonce, signature),
-        WireGuardProof.parse(challenge_id, mac),
-        request.method,
-        request.scope["path"].removeprefix(request.scope.get("root_path", "")),
-        service.hub_key,
-        hashlib.sha256(await request.body()).digest(),
-    )
-    await asyncio.to_thread(service.door.prove, proof, identity, body.wireguard_public_key)
-    return replace(caller, identity=identity)
-
-
-def _only(request: Request, name: str) -> str | None:
-    """Return a header that is there once: of two, one would be checked and the other believed."""
-    values = request.headers.getlist(name)
-    return values[0] if len(values) == 1 else None

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from threading import Lock
 from typing import Final
@@ -11,7 +10,6 @@ from backend.errors import (
     AuthenticationOffError,
     CredentialNotFoundError,
     ForbiddenError,
-    NonceError,
     RateLimitedError,
     UnauthenticatedError,
 )
@@ -26,12 +24,10 @@ from backend.models.access.credentials import (
     Secret,
     TokenRequest,
 )
-from backend.models.identity import NodeIdentity
-from backend.models.wireguard.keys import WireGuardKey
 from backend.services.clerk import Clerk
 from backend.services.idempotency import IdempotencyKey
 from backend.services.ports import AccessStore, LimitKind, RateLimiter
-from backend.services.proof import IdentityProof, WireGuardChallenges, WireGuardProof, check_identity
+from backend.services.proving import ProofVerifier
 from backend.services.shared_look import SharedLook
 
 _SCHEME: Final = "bearer"
@@ -40,19 +36,6 @@ _REVOKED: Final = {
     CredentialKind.TOKEN: AuditAction.TOKEN_REVOKED,
     CredentialKind.KEY: AuditAction.KEY_REVOKED,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """What a request brings along to prove whose it is, and what of it was signed."""
-
-    identity: IdentityProof
-    wireguard: WireGuardProof
-    method: str
-    path: str
-    # The hub's own public key.
-    audience: str
-    body_sha256: bytes
 
 
 class Door:
@@ -68,18 +51,18 @@ class Door:
         store: AccessStore,
         clerk: Clerk,
         limiter: RateLimiter,
-        challenges: WireGuardChallenges | None = None,
+        verifier: ProofVerifier | None = None,
         *,
         local: Credential | None = None,
         asks: bool = True,
     ) -> None:
-        """Load nothing yet. `challenges` are given where every node has to prove who it is.
+        """Load nothing yet. A `verifier` is given where every node has to prove who it is.
 
         `local` is the credential of this host's admin, which is never in the records. Without `asks` no
         credential is looked at.
         """
         self._store = store
-        self.challenges: Final = challenges
+        self.verifier: Final = verifier
         self._local: Final = local
         self.asks: Final = asks
         self.clerk = clerk
@@ -173,27 +156,6 @@ class Door:
             reason = caller.credential.refusal(datetime.now(UTC), caller.source, node_id)
             if reason is not None:
                 raise UnauthenticatedError(reason, caller.credential.id)
-
-    def prove(self, proof: Proof, identity: NodeIdentity, key: WireGuardKey) -> None:
-        """Raise a ProofError unless the sender holds both keys, and never sent this before.
-
-        Takes about a millisecond, and writes the records: not for an event loop.
-        """
-        if self.challenges is None:
-            raise RuntimeError("nothing has to be proved here")
-        check_identity(
-            identity,
-            proof.identity,
-            method=proof.method,
-            path=proof.path,
-            audience=proof.audience,
-            body_sha256=proof.body_sha256,
-        )
-        # A second longer than the clock lets it pass.
-        until = datetime.fromtimestamp(proof.identity.valid_until + 1, UTC)
-        if not self._store.burn_nonce(identity.peer_id, proof.identity.nonce, until):
-            raise NonceError
-        self.challenges.redeem(proof.wireguard.challenge_id, key, proof.wireguard.mac, proof.body_sha256)
 
     def used_up(self, caller: Caller) -> bool:
         """Say whether the caller's token has no use left, as far as is known here."""

@@ -11,6 +11,7 @@ from backend.errors import ProvisioningError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
+from backend.models.access.nonces import Nonce
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.provisioning import ProvisioningRecord
@@ -55,6 +56,8 @@ class Change:
     event: AuditEvent | None = None
     # What is to be answered again to whoever asks with the same Idempotency-Key.
     answer: Answer | None = None
+    # Of the signature that the node proved its identity with: kept in the same transaction, or else refused.
+    nonce: Nonce | None = None
     # Set when this change alone was refused; the rest of its batch goes on without it.
     refusal: ProvisioningError | None = None
 
@@ -194,7 +197,7 @@ class Journal(Protocol):
 
 
 class AccessStore(Protocol):
-    """Credentials, the audit log, answers and nonces. Called by any thread.
+    """Credentials, the audit log, and the answers that are given again. Called by any thread.
 
     Everything raises RecordsUnavailableError where the records don't answer.
     """
@@ -225,9 +228,6 @@ class AccessStore(Protocol):
 
     def find_answer(self, scope: str, key_hash: str) -> Answer | None:
         """Return what was answered to this key within the last 24 hours."""
-
-    def burn_nonce(self, identity: str, nonce: str, expires_at: datetime) -> bool:
-        """Keep a nonce; return False where it was used before."""
 
     def tidy(self, now: datetime) -> None:
         """Forget answers and nonces that are no longer needed."""

@@ -121,7 +121,13 @@ def sign(  # noqa: PLR0913 - each is a part of what is signed
     return IdentityProof(timestamp, nonce, private_key.sign(message))
 
 
-def check_identity(  # noqa: PLR0913 - each is a part of what is signed
+def check_clock(proof: IdentityProof, clock: Callable[[], float] = time.time) -> None:
+    """Raise ClockError unless it was signed about now. `clock` gives Unix seconds."""
+    if abs(clock() - proof.timestamp) > WINDOW_SECONDS:
+        raise ClockError
+
+
+def check_signature(  # noqa: PLR0913 - each is a part of what is signed
     identity: NodeIdentity,
     proof: IdentityProof,
     *,
@@ -129,15 +135,12 @@ def check_identity(  # noqa: PLR0913 - each is a part of what is signed
     path: str,
     audience: str,
     body_sha256: bytes,
-    clock: Callable[[], float] = time.time,
 ) -> None:
-    """Raise ClockError or SignatureError unless the identity's key signed this request, for this hub and now.
+    """Raise SignatureError unless the identity's key signed this request, for this hub, at the time it says.
 
-    `audience` is this hub's own public key in base64, never one that the caller names. `clock` gives Unix
-    seconds. That the nonce is new is for the caller to see to, in the transaction that the request ends in.
+    `audience` is this hub's own public key in base64, never one that the caller names. That the time is now
+    and the nonce is new is for the caller to see to.
     """
-    if abs(clock() - proof.timestamp) > WINDOW_SECONDS:
-        raise ClockError
     message = signed_message(
         method=method,
         path=path,

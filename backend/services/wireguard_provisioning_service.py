@@ -338,7 +338,7 @@ class WireGuardProvisioningService:
 
         entry.standing, entry.decided = _Standing.FILLING, Future()
         try:
-            change = Change(Action.IDENTIFY, peer, settle)
+            change = Change(Action.IDENTIFY, peer, settle, nonce=asked.caller.nonce)
             change.event = asked.caller.event(
                 datetime.now(UTC), AuditAction.IDENTIFY, AuditOutcome.ACCEPTED, peer.node_id
             )
@@ -375,7 +375,7 @@ class WireGuardProvisioningService:
             succeed(answer, peer)
 
         try:
-            change = Change(Action.ADD, peer, settle)
+            change = Change(Action.ADD, peer, settle, nonce=caller.nonce)
             change.event = caller.event(
                 datetime.now(UTC), AuditAction.PROVISION, AuditOutcome.ACCEPTED, peer.node_id
             )

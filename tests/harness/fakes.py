@@ -188,7 +188,6 @@ class FakeAccessStore:
         self.credentials: dict[str, Credential] = {}
         self.events: list[AuditEvent] = []
         self.answers: dict[tuple[str, str], Answer] = {}
-        self.nonces: set[tuple[str, str]] = set()
         self.used: dict[str, datetime] = {}
         self.away = False
 
@@ -233,11 +232,6 @@ class FakeAccessStore:
 
     def find_answer(self, scope: str, key_hash: str) -> Answer | None:
         return self.answers.get((scope, key_hash))
-
-    def burn_nonce(self, identity: str, nonce: str, expires_at: datetime) -> bool:
-        fresh = (identity, nonce) not in self.nonces
-        self.nonces.add((identity, nonce))
-        return fresh
 
     def tidy(self, now: datetime) -> None:
         self._answer()

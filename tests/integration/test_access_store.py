@@ -14,17 +14,22 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from backend.adapters import access_records, audit_records
 from backend.adapters.access_store import SqlAccessStore
 from backend.adapters.database import Database
-from backend.errors import ChallengeError, NonceError, RecordsUnavailableError
+from backend.errors import RecordsUnavailableError
 from backend.models.access.answers import ANSWERS_KEPT, Answer
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, AuditQuery
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, TokenRequest
+from backend.models.access.nonces import Nonce
 from backend.models.identity import NodeIdentity
-from backend.models.wireguard.keys import WireGuardKey
-from backend.services.clerk import Clerk
-from backend.services.door import Door, Proof
-from backend.services.proof import WINDOW_SECONDS, WireGuardChallenges, WireGuardProof, sign
-from tests.harness.fakes import NoLimits
+from backend.models.wireguard.keys import WireGuardPrivateKey
+from backend.services.proof import (
+    WINDOW_SECONDS,
+    WireGuardChallenges,
+    WireGuardProof,
+    answer_challenge,
+    sign,
+)
+from backend.services.proving import Proof, ProofVerifier
 from tests.harness.requests import new_key
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
@@ -119,42 +124,43 @@ def test_a_new_or_revoked_credential_makes_a_new_version(store: SqlAccessStore) 
     assert store.credentials_version() == versions[-1]
 
 
-class Node:
-    """A node that sends one signed request, as often as the test asks it to."""
-
-    def __init__(self, store: SqlAccessStore, timestamp: int) -> None:
-        self._door = Door(store, Clerk(store), NoLimits(), WireGuardChallenges())
-        owner = Ed25519PrivateKey.generate()
-        self._identity = NodeIdentity(owner.public_key().public_bytes_raw())
-        request: dict[str, Any] = {
-            "method": "POST",
-            "path": "/api/v1/wireguard/provision",
-            "audience": new_key(),
-            "body_sha256": secrets.token_bytes(32),
-        }
-        answer = WireGuardProof("no such challenge", bytes(32))
-        self._proof = Proof(sign(owner, timestamp=timestamp, **request), answer, **request)
-
-    def send(self) -> None:
-        """Raise NonceError where the nonce is known; ChallengeError, which is looked at later, where not."""
-        self._door.prove(self._proof, self._identity, WireGuardKey.parse(new_key()))
+def signed_nonce(timestamp: int) -> Nonce:
+    """Return what a verifier says is to be kept of a request that was signed then."""
+    owner, private = Ed25519PrivateKey.generate(), WireGuardPrivateKey.generate()
+    verifier, key = ProofVerifier(WireGuardChallenges()), private.public_key()
+    request: dict[str, Any] = {
+        "method": "POST",
+        "path": "/api/v1/wireguard/provision",
+        "audience": new_key(),
+        "body_sha256": secrets.token_bytes(32),
+    }
+    challenge = verifier.challenges.issue(key)
+    answer = WireGuardProof(
+        challenge.challenge_id, answer_challenge(private, challenge, request["body_sha256"])
+    )
+    proof = Proof(sign(owner, timestamp=timestamp, **request), answer, **request)
+    return verifier.verify(proof, NodeIdentity(owner.public_key().public_bytes_raw()).peer_id, key)[1]
 
 
 # The node's clock may be this far from the hub's; 5 s are left for the test itself.
 @pytest.mark.parametrize("ahead", [0, 5 - WINDOW_SECONDS, WINDOW_SECONDS - 5])
-def test_a_nonce_is_kept_for_as_long_as_its_signature_is_good(store: SqlAccessStore, ahead: int) -> None:
+def test_a_nonce_is_kept_for_as_long_as_its_signature_is_good(
+    store: SqlAccessStore, database: Database, ahead: int
+) -> None:
     timestamp = int(time.time()) + ahead
-    node = Node(store, timestamp)
-    with pytest.raises(ChallengeError):
-        node.send()
+    nonce = signed_nonce(timestamp)
+
+    def is_new() -> bool:
+        with database.engine.begin() as connection:
+            return bool(access_records.burn_nonces(connection, [nonce]))
+
+    assert is_new()
     last_moment = datetime.fromtimestamp(timestamp + WINDOW_SECONDS, UTC) + timedelta(seconds=0.999)
     for moment in (datetime.now(UTC), last_moment):
         store.tidy(moment)
-        with pytest.raises(NonceError):
-            node.send()
+        assert not is_new()
     store.tidy(last_moment + timedelta(seconds=3))
-    with pytest.raises(ChallengeError):
-        node.send()
+    assert is_new()
 
 
 def test_an_answer_is_kept_for_24_hours(store: SqlAccessStore, database: Database) -> None:

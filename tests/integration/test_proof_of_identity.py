@@ -1,8 +1,10 @@
 """Whoever joins proves both keys, and whoever captured what they sent can do nothing with it."""
 
+import contextlib
 import hashlib
 import json
 import secrets
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -152,9 +154,14 @@ class Attempt:
             "timestamp": int(time.time()),
         }
         identity = sign(self.node.identity_private_key, **{**truth, **lies})
+        return identity.headers() | self.answer()
+
+    def answer(self) -> dict[str, str]:
+        """Answer a new challenge for the body; return both headers."""
         challenge = self.challenge()
+        digest = hashlib.sha256(self.body).digest()
         mac = answer_challenge(self.node.wireguard_private_key, challenge, digest)
-        return identity.headers() | WireGuardProof(challenge.challenge_id, mac).headers()
+        return WireGuardProof(challenge.challenge_id, mac).headers()
 
     def send(self, *more: tuple[str, str]) -> httpx.Response:
         """Send it with its proof, and with more headers."""
@@ -204,22 +211,90 @@ def test_a_captured_request_is_good_for_nothing(service: ServiceProcess, hub: Hu
     anew = Attempt(service, node, token)
     with nothing_changed(service, hub):
         replay()
-        assert newest(service, node.node_id) == ("provision", "refused", "nonce", f"token:{token_id(token)}")
+        refused = ("provision", "refused", "challenge", f"token:{token_id(token)}")
+        assert newest(service, node.node_id) == refused
         replay(**{"Idempotency-Key": "another"})
         replay(**{name: anew.proof[name] for name in (CHALLENGE_HEADER, WIREGUARD_PROOF_HEADER)})
         replay(**{NONCE_HEADER: secrets.token_urlsafe(24)})
-        assert newest(service, node.node_id)[2] == "signature"
     service.client.delete(f"{PEERS}/{node.node_id}").raise_for_status()
     with nothing_changed(service, hub):
         replay()
-        assert newest(service, node.node_id)[2] == "nonce"
+        assert newest(service, node.node_id)[2] == "challenge"
     service.restart()
     with nothing_changed(service, hub):
         replay()
-        assert newest(service, node.node_id)[2] == "nonce"
+        assert newest(service, node.node_id)[2] == "challenge"
     assert node.node_id not in listed(service)
     # Nobody but the replay was in the node's way.
     assert Client(service.url, token).provision(node, version="1.0.0").node_id == node.node_id
+
+
+def test_a_signature_is_good_once_whatever_challenge_is_answered_beside_it(
+    service: ServiceProcess, hub: HubInterface
+) -> None:
+    token, node = new_token(service, max_uses=10), new_node()
+    attempt = Attempt(service, node, token)
+    assert attempt.send().status_code == 200
+    for known in (True, False):
+        if not known:
+            service.client.delete(f"{PEERS}/{node.node_id}").raise_for_status()
+            # Which has forgotten what it has seen, but for what is in the records.
+            service.restart()
+        attempt.proof |= Attempt(service, node, token).answer()
+        with nothing_changed(service, hub):
+            assert attempt.send().status_code == 401
+            assert newest(service, node.node_id)[2] == "nonce"
+
+
+def test_of_copies_of_a_request_that_come_at_once_one_gets_in(service: ServiceProcess) -> None:
+    token = new_token(service, max_uses=50)
+    attempts = [Attempt(service, new_node(), token) for _ in range(4)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda attempt: attempt.send(), attempts * 8))
+    assert Counter(answer.status_code for answer in answers) == {200: 4, 401: 28}
+    assert uses(service)[token_id(token)] == 4
+
+
+def kept_nonces(service: ServiceProcess) -> int:
+    """Return how many nonces are in the records."""
+    path = f"file:{service.settings['STATE_DIRECTORY']}/provisioning.sqlite?mode=ro"
+    with contextlib.closing(sqlite3.connect(path, uri=True)) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM nonces").fetchone()
+    return int(count)
+
+
+def test_only_a_provision_that_succeeds_has_its_nonce_written(
+    service: ServiceProcess, hub: HubInterface
+) -> None:
+    """Otherwise each request that is refused costs the hub a durable write."""
+    token, node, other = new_token(service, max_uses=10), new_node(), new_node()
+    for_another = Attempt(service, other, pattern_token(service, "swarm-*"))
+    assert Attempt(service, node, token).send().status_code == 200
+    once = ("Idempotency-Key", secrets.token_hex(8))
+    assert Attempt(service, other, token).send(once).status_code == 200
+    before = kept_nonces(service)
+    assert before >= 2
+    stranger = new_node()
+    stranger_with_the_key = Node(
+        stranger.node_id, stranger.identity_private_key, node.wireguard_private_key.reveal()
+    )
+    with nothing_changed(service, hub):
+        assert for_another.send().status_code == 401
+        assert Attempt(service, node, token).send().status_code == 409
+        assert Attempt(service, new_node(node.node_id), token).send().status_code == 409
+        assert Attempt(service, stranger_with_the_key, token).send().status_code == 409
+        assert Attempt(service, stranger, token, {"public_key": "no identity"}).send().status_code == 422
+        assert Attempt(service, other, token).send(once).status_code == 200
+        forged = Attempt(service, stranger, token)
+        forged.proof[SIGNATURE_HEADER] = Attempt(service, stranger, token).proof[SIGNATURE_HEADER]
+        assert forged.send().status_code == 401
+    assert kept_nonces(service) == before
+
+
+def pattern_token(service: ServiceProcess, pattern: str) -> str:
+    made = service.client.post(f"{API}/tokens", json={"node_id_pattern": pattern}).raise_for_status()
+    secret: str = made.json()["secret"]
+    return secret
 
 
 def test_a_wireguard_key_without_its_private_half_is_refused(
@@ -277,6 +352,11 @@ def _other_body(attempt: Attempt) -> None:
     attempt.body = attempt.body.replace(b"1.0.0", b"1.0.1")
 
 
+def _other_body_with_its_challenge(attempt: Attempt) -> None:
+    _other_body(attempt)
+    attempt.proof |= attempt.answer()
+
+
 def _body_of_other_bytes(attempt: Attempt) -> None:
     attempt.body += b" "
 
@@ -327,8 +407,9 @@ def _challenge_that_was_used(attempt: Attempt) -> None:
 @pytest.mark.parametrize(
     ("tamper", "reason"),
     [
-        pytest.param(_other_body, "signature", id="another body"),
-        pytest.param(_body_of_other_bytes, "signature", id="the same body in other bytes"),
+        pytest.param(_other_body, "challenge", id="another body"),
+        pytest.param(_body_of_other_bytes, "challenge", id="the same body in other bytes"),
+        pytest.param(_other_body_with_its_challenge, "signature", id="another body with its challenge"),
         pytest.param(_signed(path=CHALLENGE_PATH), "signature", id="another path"),
         pytest.param(_signed(method="PUT"), "signature", id="another method"),
         pytest.param(_signed(audience=new_key()), "signature", id="another hub"),

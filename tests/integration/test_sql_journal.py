@@ -15,11 +15,12 @@ from backend.adapters import access_records, audit_records
 from backend.adapters.access_store import SqlAccessStore
 from backend.adapters.database import IN_MEMORY, Database
 from backend.adapters.sql_journal import SqlJournal
-from backend.errors import RecordsUnavailableError, UnauthenticatedError
+from backend.errors import NonceError, RecordsUnavailableError, UnauthenticatedError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, AuditQuery
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import TokenRequest
+from backend.models.access.nonces import Nonce
 from backend.services.ports import Batch, Change
 from tests.harness.requests import provision_body
 from tests.harness.service import ServiceProcess
@@ -171,6 +172,52 @@ def test_a_token_that_is_short_refuses_the_last_who_came_and_leaves_them_out(
     assert uses(store) == {scarce: 2, plenty: 1}
     assert answered(store, 2, 3) == [True, False]
     assert ("provision", "node-3") not in acts(store)
+
+
+def signed(number: int, nonce: str, token: str | None = None) -> Change:
+    """Return a node's coming with the nonce of its signature."""
+    change = joining(number, token)
+    change.nonce = Nonce("an identity", nonce, datetime.now(UTC) + timedelta(minutes=1))
+    return change
+
+
+def test_a_nonce_that_was_used_before_lets_nobody_in_and_costs_no_use(
+    journal: SqlJournal, store: SqlAccessStore
+) -> None:
+    token = make_token(store, max_uses=9)
+    journal.intend(Batch(1, 0, [signed(0, "first", token)]))
+    replayed, new = signed(1, "first", token), signed(2, "second", token)
+    # Two with one nonce that meet in a batch: one of them is a copy, and which of them is all the same.
+    twice = [signed(3, "third", token), signed(4, "third", token)]
+    journal.intend(Batch(2, 1, [replayed, new, *twice]))
+    refusals = [change.refusal for change in (replayed, new, *twice)]
+    assert [type(refusal) for refusal in refusals] == [NonceError, type(None), type(None), NonceError]
+    assert nodes(journal) == ["node-0", "node-2", "node-3"]
+    assert uses(store) == {token: 3}
+    assert answered(store, 1, 2, 3, 4) == [False, True, True, False]
+    assert ("provision", "node-1") not in acts(store)
+
+
+def test_a_nonce_stays_used_when_the_hub_could_not_be_updated(journal: SqlJournal) -> None:
+    batch = Batch(1, 0, [signed(0, "first")])
+    batch.failure = "`wg` failed"
+    journal.intend(batch)
+    journal.revoke(batch)
+    again = signed(1, "first")
+    journal.intend(Batch(2, 1, [again]))
+    assert isinstance(again.refusal, NonceError)
+    assert nodes(journal) == []
+
+
+def test_an_intent_that_fails_in_the_middle_uses_no_nonce_up(
+    journal: SqlJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(access_records, "save_answers", fail)
+        with pytest.raises(sa.exc.OperationalError):
+            journal.intend(Batch(1, 0, [signed(0, "first")]))
+    journal.intend(Batch(1, 0, [signed(0, "first")]))
+    assert nodes(journal) == ["node-0"]
 
 
 @pytest.mark.parametrize("end", ["revoked", "expired", "unknown"])

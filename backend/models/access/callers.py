@@ -7,6 +7,7 @@ from typing import Final
 
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.credentials import Credential, CredentialKind, Permission
+from backend.models.access.nonces import Nonce
 from backend.models.identity import NodeIdentity
 
 
@@ -34,6 +35,8 @@ class Caller:
     source: str | None = None
     request_id: str | None = None
     identity: NodeIdentity | None = None
+    # What it signed the proof of its identity with.
+    nonce: Nonce | None = None
 
     @property
     def name(self) -> str:

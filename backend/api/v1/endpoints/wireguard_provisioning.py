@@ -7,9 +7,10 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from pydantic import BaseModel, Field
 
 from backend.api.dependencies import Service, outcome
-from backend.api.door import REFUSALS, DoorRoute, Operator, Provisioner, Reader, audited, proven
+from backend.api.door import REFUSALS, DoorRoute, Operator, Provisioner, Reader, audited
 from backend.api.embedding import service_of_the_app
 from backend.api.errors import problem
+from backend.api.proofs import proven
 from backend.models.access.audit import AuditAction
 from backend.models.strict import StrictModel
 from backend.models.wireguard.keys import WireGuardKey
@@ -152,9 +153,9 @@ _UNAVAILABLE = problem(
 @audited(AuditAction.CHALLENGE)
 async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Service) -> ChallengeAnswer:
     """Give a challenge, where this hub asks for proofs (WIREGUARD_REQUIRE_PROOF); 404 elsewhere."""
-    if service.door.challenges is None:
+    if service.door.verifier is None:
         raise HTTPException(404, _NO_PROOF)
-    challenge = service.door.challenges.issue(body.wireguard_public_key)
+    challenge = service.door.verifier.challenges.issue(body.wireguard_public_key)
     return ChallengeAnswer(
         challenge_id=challenge.challenge_id,
         server_public_key=challenge.server_public_key,
