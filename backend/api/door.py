@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from backend.api.dependencies import service_for
 from backend.api.errors import DomainErrorRoute, problem
+from backend.api.used_up import require_repeat
 from backend.errors import (
     AccessError,
     AddressTakenError,
@@ -75,14 +76,17 @@ class DoorRoute(DomainErrorRoute):
 
     async def admit(self, request: Request) -> None:
         """Find out who asks, for whoever depends on it; raise an AccessError."""
-        door = request.state.door = (await service_for(request)).door
+        service = await service_for(request)
+        door = request.state.door = service.door
         shown = request.headers.getlist("authorization")
-        request.state.caller = await door.admit(
+        caller = request.state.caller = await door.admit(
             # Two of them are as good as one that can't be read.
             ",".join(shown) if shown else None,
             _source(request),
             request.state.request_id,
         )
+        if caller.used_up:
+            await require_repeat(request, self.endpoint, caller, service)
 
     def note_refusal(self, request: Request, error: Exception) -> None:
         """Have the refusal logged, as the endpoint's act or as a try to come in."""
@@ -106,7 +110,8 @@ class DoorRoute(DomainErrorRoute):
 
     async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:
         """Count a credential that turned out to be good for nothing later than at the door."""
-        if isinstance(error, UnauthenticatedError) and hasattr(request.state, "caller"):
+        caller: Caller | None = getattr(request.state, "caller", None)
+        if isinstance(error, UnauthenticatedError) and caller is not None and not caller.used_up:
             door: Door = request.state.door
             return await door.count_failure(error, _source(request))
         return error

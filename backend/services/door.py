@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import UTC, datetime
 from threading import Lock
 from typing import Final
@@ -131,7 +132,13 @@ class Door:
             return Caller(CallerKind.LOCAL, credential, source, request_id)
         if not token:
             self.clerk.note_used(credential.id, now)
-        return Caller.of(credential, source, request_id)
+        caller = Caller.of(credential, source, request_id)
+        if not self.used_up(caller):
+            return caller
+        # The body may be the repeat of what used it up, but isn't read any number of times to find that out.
+        for who in (source or "unix", credential.id):
+            await self._limit(LimitKind.FAILED_AUTHENTICATION, who)
+        return replace(caller, used_up=True)
 
     def require(self, caller: Caller, permission: Permission) -> None:
         """Raise ForbiddenError unless the caller may; a token that is used up is no better than none."""

@@ -1,5 +1,7 @@
 """Whose request meets a peer that is there already, and how much of that peer its caller may know."""
 
+from collections.abc import Mapping
+
 from backend.models.access.callers import Caller
 from backend.models.identity import NodeIdentity
 from backend.models.wireguard.provisioning import ProvisioningRequest
@@ -17,6 +19,22 @@ def is_same(body: ProvisioningRequest, identity: NodeIdentity | None, peer: Peer
     return peer.public_key in {body.public_key, UNRECORDED_PUBLIC_KEY} or _is(identity, peer)
 
 
+def is_repeat(sent: Mapping[str, object], peer: Peer) -> bool:
+    """Say whether a body that is not validated yet has a peer's node_id and both of its keys.
+
+    An identity that is written in another way passes: whether that was proved is asked later.
+    """
+    node_id, public_key = sent.get("node_id"), sent.get("public_key")
+    if node_id != peer.node_id or not has_its_key(sent, peer):
+        return False
+    return public_key == peer.public_key or (isinstance(public_key, str) and _is(_identity(public_key), peer))
+
+
+def has_its_key(sent: Mapping[str, object], peer: Peer) -> bool:
+    """Say whether a body that is not validated yet has a peer's WireGuard key."""
+    return sent.get("wireguard_public_key") == peer.wireguard_public_key
+
+
 def may_know_address(body: ProvisioningRequest, caller: Caller, peer: Peer) -> bool:
     """Say whether the caller may know the address of the peer that has the node_id it asks for."""
     if caller.operates or (caller.token_id is not None and caller.token_id == peer.token_id):
@@ -29,7 +47,11 @@ def may_know_address(body: ProvisioningRequest, caller: Caller, peer: Peer) -> b
 
 def _is(identity: NodeIdentity | None, peer: Peer) -> bool:
     """Say whether a peer's public_key is this identity: one key can be written in several ways."""
+    return identity is not None and _identity(peer.public_key) == identity
+
+
+def _identity(public_key: str) -> NodeIdentity | None:
     try:
-        return identity is not None and NodeIdentity.parse(peer.public_key) == identity
+        return NodeIdentity.parse(public_key)
     except ValueError:
-        return False
+        return None

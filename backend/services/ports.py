@@ -286,7 +286,8 @@ class RateLimiter(Protocol):
     async def hit(self, kind: LimitKind, who: str) -> int | None:
         """Count one more for `who`; return None if that is within the limit, else seconds to wait (>= 1).
 
-        `who` is a source address for SOURCE and FAILED_AUTHENTICATION, a credential's id for the others.
+        `who` is a source address for SOURCE, a source address or a token's id for FAILED_AUTHENTICATION, and
+        a credential's id for the others.
         """
 
     async def check(self, kind: LimitKind, who: str) -> int | None:

@@ -214,6 +214,11 @@ class WireGuardProvisioningService:
         """Return one peer's configuration as JSON; raise PeerNotFoundError."""
         return self._configurations.json(self._peer(node_id))
 
+    def find_by_key(self, wireguard_public_key: str) -> Peer | None:
+        """Return the peer that has a WireGuard key, or is about to have it, if there is one."""
+        entry = self._by_key.get(WireGuardKey.trusted(wireguard_public_key))
+        return None if entry is None else entry.peer
+
     def list_provisioned_peers(self) -> dict[str, PeerConfiguration]:
         """Return every live peer's configuration by node_id, in the order they came."""
         return {peer.node_id: self._configurations.model(peer) for peer in self._live_peers()}

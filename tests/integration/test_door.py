@@ -35,7 +35,7 @@ StartService = Callable[..., ServiceProcess]
 
 # Every endpoint for every kind of caller. `here` is this host at 127.0.0.1, `outside` another address; both
 # show nothing. `local` shows what is in admin.header. A challenge is a 404 to whom it is open, because this
-# hub asks for no proof; who has used a token up may still ask for one, to ask again what was asked with it.
+# hub asks for no proof; who has used a token up may ask for one to the key that it came with, and no other.
 TABLE: Final = """
                    | nothing       | file  | key                                | token
                    | outside  here | local | read operate admin expired revoked | fresh used expired revoked
@@ -44,7 +44,7 @@ GET    peers       |     401   401 |   200 |  200     200   200     401     401 
 GET    peers/ID    |     401   401 |   200 |  200     200   200     401     401 |   403  401     401     401
 DELETE peers/ID    |     401   401 |   200 |  403     200   200     401     401 |   403  401     401     401
 GET    pool/stats  |     401   401 |   200 |  200     200   200     401     401 |   403  401     401     401
-POST   challenge   |     401   401 |   404 |  403     404   404     401     401 |   404  404     401     401
+POST   challenge   |     401   401 |   404 |  403     404   404     401     401 |   404  401     401     401
 POST   tokens      |     401   401 |   201 |  403     403   201     401     401 |   403  401     401     401
 GET    tokens      |     401   401 |   200 |  403     403   200     401     401 |   403  401     401     401
 DELETE tokens/ID   |     401   401 |   200 |  403     403   200     401     401 |   403  401     401     401

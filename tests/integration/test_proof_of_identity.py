@@ -529,9 +529,11 @@ def test_a_challenge_is_for_whoever_may_come_in(service: ServiceProcess) -> None
     assert ask(question, **by(reader)).status_code == 403
     for wrong in ({}, {"wireguard_public_key": "A" * 43 + "="}, {**question, "more": 1}, [question]):
         assert ask(wrong, **by(token)).status_code == 422
-    # Whose token is used up may still have to ask again.
-    Client(service.url, token).provision(new_node(), version="1.0.0")
-    assert ask(question, **by(token)).status_code == 200
+    # Whose token is used up may still have to ask again, for the node that it let in.
+    node = new_node()
+    Client(service.url, token).provision(node, version="1.0.0")
+    assert ask({"wireguard_public_key": node.wireguard_public_key}, **by(token)).status_code == 200
+    assert ask(question, **by(token)).status_code == 401
 
 
 def test_where_no_proof_is_asked_for_the_client_gives_none(

@@ -35,6 +35,8 @@ class Caller:
     source: str | None = None
     request_id: str | None = None
     identity: NodeIdentity | None = None
+    # Whether its token had no use left when it came, which was counted as a failure to authenticate.
+    used_up: bool = False
     # What it signed the proof of its identity with.
     nonce: Nonce | None = None
 

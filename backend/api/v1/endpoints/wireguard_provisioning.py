@@ -11,6 +11,7 @@ from backend.api.door import REFUSALS, DoorRoute, Operator, Provisioner, Reader,
 from backend.api.embedding import service_of_the_app
 from backend.api.errors import problem
 from backend.api.proofs import proven
+from backend.api.used_up import repeatable
 from backend.models.access.audit import AuditAction
 from backend.models.strict import StrictModel
 from backend.models.wireguard.keys import WireGuardKey
@@ -20,6 +21,7 @@ from backend.models.wireguard.provisioning import (
     ProvisioningResponse,
 )
 from backend.services.idempotency import IdempotencyKey
+from backend.services.known_peers import has_its_key, is_repeat
 
 router = APIRouter(
     prefix="/wireguard",
@@ -151,6 +153,7 @@ _UNAVAILABLE = problem(
     responses={404: problem("This hub asks for no proof.", _NO_PROOF)},
 )
 @audited(AuditAction.CHALLENGE)
+@repeatable(has_its_key)
 async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Service) -> ChallengeAnswer:
     """Give a challenge, where this hub asks for proofs (WIREGUARD_REQUIRE_PROOF); 404 elsewhere."""
     if service.door.verifier is None:
@@ -183,6 +186,7 @@ async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Servic
     },
 )
 @audited(AuditAction.PROVISION)
+@repeatable(is_repeat)
 async def provision_peer(
     body: ProvisioningRequest,
     request: Request,

@@ -1,0 +1,55 @@
+"""What is left to a token that is used up: to repeat what was asked with it, if the answer was lost."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from backend.errors import UnauthenticatedError
+from backend.models.access.callers import Caller
+from backend.services.ports import Peer
+from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
+
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
+_IsRepeat = Callable[[Mapping[str, object], Peer], bool]
+
+
+def repeatable(is_repeat: _IsRepeat) -> Callable[[_Endpoint], _Endpoint]:
+    """Open an endpoint to a token that is used up, for bodies that repeat what one of its peers sent.
+
+    `is_repeat` is given the body, as it is before validation, and the peer that has its WireGuard key.
+    """
+
+    def mark(endpoint: _Endpoint) -> _Endpoint:
+        endpoint.is_repeat = is_repeat  # type: ignore[attr-defined] # any function may have one
+        return endpoint
+
+    return mark
+
+
+async def require_repeat(
+    request: Request, endpoint: Callable[..., Any], caller: Caller, service: WireGuardProvisioningService
+) -> None:
+    """Raise UnauthenticatedError unless the caller's token let in the peer whose request this repeats.
+
+    Whatever else is wrong with the request isn't said: that would tell that the token was good once.
+    """
+    is_repeat: _IsRepeat | None = getattr(endpoint, "is_repeat", None)
+    if is_repeat is not None:
+        sent = await _body(request)
+        key = sent.get("wireguard_public_key")
+        peer = service.find_by_key(key) if isinstance(key, str) else None
+        if peer is not None and peer.token_id == caller.token_id and is_repeat(sent, peer):
+            return
+    raise UnauthenticatedError("used_up", caller.token_id)
+
+
+async def _body(request: Request) -> Mapping[str, object]:
+    try:
+        sent = await request.json()
+    except (HTTPException, ClientDisconnect):
+        # Too long, no JSON, or cut off.
+        return {}
+    return sent if isinstance(sent, dict) else {}
