@@ -24,6 +24,7 @@ from backend.adapters.rate_limits import RateLimits
 from backend.adapters.sql_journal import SqlJournal
 from backend.adapters.trusted_paths import require_trusted, require_trusted_file
 from backend.adapters.wg_interface import FileOnly, WgInterface
+from backend.api.documentation import documentation
 from backend.api.health import router as health_router
 from backend.api.unrouted import unrouted
 from backend.api.v1.endpoints.wireguard_access import router as access_router
@@ -153,6 +154,12 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
         description="Gives swarm nodes what they need to join a WireGuard hub.",
         version=__version__,
         lifespan=lifespan,
+        # Ours are limited like the rest, and load nothing from elsewhere.
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        # The redirect would go to wherever the Host header says.
+        redirect_slashes=False,
     )
     app.add_exception_handler(HTTPException, unrouted)
     app.state.provisioning_settings = settings
@@ -161,6 +168,7 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
     app.include_router(provisioning_router, prefix="/api/v1")
     app.include_router(access_router, prefix="/api/v1")
     app.include_router(health_router)
+    app.include_router(documentation(app))
     return app
 
 
@@ -236,11 +244,13 @@ def open_hub_decisions(settings: Settings) -> Iterator[HubDecisions]:
     config = WireGuardConfigManager(path)
     pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
     database = open_beside(settings.database_url, settings.state_directory)
-    mirror = HubMirror(config, _hub(settings), HandMadePeers(pool))
+    hub = _hub(settings)
+    mirror = HubMirror(config, hub, HandMadePeers(pool))
     try:
         yield HubDecisions(database, mirror, HubMark(config.path))
     finally:
         mirror.close()
+        hub.close()
         database.close()
 
 

@@ -8,8 +8,10 @@ from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from backend.api.bearer import BearerScheme
 from backend.api.dependencies import service_for
 from backend.api.errors import DomainErrorRoute, problem
+from backend.api.source import source_of
 from backend.api.used_up import require_repeat
 from backend.errors import (
     AccessError,
@@ -82,7 +84,7 @@ class DoorRoute(DomainErrorRoute):
         caller = request.state.caller = await door.admit(
             # Two of them are as good as one that can't be read.
             ",".join(shown) if shown else None,
-            _source(request),
+            source_of(request),
             request.state.request_id,
         )
         if caller.used_up:
@@ -98,7 +100,7 @@ class DoorRoute(DomainErrorRoute):
         subject = getattr(request.state, "subject", None) or request.path_params.get("node_id")
         caller: Caller | None = getattr(request.state, "caller", None)
         if caller is None:
-            caller = Caller(CallerKind.NOBODY, None, _source(request), request.state.request_id)
+            caller = Caller(CallerKind.NOBODY, None, source_of(request), request.state.request_id)
         if isinstance(error, AccessError) and (action is None or caller.kind is CallerKind.NOBODY):
             action = AuditAction.AUTHENTICATE
         if isinstance(error, UnauthenticatedError):
@@ -113,13 +115,8 @@ class DoorRoute(DomainErrorRoute):
         caller: Caller | None = getattr(request.state, "caller", None)
         if isinstance(error, UnauthenticatedError) and caller is not None and not caller.used_up:
             door: Door = request.state.door
-            return await door.count_failure(error, _source(request))
+            return await door.count_failure(error, source_of(request))
         return error
-
-
-def _source(request: Request) -> str | None:
-    client = request.scope.get("client")
-    return None if client is None else client[0]
 
 
 def _reason(error: Exception) -> str:
@@ -132,22 +129,24 @@ def _reason(error: Exception) -> str:
     return f"status_{error.status_code}" if isinstance(error, HTTPException) else "failed"
 
 
-def may(permission: Permission) -> Callable[[Request], Any]:
-    """Return the dependency that gives an endpoint its caller, who has the permission.
+class May(BearerScheme):
+    """The dependency that gives an endpoint its caller, who has the permission.
 
     For routes of the class DoorRoute, which has found out who it is.
     """
 
-    async def permitted(request: Request) -> Caller:
-        caller: Caller = request.state.caller
-        request.state.door.require(caller, permission)
-        return caller
+    def __init__(self, permission: Permission) -> None:
+        self._permission = permission
 
-    return permitted
+    async def __call__(self, request: Request) -> Caller:
+        """Raise ForbiddenError where the caller hasn't."""
+        caller: Caller = request.state.caller
+        request.state.door.require(caller, self._permission)
+        return caller
 
 
 # Whoever lets a node in: its own token, or an operator's key.
-Provisioner = Annotated[Caller, Depends(may(Permission.PROVISION))]
-Reader = Annotated[Caller, Depends(may(Permission.READ))]
-Operator = Annotated[Caller, Depends(may(Permission.OPERATE))]
-Admin = Annotated[Caller, Depends(may(Permission.ADMINISTER))]
+Provisioner = Annotated[Caller, Depends(May(Permission.PROVISION))]
+Reader = Annotated[Caller, Depends(May(Permission.READ))]
+Operator = Annotated[Caller, Depends(May(Permission.OPERATE))]
+Admin = Annotated[Caller, Depends(May(Permission.ADMINISTER))]

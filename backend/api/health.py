@@ -3,16 +3,18 @@
 import asyncio
 from typing import Final, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from backend.api.dependencies import Service
-from backend.api.errors import DomainErrorRoute
+from backend.api.open_route import OpenRoute, is_told
+from backend.errors import HubUpdateError, ProvisioningError
 
 # A probe's own patience is longer.
 _PATIENCE_SECONDS: Final = 4.0
+_NOT_READY: Final = "not ready"
 
-router = APIRouter(tags=["health"], route_class=DomainErrorRoute)
+router = APIRouter(tags=["health"], route_class=OpenRoute)
 
 
 class Alive(BaseModel):
@@ -25,19 +27,22 @@ class Ready(BaseModel):
     """A provision would succeed."""
 
     status: Literal["ready"] = Field(default="ready", examples=["ready"])
-    reload: Literal["syncconf", "off"] = Field(
+    reload: Literal["syncconf", "off"] | None = Field(
+        default=None,
         examples=["syncconf"],
-        description="off: only the file is kept, no interface is told (WIREGUARD_RELOAD=off)",
+        description="off: only the file is kept, no interface is told (WIREGUARD_RELOAD=off). For callers "
+        "with a credential.",
     )
-    notices: list[str] = Field(
-        default=[],
+    notices: list[str] | None = Field(
+        default=None,
         examples=[[]],
-        description="What an operator should know though it works, until they have acknowledged it.",
+        description="What an operator should know though it works, until they have acknowledged it. For "
+        "callers with a credential.",
     )
 
 
 class NotReady(BaseModel):
-    """Why a provision would not succeed."""
+    """Why a provision would not succeed, for callers with a credential; `not ready` for others."""
 
     detail: str = Field(examples=["interface wg0 does not exist; bring it up"])
 
@@ -53,14 +58,22 @@ async def healthz() -> Alive:
 @router.get(
     "/readyz",
     summary="Would a provision succeed?",
+    response_model_exclude_none=True,
     responses={503: {"model": NotReady, "description": "It would not; the detail says why."}},
 )
-async def readyz(service: Service) -> Ready:
+async def readyz(request: Request, service: Service) -> Ready:
     """Look at records, file, interface and pool. Answers in time, whatever hangs in there."""
+    told = is_told(request)
     look = asyncio.wrap_future(service.readiness.ask())
     try:
         # Shielded: others may wait for the same look.
         await asyncio.wait_for(asyncio.shield(look), _PATIENCE_SECONDS)
     except TimeoutError:
-        raise service.readiness.hangs() from None
+        raise (service.readiness.hangs() if told else HubUpdateError(_NOT_READY)) from None
+    except ProvisioningError:
+        if told:
+            raise
+        raise HubUpdateError(_NOT_READY) from None
+    if not told:
+        return Ready()
     return Ready(reload="syncconf" if service.live else "off", notices=list(service.notices))

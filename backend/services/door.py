@@ -115,8 +115,7 @@ class Door:
 
     async def admit(self, authorization: str | None, source: str | None, request_id: str) -> Caller:
         """Return who asks; raise UnauthenticatedError or RateLimitedError."""
-        if source is not None:
-            await self._limit(LimitKind.SOURCE, source)
+        await self.limit_source(source)
         if not self.asks:
             return Caller(CallerKind.ANYONE, None, source, request_id)
         if authorization is None:
@@ -139,6 +138,11 @@ class Door:
         for who in (source or "unix", credential.id):
             await self._limit(LimitKind.FAILED_AUTHENTICATION, who)
         return replace(caller, used_up=True)
+
+    async def limit_source(self, source: str | None) -> None:
+        """Count a request; raise RateLimitedError where its source sends too many."""
+        if source is not None:
+            await self._limit(LimitKind.SOURCE, source)
 
     def require(self, caller: Caller, permission: Permission) -> None:
         """Raise ForbiddenError unless the caller may; a token that is used up is no better than none."""

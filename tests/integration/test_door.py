@@ -530,7 +530,12 @@ def test_a_source_is_limited_whatever_it_shows(
     hub_interface: HubInterface, start_service: StartService, here: str, tmp_path: Path
 ) -> None:
     service = start_service(limited(hub_interface, tmp_path, source="5/minute"), address="0.0.0.0")  # noqa: S104
-    with client_at(service) as local, client_at(service, here) as elsewhere:
+    # Not 127.0.0.1, from where the harness has asked whether it is ready.
+    from_there = httpx.HTTPTransport(local_address="127.0.0.2")
+    with (
+        httpx.Client(base_url=service.url, transport=from_there, timeout=30) as local,
+        client_at(service, here) as elsewhere,
+    ):
         assert [elsewhere.get(PEERS).status_code for _ in range(7)] == [401] * 5 + [429] * 2
         secret = bearer(make_key(service))
         # A credential doesn't make the source another one.

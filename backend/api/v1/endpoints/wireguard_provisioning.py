@@ -22,6 +22,14 @@ from backend.models.wireguard.provisioning import (
 )
 from backend.services.idempotency import IdempotencyKey
 from backend.services.known_peers import has_its_key, is_repeat
+from backend.services.proof import (
+    CHALLENGE_HEADER,
+    NONCE_HEADER,
+    SIGNATURE_HEADER,
+    TIMESTAMP_HEADER,
+    WINDOW_SECONDS,
+    WIREGUARD_PROOF_HEADER,
+)
 
 router = APIRouter(
     prefix="/wireguard",
@@ -119,17 +127,29 @@ _INVALID: dict[str, Any] = {
 }
 
 
-# Not a parameter of the endpoint: FastAPI would take longer for it than for all of the body.
-_IDEMPOTENCY_KEY: dict[str, Any] = {
+_PROOF = "Where the hub asks for proofs (WIREGUARD_REQUIRE_PROOF=true; docs/access.md), all five: "
+
+
+def _header(name: str, description: str, **schema: Any) -> dict[str, Any]:
+    schema = {"type": "string"} | schema
+    return {"name": name, "in": "header", "required": False, "schema": schema, "description": description}
+
+
+# Not parameters of the endpoint: FastAPI would take longer for one than for all of the body.
+_HEADERS: dict[str, Any] = {
     "parameters": [
-        {
-            "name": "Idempotency-Key",
-            "in": "header",
-            "required": False,
-            "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-            "description": "Whoever sends the same body with the same key in 24 hours gets the first answer "
-            "again. 1 to 255 visible ASCII characters, new for each request.",
-        }
+        _header(
+            "Idempotency-Key",
+            "Whoever sends the same body with the same key in 24 hours gets the first answer again. 1 to 255 "
+            "visible ASCII characters, new for each request.",
+            minLength=1,
+            maxLength=255,
+        ),
+        _header(TIMESTAMP_HEADER, f"{_PROOF}Unix seconds, at most {WINDOW_SECONDS} off the hub's clock."),
+        _header(NONCE_HEADER, f"{_PROOF}16 to 64 of A-Z, a-z, 0-9, - and _, new for each request."),
+        _header(SIGNATURE_HEADER, f"{_PROOF}the Ed25519 signature by the node's libp2p key, in base64."),
+        _header(CHALLENGE_HEADER, f"{_PROOF}the challenge_id of `POST /wireguard/challenge`."),
+        _header(WIREGUARD_PROOF_HEADER, f"{_PROOF}the MAC that answers the challenge, in base64."),
     ]
 }
 
@@ -172,7 +192,7 @@ async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Servic
     "/provision",
     operation_id="provision_peer",
     summary="Provision a peer",
-    openapi_extra=_IDEMPOTENCY_KEY,
+    openapi_extra=_HEADERS,
     response_model=ProvisioningResponse,
     responses={
         409: _CONFLICT,

@@ -1,0 +1,32 @@
+"""The route of what needs no credential: limited by source, and it may tell more to who shows one."""
+
+from fastapi import Request
+
+from backend.api.dependencies import service_for
+from backend.api.door import DoorRoute
+from backend.api.source import source_of
+from backend.errors import AccessError, RateLimitedError
+from backend.models.access.callers import Caller
+
+
+class OpenRoute(DoorRoute):
+    """Answers every caller. A credential that isn't valid is counted and logged as elsewhere, and ignored."""
+
+    async def admit(self, request: Request) -> None:
+        """Count the request against its source; find out who asks where there is a credential."""
+        door = (await service_for(request)).door
+        if door.asks and "authorization" not in request.headers:
+            await door.limit_source(source_of(request))
+            return
+        try:
+            await super().admit(request)
+        except RateLimitedError:
+            raise
+        except AccessError as error:
+            self.note_refusal(request, error)
+
+
+def is_told(request: Request) -> bool:
+    """Say whether the caller of an OpenRoute showed a credential that lets it in."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    return caller is not None and not request.state.door.used_up(caller)
