@@ -334,6 +334,21 @@ def test_who_fails_too_often_has_to_wait_and_who_does_not_fail_comes_in(world: W
     assert world.admit(secret).name == f"key:{secret.id}"
 
 
+def test_a_token_that_is_used_up_counts_as_a_failure_of_its_source_and_of_itself(world: World) -> None:
+    """Otherwise its holder has bodies read and compared as often as it likes, until the token expires."""
+    secret = world.made(TokenRequest(max_uses=1))
+    assert not world.admit(secret).used_up
+    world.door.count_use(secret.id)
+    world.limits.hits.clear()
+    assert world.admit(secret).used_up
+    assert world.admit(secret, source=None).used_up
+    failures = [who for kind, who in world.limits.hits if kind is LimitKind.FAILED_AUTHENTICATION]
+    assert failures == [SOMEWHERE, secret.id, "unix", secret.id]
+    world.limits.full = {LimitKind.FAILED_AUTHENTICATION}
+    with pytest.raises(errors.RateLimitedError):
+        world.admit(secret)
+
+
 def test_a_keys_last_use_is_noted_and_a_tokens_is_counted_by_the_records(world: World) -> None:
     key, token = world.made(KeyRequest(role=Role.READ)), world.made(TokenRequest())
     world.admit(key)
