@@ -4,30 +4,33 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fastapi import FastAPI, Request
 
 from backend.api import dependencies
 from backend.api.dependencies import provisioning_service
 from backend.api.v1.endpoints.wireguard_provisioning import router
+from backend.client import Client, Node
 from backend.errors import OutcomeUnknownError
 from backend.main import create_app, provide_service, running_service
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.settings import load_settings
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import provision_body
 from tests.harness.service import free_port
 
-WIREGUARD = "/api/v1/wireguard"
-PROVISION = f"{WIREGUARD}/provision"
-PEERS = f"{WIREGUARD}/peers"
+PROVISION = "/api/v1/wireguard/provision"
+PEERS = "/api/v1/wireguard/peers"
 ROOT = Path(__file__).parents[2]
 
 
@@ -42,6 +45,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WIREGUARD_RELOAD", "off")
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
     monkeypatch.setenv("WIREGUARD_AUTH", "off")
+    monkeypatch.setenv("ENABLE_DBOS", "false")
     return path
 
 
@@ -65,7 +69,8 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1")
 
 
-def test_the_router_alone_is_enough(environment: Path) -> None:
+def test_the_router_alone_is_enough(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENABLE_DBOS")
     app = app_with_the_router()
     body = provision_body("node-1")
 
@@ -162,7 +167,7 @@ def test_requests_outside_of_any_lifespan_are_answered(environment: Path) -> Non
 @pytest.mark.parametrize("kind", ["function", "coroutine", "generator", "asks for the request"])
 def test_overriding_the_dependency_gives_the_router_another_service(environment: Path, kind: str) -> None:
     app = app_with_the_router()
-    with running_service(load_settings(enable_dbos=False)) as service:
+    with running_service(load_settings()) as service:
 
         async def coroutine() -> object:
             return service
@@ -193,17 +198,33 @@ def test_overriding_the_dependency_gives_the_router_another_service(environment:
         assert list(service.list_provisioned_peers()) == ["node-1"]
 
 
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """Serve an app on a port of this host; yield its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 def test_a_hub_that_asks_for_proofs_lets_nodes_in_through_the_router_alone(
     environment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WIREGUARD_REQUIRE_PROOF", "true")
-
-    async def act(client: httpx.AsyncClient) -> None:
-        answer = await client.post(f"{WIREGUARD}/challenge", json={"wireguard_public_key": new_key()})
-        assert answer.status_code == 200
-        assert answer.json()["challenge"]
-
-    started(app_with_the_router(), act)
+    node = Node("node-1", Ed25519PrivateKey.generate(), WireGuardPrivateKey.generate().reveal())
+    with served(app_with_the_router()) as url:
+        assert Client(url, require_proof=True).provision(node, version="1.0.0").node_id == "node-1"
+        assert httpx.post(url + PROVISION, json=provision_body("node-2"), trust_env=False).status_code in {
+            401,
+            422,
+        }
+    assert node.wireguard_public_key in environment.read_text()
 
 
 def test_a_service_that_cannot_start_says_so_once_and_the_app_goes_on(
