@@ -46,18 +46,24 @@ class _Start:
 async def provisioning_service(request: Request) -> WireGuardProvisioningService:
     """Return the app's service. Not a plain function: FastAPI would give each request a thread for it."""
     app = request.app
-    if not hasattr(app.state, "provisioning_service"):
-        # The outermost app, where this one is mounted in it.
-        outer = getattr(request.scope["router"], "dependency_overrides_provider", app)
-        if hasattr(outer.state, "provisioning_service"):
-            app = outer
-        else:
-            await start_late(app)
     service = getattr(app.state, "provisioning_service", None)
+    # At once, where it's there: this is done for each request.
+    if not isinstance(service, WireGuardProvisioningService):
+        service = await _service_elsewhere(app, request)
     if not isinstance(service, WireGuardProvisioningService):
         reason = "The provisioning service isn't running; this app's log says why"
         raise HTTPException(503, reason, headers={"Retry-After": str(RETRY_SECONDS)})
     return service
+
+
+async def _service_elsewhere(app: FastAPI, request: Request) -> object:
+    if not hasattr(app.state, "provisioning_service"):
+        # The outermost app, where this one is mounted in it.
+        outer = getattr(request.scope["router"], "dependency_overrides_provider", None) or app
+        if hasattr(outer.state, "provisioning_service"):
+            return outer.state.provisioning_service
+        await start_late(app)
+    return getattr(app.state, "provisioning_service", None)
 
 
 def _has_its_own(app: FastAPI) -> bool:
