@@ -69,7 +69,3 @@ def test_router_in_a_foreign_app_answers_wrong_methods_itself() -> None:
         assert answer.status_code == 405
         assert answer.headers["Allow"] == "GET, DELETE"
         assert answer.headers["X-Request-ID"] == "mine-1"
-
-
-def test_head_asks_whether_the_process_lives(app: FastAPI) -> None:
-    assert ask(app, "HEAD", "/healthz").status_code == 200

@@ -311,7 +311,8 @@ def test_health_says_what_is_wrong_and_heals_with_the_interface(
     service: ServiceProcess, hub_interface: HubInterface, tmp_path: Path
 ) -> None:
     assert service.client.get("/readyz").json() == {"status": "ready", "reload": "syncconf", "notices": []}
-    assert service.client.head("/readyz").status_code == 200
+    for path in ("/healthz", "/readyz"):
+        assert service.client.head(path).status_code == 200
     body = provision_body("node-1")
     service.client.post(PROVISION, json=body).raise_for_status()
     before = hub_interface.config_path.read_bytes()
