@@ -70,6 +70,12 @@ def test_a_body_full_of_errors_is_refused_with_few_of_them(name: str) -> None:
     assert len(answer.content) < 1024
 
 
+def test_validation_of_models_stops_at_the_first_wrong_one() -> None:
+    with pytest.raises(ValidationError) as refused:
+        NodeCapabilities.model_validate({"models": [1] * MODELS_MAX})
+    assert refused.value.error_count() == 1
+
+
 def test_one_answer_lists_no_more_than_its_share_of_errors() -> None:
     strangers = {f"stranger-{number}": 1 for number in range(MAX_ERRORS)}
     answer = answer_to(ProvisioningRequest, strangers)
