@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterable
 from datetime import timedelta
 from difflib import get_close_matches
 from enum import StrEnum
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from backend.adapters.env_file import names_in_env_file, trusted_env_file
 from backend.errors import StartRefusedError
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey
@@ -356,7 +355,7 @@ def unknown_settings() -> dict[str, str | None]:
 
     A setting whose name is misspelt would be ignored in silence.
     """
-    names = {name.upper() for name in (*os.environ, *_names_in_env_file())}
+    names = {name.upper() for name in (*os.environ, *names_in_env_file())}
     known = {
         name.upper().removeprefix(_PREFIX)
         for name in Settings.model_fields
@@ -371,23 +370,16 @@ def unknown_settings() -> dict[str, str | None]:
     return found
 
 
-def _names_in_env_file() -> Iterable[str]:
-    try:
-        return dotenv_values(".env", interpolate=False, encoding="utf-8")
-    except (OSError, UnicodeError):
-        return ()  # load_settings() says so
-
-
 def load_settings(**given: Any) -> Settings:
     """Read the settings that aren't given; raise StartRefusedError for the first that is wrong.
 
-    TypeError for a name that no setting has.
+    So does a `.env` that others could change. TypeError for a name that no setting has.
     """
     unknown = given.keys() - Settings.model_fields.keys()
     if unknown:
         raise TypeError(f"there is no setting {', '.join(sorted(unknown))}")
     try:
-        return Settings(**given)
+        return Settings(_env_file=trusted_env_file(), **given)
     except ValidationError as exc:
         error = exc.errors(include_url=False, include_input=False)[0]
         name = str(error["loc"][0]).upper()

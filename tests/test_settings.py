@@ -1,5 +1,6 @@
 """What an operator may set, and the sentence that each mistake gets."""
 
+import os
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backend.adapters.env_file import trusted_env_file
 from backend.errors import StartRefusedError
 from backend.services.ports import LimitKind
 from backend.settings import LogLevel, ReloadMode, Settings, load_settings, unknown_settings
@@ -396,6 +398,51 @@ def test_an_env_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     # Its first page is never mapped, so that reading it fails for root too.
     (tmp_path / ".env").symlink_to("/proc/self/mem")
     assert refusal() == f"{tmp_path}/.env can't be read (Input/output error); mend it or take it away."
+
+
+def test_an_env_file_that_others_may_write_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    """It says which database, which config and which credentials count."""
+    path = tmp_path / ".env"
+    path.write_text("WIREGUARD_RELOAD=off\n")
+    path.chmod(0o646)
+    with pytest.raises(StartRefusedError) as caught:
+        load_settings()
+    assert str(caught.value) == (
+        f"the file of settings {path} is within other users' reach: they can write to {path} (mode 0646); "
+        f"run `chmod go-w {path}`, or choose another place"
+    )
+    path.chmod(0o604)
+    assert load_settings().wireguard_reload is ReloadMode.OFF
+    tmp_path.chmod(0o777)
+    with pytest.raises(StartRefusedError, match=rf"they can write to {tmp_path} \(mode 0777\)"):
+        load_settings()
+    # One that isn't there harms nobody.
+    path.unlink()
+    assert load_settings().wireguard_reload is ReloadMode.SYNCCONF
+
+
+def test_an_env_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to give a file away")
+    path = tmp_path / ".env"
+    path.touch(0o644)
+    os.chown(path, 4711, -1)
+    with pytest.raises(StartRefusedError, match=f"{path} belongs to 4711; run `chown root {path}`"):
+        load_settings()
+
+
+def test_an_env_file_that_comes_after_the_look_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where others may make files, one of them could."""
+
+    def look_then_lay() -> Path | None:
+        found = trusted_env_file()
+        (tmp_path / ".env").write_text("WIREGUARD_RELOAD=off\n")
+        return found
+
+    monkeypatch.setattr("backend.settings.trusted_env_file", look_then_lay)
+    assert load_settings().wireguard_reload is ReloadMode.SYNCCONF
 
 
 @given(st.text(alphabet="abAB01.:-_[]% \n\0/@", max_size=40))

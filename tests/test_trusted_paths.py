@@ -4,6 +4,7 @@ import grp
 import os
 import pwd
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from backend.adapters.trusted_paths import (
     require_trusted,
     require_trusted_file,
 )
+from backend.adapters.unix_socket import listening_at
 from backend.errors import StartRefusedError
 
 SOMEBODY = 4711
@@ -203,3 +205,52 @@ def test_nobody_else_can_hold_an_older_lock_file_open_from_now_on(tmp_path: Path
     path.chmod(0o666)
     LockFile(path, "it").acquire().release()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def laid_link(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def laid_hard_link(path: Path, victim: Path) -> None:
+    path.hardlink_to(victim)
+
+
+def laid_pipe(path: Path, _: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("lay", "said"),
+    [
+        (laid_link, "is a symbolic link"),
+        (laid_hard_link, "has another name too"),
+        (laid_pipe, "is not a regular file"),
+    ],
+)
+def test_a_lock_file_never_empties_the_file_that_a_link_leads_to(
+    tmp_path: Path, lay: Callable[[Path, Path], None], said: str
+) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "lock"
+    victim.write_text("all that there is")
+    victim.chmod(0o640)
+    lay(path, victim)
+    with pytest.raises(StartRefusedError, match=f"lock file {path} {said}, .* remove it"):
+        LockFile(path, "it").acquire()
+    assert victim.read_text() == "all that there is"
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o640
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("mode", [0o770, 0o1777])
+def test_no_socket_is_made_where_others_could_lay_links_or_put_theirs_in_its_place(
+    tmp_path: Path, mode: int
+) -> None:
+    directory = made(tmp_path / "run", mode, group=SOMEBODY)
+    path = directory / "hub.sock"
+    said = rf"^the directory of {path} \(--unix-socket\) is within other"
+    with pytest.raises(StartRefusedError, match=said), listening_at(path):
+        pass
+    assert list(directory.iterdir()) == []
+    directory.chmod(0o750)
+    with listening_at(path):
+        assert path.is_socket()

@@ -1,6 +1,7 @@
 """The database's engine, its exclusive use, and its schema brought up to date."""
 
 import os
+import shlex
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -190,7 +191,9 @@ class Database:
             require_trusted_file(path, f"the database {path} (DATABASE_URL, or STATE_DIRECTORY)")
             # From birth: SQLite gives its -wal and -shm the mode of the database.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            for made in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
+            # SQLite names what belongs to the file after the file itself, wherever a link to it is.
+            real = Path(os.path.realpath(path))
+            for made in (real, real.with_name(real.name + "-wal"), real.with_name(real.name + "-shm")):
                 with suppress(FileNotFoundError):
                     made.chmod(0o600)
         except OSError as exc:
@@ -199,7 +202,13 @@ class Database:
                 "give this process a STATE_DIRECTORY or a DATABASE_URL that it may write to"
             ) from exc
         if self._exclusive:
-            lock = LockFile(path.with_name(path.name + ".lock"), f"The database {path}").acquire()
+            if real.stat().st_nlink != 1:
+                raise StartRefusedError(
+                    f"the database {path} has another name too, by which a second service could write to it; "
+                    f"`find / -xdev -samefile {shlex.quote(str(real))}` shows all its names; leave it one"
+                )
+            # Beside the file itself, whichever link led to it: two services would undo each other's work.
+            lock = LockFile(real.with_name(real.name + ".lock"), f"The database {path}").acquire()
             self._stack.callback(lock.release)
         self._file = DatabaseFile(path)
         self._stack.callback(self._file.close)

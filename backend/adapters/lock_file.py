@@ -11,6 +11,8 @@ from typing import Final, Self
 from backend.errors import InUseError, StartRefusedError
 
 _MODE: Final = 0o600
+# O_NONBLOCK: what isn't a file, a pipe or a device, is opened without a wait, and then refused.
+_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class LockFile:
@@ -23,16 +25,7 @@ class LockFile:
 
     def acquire(self) -> Self:
         """Take the lock; raise StartRefusedError when another process has it."""
-        try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
-        except OSError as exc:
-            raise StartRefusedError(
-                f"{self._path} can't be made ({exc.strerror}); let this process write to its directory"
-            ) from exc
-        status = os.fstat(descriptor)
-        if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != _MODE:
-            # An earlier one, made otherwise: whoever may read it may also lock it, and keep us from starting.
-            os.fchmod(descriptor, _MODE)
+        descriptor = self._open()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -45,6 +38,36 @@ class LockFile:
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor
         return self
+
+    def _open(self) -> int:
+        """Open the file, which is written to from now on: another one that a link leads to must never be."""
+        try:
+            descriptor = os.open(self._path, _FLAGS, _MODE)
+        except OSError as exc:
+            if exc.errno == errno.ELOOP:
+                raise self._refused("is a symbolic link") from None
+            raise StartRefusedError(
+                f"{self._path} can't be made ({exc.strerror}); let this process write to its directory"
+            ) from exc
+        status = os.fstat(descriptor)
+        problem = None
+        if not stat.S_ISREG(status.st_mode):
+            problem = "is not a regular file"
+        elif status.st_nlink != 1:
+            problem = "has another name too"
+        if problem is not None:
+            os.close(descriptor)
+            raise self._refused(problem)
+        if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != _MODE:
+            # An earlier one, made otherwise: whoever may read it may also lock it, and keep us from starting.
+            os.fchmod(descriptor, _MODE)
+        return descriptor
+
+    def _refused(self, problem: str) -> StartRefusedError:
+        return StartRefusedError(
+            f"the lock file {self._path} {problem}, so the service didn't make it; find out who did, and "
+            "remove it"
+        )
 
     def release(self) -> None:
         """Let go. The file stays: to remove it would let a third process lock another file of that name."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from backend.adapters.lock_file import LockFile
+from backend.adapters.trusted_paths import require_trusted
 from backend.errors import StartRefusedError
 
 
@@ -14,6 +15,8 @@ from backend.errors import StartRefusedError
 def listening_at(path: Path) -> Iterator[socket.socket]:
     """Listen at `path`, with mode 0600, and take the file away at the end; raise StartRefusedError."""
     path = path.absolute()
+    # Who may write there could lead the lock file elsewhere, or put a socket of theirs in the place of ours.
+    require_trusted(path.parent, f"the directory of {path} (--unix-socket)")
     # Without it, of two that start at once the second could take away what the first has just made.
     lock = LockFile(path.with_name(f".{path.name}.lock"), f"The socket {path}").acquire()
     try:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from backend.adapters.access_store import SqlAccessStore
 from backend.adapters.database import Database
 from backend.adapters.sql_journal import SqlJournal
-from backend.errors import RecordsUnavailableError
+from backend.errors import InUseError, RecordsUnavailableError, StartRefusedError
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import TokenRequest
@@ -118,6 +118,36 @@ def test_a_database_behind_a_link_that_leads_elsewhere_now_is_missed(tmp_path: P
             database.check()
     finally:
         database.close()
+
+
+def test_a_link_to_the_database_lets_no_second_service_in(
+    database: Database, path: Path, tmp_path: Path
+) -> None:
+    database.check()
+    link = tmp_path / "other" / "records.sqlite"
+    link.parent.mkdir(0o700)
+    link.symlink_to(path)
+    with pytest.raises(InUseError, match=f"The database {link} is already managed by another process"):
+        Database(f"sqlite:///{link}")
+    # And the other way round.
+    database.close()
+    first = Database(f"sqlite:///{link}")
+    with pytest.raises(InUseError, match="already managed"):
+        Database(f"sqlite:///{path}")
+    first.close()
+    assert [file.name for file in link.parent.iterdir()] == ["records.sqlite"]
+
+
+def test_a_database_with_two_names_is_refused(path: Path, tmp_path: Path) -> None:
+    """Each name would have its own lock file and its own write-ahead log."""
+    Database(f"sqlite:///{path}").close()
+    name = tmp_path / "state" / "other.sqlite"
+    name.hardlink_to(path)
+    for each in (path, name):
+        with pytest.raises(StartRefusedError, match=f"has another name too, .* -samefile {each}`"):
+            Database(f"sqlite:///{each}")
+    name.unlink()
+    Database(f"sqlite:///{path}").close()
 
 
 def test_a_batch_whose_database_is_deleted_while_it_commits_never_reaches_the_hub(
