@@ -235,13 +235,14 @@ class AuthenticationOffError(ForbiddenError):
 
 
 class RateLimitedError(AccessError):
-    """The caller comes too often."""
+    """The caller comes too often; `credential_id` is that of a real credential of which it tried a secret."""
 
     reason = "rate"
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(retry_after)
+    def __init__(self, retry_after: int, credential_id: str | None = None) -> None:
+        super().__init__(retry_after, credential_id)
         self.retry_after = retry_after
+        self.credential_id = credential_id
 
     def __str__(self) -> str:
         return f"too many requests; come back in {self.retry_after} seconds"

@@ -133,18 +133,6 @@ def test_a_write_that_fails_is_made_up_for_at_the_end(store: WatchedStore) -> No
     assert store.used == {"key": NOON + timedelta(seconds=1)}
 
 
-def test_a_refusal_that_has_a_row_is_counted_there_in_a_flood_too(store: WatchedStore) -> None:
-    clerk = Clerk(store)
-    for number in range(200):
-        clerk.note(event(f"node-{number}"))
-    clerk.note(event("node-1"))
-    clerk.write()
-    counts = {row.subject: row.count for row in store.events}
-    assert counts["node-1"] == 2
-    assert counts["node-2"] == 1
-    assert counts[None] == 100
-
-
 def test_a_failure_that_is_none_of_the_records_is_not_hidden() -> None:
     """Only records that are away are waited for."""
 

@@ -1,56 +1,29 @@
 """How a request comes to its caller: who it is, whether it may, and that a refusal is on record."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Request
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 
 from backend.api.bearer import BearerScheme
 from backend.api.dependencies import service_for
 from backend.api.errors import DomainErrorRoute, problem
+from backend.api.refusals import note_refusal
 from backend.api.source import source_of
 from backend.api.used_up import require_repeat
 from backend.errors import (
-    AccessError,
-    AddressTakenError,
-    DuplicatePeerError,
     ForbiddenError,
-    HubUpdateError,
-    IdempotencyKeyError,
-    InvalidCredentialsError,
-    IPPoolExhaustedError,
     OutcomeUnknownError,
-    PeerNotFoundError,
-    ProofError,
     ProvisioningError,
     RateLimitedError,
-    RecordsUnavailableError,
     UnauthenticatedError,
 )
-from backend.models.access.audit import AuditAction, AuditOutcome
+from backend.models.access.audit import AuditAction
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Permission
-from backend.models.access.secret_text import redacted
 from backend.services.door import Door
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
-
-# The word for the audit log; the nearest class in an error's line of descent counts.
-_REASONS: Final[dict[type[ProvisioningError], str]] = {
-    DuplicatePeerError: "duplicate",
-    PeerNotFoundError: "not_found",
-    InvalidCredentialsError: "invalid",
-    IPPoolExhaustedError: "pool_exhausted",
-    AddressTakenError: "address_taken",
-    HubUpdateError: "hub",
-    RecordsUnavailableError: "records",
-    IdempotencyKeyError: "idempotency_key",
-    ProvisioningError: "failed",
-}
-
 
 # What any of these routes may answer before it does anything.
 REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
@@ -101,32 +74,18 @@ class DoorRoute(DomainErrorRoute):
         caller: Caller | None = getattr(request.state, "caller", None)
         if caller is None:
             caller = Caller(CallerKind.NOBODY, None, source_of(request), request.state.request_id)
-        if isinstance(error, AccessError) and (action is None or caller.kind is CallerKind.NOBODY):
-            action = AuditAction.AUTHENTICATE
-        if isinstance(error, UnauthenticatedError):
-            action, subject = AuditAction.AUTHENTICATE, error.credential_id or subject
-        if action is not None:
-            subject = None if subject is None else redacted(subject)
-            event = caller.event(datetime.now(UTC), action, AuditOutcome.REFUSED, subject, _reason(error))
-            door.clerk.note(event)
+        note_refusal(door.clerk, caller, action, subject, error)
 
     async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:
         """Count a credential that turned out to be good for nothing later than at the door."""
         caller: Caller | None = getattr(request.state, "caller", None)
         if isinstance(error, UnauthenticatedError) and caller is not None and not caller.used_up:
             door: Door = request.state.door
-            return await door.count_failure(error, source_of(request))
+            counted = await door.count_failure(error, source_of(request))
+            if isinstance(counted, RateLimitedError):
+                door.clerk.count_limited(source_of(request))
+            return counted
         return error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, AccessError | ProofError):
-        return error.reason
-    if isinstance(error, ProvisioningError):
-        return next(_REASONS[kind] for kind in type(error).__mro__ if kind in _REASONS)
-    if isinstance(error, RequestValidationError):
-        return "invalid"
-    return f"status_{error.status_code}" if isinstance(error, HTTPException) else "failed"
 
 
 class May(BearerScheme):

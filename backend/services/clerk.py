@@ -3,7 +3,6 @@
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from threading import Event, Lock, Thread
 from typing import Final
@@ -12,28 +11,15 @@ from backend.errors import RecordsUnavailableError
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.services.audit_pruning import KEPT, AuditPruning
+from backend.services.audit_rows import AuditRows
+from backend.services.limited_requests import LimitedRequests
 from backend.services.ports import AccessStore
 
 log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS: Final = 1.0
 _TIDY_INTERVAL_SECONDS: Final = 60.0
-# From so many rows of one interval on, equal refusals are counted together whoever they were of: a flood
-# from many addresses, with many names, must not become as many rows.
-_ROWS_APART: Final = 100
 _STOP_SECONDS: Final = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What two events must share to be counted into one row."""
-
-    action: AuditAction
-    outcome: AuditOutcome
-    reason: str | None
-    actor: str
-    source: str | None
-    subject: str | None
 
 
 class Clerk:
@@ -50,12 +36,13 @@ class Clerk:
         self._writing = Lock()
         # Guards the two below; never held across I/O.
         self._lock = Lock()
-        self._events: dict[_Kind, AuditEvent] = {}
+        self._rows = AuditRows()
         self._used: dict[str, datetime] = {}
         self._stop = Event()
         self._thread = Thread(target=self._work, name="clerk", daemon=True)
         self._every_turn: Callable[[], object] = lambda: None
         self._untidied_seconds = 0.0
+        self._limited = LimitedRequests()
 
     def start(self, every_turn: Callable[[], object]) -> None:
         """Begin; `every_turn` is called about once a second."""
@@ -67,22 +54,21 @@ class Clerk:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(_STOP_SECONDS)
-        self.write()
+        with self._writing:
+            self._write(all_of_them=True)
+        self._limited.report(now_too=True)
 
-    def note(self, event: AuditEvent) -> None:
-        """Have an event logged within a second; equal ones are counted into one row."""
-        kind = _Kind(event.action, event.outcome, event.reason, event.actor, event.source, event.subject)
+    def note(self, event: AuditEvent, credential: str | None = None) -> None:
+        """Have an event logged, within a second unless its source has come so often that its rows wait.
+
+        `credential` is the ID of a real one that it is about. AuditRows says what is merged.
+        """
         with self._lock:
-            known = self._events.get(kind)
-            if known is None and len(self._events) >= _ROWS_APART:
-                actor = event.actor.partition(":")[0]
-                kind = replace(kind, actor=actor, source=None, subject=None)
-                event = replace(event, actor=actor, source=None, subject=None, request_id=None)
-                known = self._events.get(kind)
-            if known is not None:
-                # Whose request it was would be true of the first alone.
-                event = replace(known, count=known.count + event.count, request_id=None)
-            self._events[kind] = event
+            self._rows.add(event, credential)
+
+    def count_limited(self, source: str | None) -> None:
+        """Count a request that came too often."""
+        self._limited.count(source)
 
     def notice(self, action: AuditAction, reason: str | None) -> None:
         """Have something logged that nobody asked for."""
@@ -98,19 +84,18 @@ class Clerk:
         with self._writing:
             self._write()
 
-    def _write(self) -> None:
+    def _write(self, *, all_of_them: bool = False) -> None:
         with self._lock:
-            events, self._events = self._events, {}
+            rows = self._rows.take(all_of_them=all_of_them)
             used, self._used = self._used, {}
-        if not events and not used:
+        if not rows and not used:
             return
         try:
-            self._store.write(list(events.values()), used)
+            self._store.write([event for _, event in rows], used)
         except RecordsUnavailableError:
             with self._lock:
                 self._used = used | self._used
-            for event in events.values():
-                self.note(event)
+                self._rows.put_back(rows)
 
     def _work(self) -> None:
         while not self._stop.wait(INTERVAL_SECONDS):
@@ -118,6 +103,7 @@ class Clerk:
                 with contextlib.suppress(RecordsUnavailableError):
                     self._every_turn()
                 self.write()
+                self._limited.report()
                 with contextlib.suppress(RecordsUnavailableError):
                     self._tidy()
                     self._pruning.step()

@@ -248,7 +248,7 @@ class Door:
     ) -> UnauthenticatedError | RateLimitedError:
         """Count a failed try, and return what to say: who fails too often isn't even told that."""
         seconds = await self._limiter.hit(LimitKind.FAILED_AUTHENTICATION, source or "unix")
-        return error if seconds is None else RateLimitedError(seconds)
+        return error if seconds is None else RateLimitedError(seconds, error.credential_id)
 
     async def _limit(self, kind: LimitKind, who: str) -> None:
         seconds = await self._limiter.hit(kind, who)

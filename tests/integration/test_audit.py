@@ -337,6 +337,8 @@ def test_many_refusals_are_counted_and_none_is_dropped(
     assert len(missing) < 100
     malformed = [entry for entry in script.entries() if entry["reason"] == "malformed"]
     assert sum(entry["count"] for entry in malformed) == 300
+    # One address can't fill the disk with names that it makes up.
+    assert len(malformed) < 100
 
 
 def test_refusals_survive_the_end_of_the_process(service: ServiceProcess) -> None:
@@ -368,6 +370,8 @@ def test_pages_are_complete_and_do_not_overlap_while_the_log_grows(service: Serv
     for number in range(3):
         script.ask("-", "DELETE", f"{PEERS}/node-{number}", 200)
         script.ask("-", "DELETE", f"{PEERS}/node-{number}", 404)
+        # Has it written, so that the next is a row of its own.
+        script.entries()
     script.secret = script.ask("-", "POST", KEYS, 201, json={"role": "admin"})["secret"]
     script.secret = script.ask("-", "POST", KEYS, 201, json={"role": "read"})["secret"]
     whole = script.entries()

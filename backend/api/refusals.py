@@ -1,0 +1,83 @@
+"""What the audit log is told of a request that was refused."""
+
+import re
+from datetime import UTC, datetime
+from typing import Final
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from backend.errors import (
+    AccessError,
+    AddressTakenError,
+    DuplicatePeerError,
+    HubUpdateError,
+    IdempotencyKeyError,
+    InvalidCredentialsError,
+    IPPoolExhaustedError,
+    PeerNotFoundError,
+    ProofError,
+    ProvisioningError,
+    RateLimitedError,
+    RecordsUnavailableError,
+    UnauthenticatedError,
+)
+from backend.models.access.audit import AuditAction, AuditOutcome
+from backend.models.access.callers import Caller, CallerKind
+from backend.models.access.secret_text import redacted
+from backend.models.wireguard.provisioning import NODE_ID_PATTERN
+from backend.services.clerk import Clerk
+
+# The word for the audit log; the nearest class in an error's line of descent counts.
+_REASONS: Final[dict[type[ProvisioningError], str]] = {
+    DuplicatePeerError: "duplicate",
+    PeerNotFoundError: "not_found",
+    InvalidCredentialsError: "invalid",
+    IPPoolExhaustedError: "pool_exhausted",
+    AddressTakenError: "address_taken",
+    HubUpdateError: "hub",
+    RecordsUnavailableError: "records",
+    IdempotencyKeyError: "idempotency_key",
+    ProvisioningError: "failed",
+}
+
+
+def note_refusal(
+    clerk: Clerk, caller: Caller, action: AuditAction | None, subject: str | None, error: Exception
+) -> None:
+    """Have a refusal logged as `action`, or as a try to come in; one that came too often is only counted.
+
+    A row names the real credential whose secret somebody tried, however often they did. A `subject` that the
+    caller chose is kept where it could be a node's name.
+    """
+    credential = None
+    if isinstance(error, RateLimitedError):
+        clerk.count_limited(caller.source)
+        if error.credential_id is None:
+            return
+    if isinstance(error, AccessError) and (action is None or caller.kind is CallerKind.NOBODY):
+        action = AuditAction.AUTHENTICATE
+    if isinstance(error, UnauthenticatedError | RateLimitedError):
+        action, credential = AuditAction.AUTHENTICATE, error.credential_id
+    if action is None:
+        return
+    about = credential or _node(subject)
+    event = caller.event(datetime.now(UTC), action, AuditOutcome.REFUSED, about, _reason(error))
+    clerk.note(event, credential)
+
+
+def _node(subject: str | None) -> str | None:
+    if subject is None:
+        return None
+    name = redacted(subject)
+    return name if re.fullmatch(NODE_ID_PATTERN, name) and not name.endswith("\n") else None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, AccessError | ProofError):
+        return error.reason
+    if isinstance(error, ProvisioningError):
+        return next(_REASONS[kind] for kind in type(error).__mro__ if kind in _REASONS)
+    if isinstance(error, RequestValidationError):
+        return "invalid"
+    return f"status_{error.status_code}" if isinstance(error, HTTPException) else "failed"

@@ -1,0 +1,291 @@
+"""What refusals are merged into, and how many rows a flood of them makes."""
+
+import logging
+from collections import Counter
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from backend.api.refusals import note_refusal
+from backend.errors import (
+    DuplicatePeerError,
+    ForbiddenError,
+    PeerNotFoundError,
+    RateLimitedError,
+    UnauthenticatedError,
+)
+from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
+from backend.models.access.callers import Caller, CallerKind
+from backend.models.access.credentials import Secret, TokenRequest
+from backend.models.sources import network_of
+from backend.services.audit_rows import AuditRows
+from backend.services.clerk import Clerk
+from backend.services.limited_requests import LimitedRequests
+from tests.harness.fakes import FakeAccessStore
+
+NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
+HERE, THERE = "192.0.2.1", "192.0.2.2"
+KEY = "3f1c0e5a9b7d2468"
+HOUR_SECONDS = 60 * 60
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def rows(clock: Clock) -> AuditRows:
+    return AuditRows(clock)
+
+
+def event(subject: str | None = None, **over: Any) -> AuditEvent:
+    base = AuditEvent(NOON, AuditAction.AUTHENTICATE, AuditOutcome.REFUSED, "nobody", subject, HERE)
+    return replace(base, **over)
+
+
+def taken(rows: AuditRows) -> list[AuditEvent]:
+    return [event for _, event in rows.take()]
+
+
+def test_names_that_a_caller_chose_make_no_rows(rows: AuditRows) -> None:
+    for number in range(1000):
+        rows.add(event(f"node-{number}", reason="missing"))
+    assert taken(rows) == [event(None, reason="missing", count=1000)]
+
+
+def test_a_name_that_all_have_in_common_is_kept(rows: AuditRows) -> None:
+    for _ in range(3):
+        rows.add(event("node-1", request_id="r"))
+    assert taken(rows) == [event("node-1", count=3)]
+
+
+def test_a_real_credential_has_rows_of_its_own_by_source(rows: AuditRows) -> None:
+    for source, credential in ((HERE, KEY), (THERE, KEY), (HERE, "0" * 16), (HERE, KEY)):
+        rows.add(event(credential, source=source, reason="secret"), credential)
+    assert [(row.source, row.subject, row.count) for row in taken(rows)] == [
+        (HERE, KEY, 2),
+        (THERE, KEY, 1),
+        (HERE, "0" * 16, 1),
+    ]
+
+
+def test_addresses_of_one_network_are_one_source(rows: AuditRows) -> None:
+    """An IPv6 host has 2^64 of them: each would have a row, and a budget."""
+    for number in range(1, 500):
+        rows.add(event(source=f"2001:db8::{number:x}"))
+    rows.add(event(source="2001:db8:0:1::1"))
+    assert [(row.source, row.count) for row in taken(rows)] == [
+        ("2001:db8::/64", 499),
+        ("2001:db8:0:1::1", 1),
+    ]
+
+
+def test_a_source_that_floods_for_hours_does_not_fill_the_disk(rows: AuditRows, clock: Clock) -> None:
+    """One address wrote 100 KB/s of refusals with names that it chose."""
+    actions = (AuditAction.AUTHENTICATE, AuditAction.PROVISION, AuditAction.CHALLENGE)
+    reasons = [f"status_{number}" for number in range(10)]
+    written = 0
+    for _ in range(2 * HOUR_SECONDS // 10):
+        clock.now += 10
+        for number, (action, reason) in enumerate(product(actions, reasons)):
+            rows.add(event(f"node-{clock.now}-{number}", action=action, reason=reason))
+        written += len(taken(rows))
+    # 17,280 a day, of some 450 bytes each.
+    assert written <= 1000 + 2 * HOUR_SECONDS / 5
+    # Nothing is dropped: the others wait, merged.
+    left = [event for _, event in rows.take(all_of_them=True)]
+    assert len(left) <= len(actions) * len(reasons)
+    assert {(row.action, row.reason) for row in left} <= set(product(actions, reasons))
+
+
+def test_a_flood_loses_no_count(rows: AuditRows, clock: Clock) -> None:
+    counted = 0
+    for turn in range(2000):
+        clock.now += 0.01
+        rows.add(event(f"node-{turn}", reason=f"status_{turn % 7}"))
+        counted += sum(row.count for row in taken(rows))
+    assert counted < 2000
+    counted += sum(event.count for _, event in rows.take(all_of_them=True))
+    assert counted == 2000
+
+
+def test_tries_against_a_real_key_keep_their_source_under_a_flood_of_strangers(
+    rows: AuditRows, clock: Clock
+) -> None:
+    for turn in range(20):
+        clock.now += 1
+        for number in range(2000):
+            rows.add(event(f"n-{turn}-{number}", source=f"198.51.{number // 250}.{number % 250}"))
+        rows.add(event(KEY, source=THERE, reason="secret"), KEY)
+        written = taken(rows)
+        assert [row.source for row in written if row.subject == KEY] == [THERE]
+        # From that many addresses: as many rows as wait at most, and one for the others.
+        assert len(written) <= 200 + 1 + 1
+        assert sum(row.count for row in written) == 2001
+
+
+def test_a_source_that_has_used_up_its_rows_leaves_those_of_others_alone(
+    rows: AuditRows, clock: Clock
+) -> None:
+    for number in range(1100):
+        rows.add(event(reason=f"r{number % 2}"))
+        taken(rows)
+    rows.add(event(source=THERE))
+    assert [row.source for row in taken(rows)] == [THERE]
+    clock.now += 5
+    assert [(row.source, row.reason, row.count) for row in taken(rows)] == [(HERE, "r0", 50)]
+    clock.now += 5
+    assert [(row.source, row.reason, row.count) for row in taken(rows)] == [(HERE, "r1", 50)]
+
+
+def test_what_waits_is_bounded_whoever_the_credentials_are_of(rows: AuditRows) -> None:
+    for number in range(10_000):
+        credential = f"{number:016x}"
+        rows.add(
+            event(credential, reason="secret", source=f"10.0.{number // 250}.{number % 250}"), credential
+        )
+    written = [event for _, event in rows.take(all_of_them=True)]
+    assert len(written) <= 2 * 1000 + 1
+    assert sum(row.count for row in written) == 10_000
+    # Nothing is said of many that is true of one alone.
+    assert all(row.subject is row.source is row.request_id is None for row in written if row.count > 1)
+
+
+def test_rows_that_could_not_be_written_wait_with_what_came_since_and_cost_nothing(
+    rows: AuditRows, clock: Clock
+) -> None:
+    for turn in range(3000):
+        rows.add(event(f"node-{turn}", at=NOON.replace(microsecond=turn)))
+        rows.put_back(rows.take())
+    (row,) = taken(rows)
+    assert (row.at, row.count) == (NOON, 3000)
+
+
+def test_a_notice_of_the_service_has_no_budget(rows: AuditRows) -> None:
+    notice = event("node-1", outcome=AuditOutcome.NOTED, actor="service", source=None)
+    for _ in range(1500):
+        rows.add(notice)
+        assert taken(rows) == [notice]
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("no:address", "no:address"),
+    ],
+)
+def test_a_source_is_a_network(address: str, network: str) -> None:
+    assert network_of(address) == network
+
+
+class Refusals:
+    """A clerk that is told of refusals, and what it writes of them."""
+
+    def __init__(self) -> None:
+        self.store = FakeAccessStore()
+        self.clerk = Clerk(self.store)
+        credential, _ = TokenRequest().make("cli:root", NOON)
+        self.token = credential.id
+        self.node = Caller(CallerKind.TOKEN, credential, HERE, "r-1")
+        self.stranger = Caller(CallerKind.NOBODY, None, HERE, "r-1")
+
+    def told(self, caller: Caller, subject: str | None, *errors: Exception) -> list[tuple[Any, ...]]:
+        """Return what is written of these refusals of one endpoint: action, actor, subject, reason, count."""
+        self.store.events.clear()
+        for error in errors:
+            note_refusal(self.clerk, caller, AuditAction.PROVISION, subject, error)
+        self.clerk.write()
+        return [
+            (row.action.value, row.actor, row.subject, row.reason, row.count) for row in self.store.events
+        ]
+
+
+@pytest.fixture
+def refusals() -> Refusals:
+    return Refusals()
+
+
+def test_what_comes_too_often_is_counted_and_has_no_row(refusals: Refusals, caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert refusals.told(refusals.stranger, "node-1", *[RateLimitedError(7)] * 100) == []
+        refusals.clerk.close()
+    (line,) = [record for record in caplog.records if record.message == "requests_limited"]
+    assert (line.requests, line.sources, line.most_from, line.of_them) == (100, 1, HERE, 100)
+
+
+def test_a_secret_of_a_real_key_that_is_tried_too_often_has_its_row(refusals: Refusals) -> None:
+    tries = [UnauthenticatedError("secret", KEY)] * 30 + [RateLimitedError(7, KEY)] * 70
+    assert refusals.told(refusals.stranger, "node-1", *tries) == [
+        ("authenticate", "nobody", KEY, "secret", 30),
+        ("authenticate", "nobody", KEY, "rate", 70),
+    ]
+    assert {row.source for row in refusals.store.events} == {HERE}
+
+
+def test_a_subject_that_can_be_no_nodes_name_is_not_kept(refusals: Refusals) -> None:
+    secret = Secret.generate().reveal()
+    for chosen in ("a" * 129, "../../etc", "node 1", "node-1\n", "\u202e", "", secret):
+        told = refusals.told(refusals.stranger, chosen, UnauthenticatedError("missing"))
+        assert told == [("authenticate", "nobody", None, "missing", 1)], chosen
+    told = refusals.told(refusals.stranger, "node-1", UnauthenticatedError("missing"))
+    assert told == [("authenticate", "nobody", "node-1", "missing", 1)]
+
+
+def test_an_act_of_a_known_caller_is_refused_as_that_act(refusals: Refusals) -> None:
+    token = f"token:{refusals.token}"
+    told = refusals.told(
+        refusals.node,
+        "node-1",
+        DuplicatePeerError("node-1", {}),
+        PeerNotFoundError("node-1"),
+        ForbiddenError("read"),
+        UnauthenticatedError("used_up", refusals.token),
+    )
+    assert told == [
+        ("provision", token, "node-1", "duplicate", 1),
+        ("provision", token, "node-1", "not_found", 1),
+        ("provision", token, "node-1", "forbidden", 1),
+        ("authenticate", token, refusals.token, "used_up", 1),
+    ]
+
+
+def test_limited_requests_are_one_line_a_minute_however_many_and_from_wherever(
+    caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("backend.services.limited_requests.time", SimpleNamespace(monotonic=clock))
+    limited = LimitedRequests()
+    lines: Counter[str] = Counter()
+    with caplog.at_level(logging.WARNING):
+        limited.report()
+        for second in range(120):
+            for number in range(50):
+                limited.count(f"2001:db8:{second:x}:{number:x}::1")
+            limited.count(HERE)
+            limited.report()
+            clock.now += 1
+    for record in caplog.records:
+        lines[record.message] += 1
+    assert lines == {"requests_limited": 2}
+    first, second = caplog.records
+    assert (first.requests, second.requests) == (51, 60 * 51)
+    assert second.sources <= 1001
