@@ -51,6 +51,10 @@ class LocalAdmin(httpx.Auth):
             self._read = identity, self._file.read_text().strip().removeprefix("Authorization: ")
         return self._read[1]
 
+    def forget(self) -> None:
+        """Show nothing until the next service has left its own: an earlier one's counts as a failed try."""
+        self._read = None
+
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         """Add the header, where the file is there."""
         if "authorization" not in request.headers:
@@ -156,6 +160,7 @@ class ServiceProcess:
         """Start it and wait until it is ready; raise ServiceFailedError."""
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             written = len(self.log)
+            self.local_admin.forget()
             self._spawn()
             try:
                 self._wait_ready()
