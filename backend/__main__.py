@@ -230,6 +230,7 @@ def _serve(settings: "Settings", listener: "socket.socket", hint: str = "") -> N
         settings.wireguard_max_connections,
         settings.wireguard_max_connections_per_source,
     )
+    http = partial(BoundedProtocol, connections=connections, proxies=settings.wireguard_trusted_proxies)
     # uvicorn handles both while it runs, and raises them again when it has shut down: that was asked for, and
     # is no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -240,7 +241,7 @@ def _serve(settings: "Settings", listener: "socket.socket", hint: str = "") -> N
             answering_when_cancelled(create_app(settings, service)),
             loop="uvloop",
             # Called as the class would be.
-            http=cast("type[BoundedProtocol]", partial(BoundedProtocol, connections=connections)),
+            http=cast("type[BoundedProtocol]", http),
             ws="none",
             lifespan="on",
             log_config=None,

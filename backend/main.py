@@ -101,6 +101,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
                 ProofVerifier(WireGuardChallenges()) if settings.wireguard_require_proof else None,
                 local=local,
                 asks=asks,
+                proxies=settings.wireguard_trusted_proxies,
             ),
         )
         # Before the start, which may be refused halfway: the clerk works by then.

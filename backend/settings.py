@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from backend.adapters.env_file import names_in_env_file, trusted_env_file
 from backend.errors import StartRefusedError
+from backend.models.sources import TrustedProxies
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.ports import LimitKind
@@ -255,6 +256,10 @@ def _parse_days(value: Any) -> int:
     return int(text)
 
 
+def _parse_proxies(value: Any) -> TrustedProxies:
+    return value if isinstance(value, TrustedProxies) else TrustedProxies.parse(str(value))
+
+
 class Settings(BaseSettings):
     """The service's settings, checked once. Field names in capitals are the variables' names."""
 
@@ -295,6 +300,7 @@ class Settings(BaseSettings):
     wireguard_auth: Annotated[AuthMode, BeforeValidator(_parse_auth)] = AuthMode.REQUIRED
     wireguard_max_connections: Annotated[int, BeforeValidator(_parse_connections)] = 4096
     wireguard_max_connections_per_source: Annotated[int, BeforeValidator(_parse_connections)] = 256
+    wireguard_trusted_proxies: Annotated[TrustedProxies, PlainValidator(_parse_proxies)] = TrustedProxies()
     wireguard_require_proof: bool = False
     wireguard_audit_keep: Annotated[int, BeforeValidator(_parse_days)] = 365
     log_level: Annotated[LogLevel, BeforeValidator(_parse_log_level)] = LogLevel.INFO

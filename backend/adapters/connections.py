@@ -29,14 +29,17 @@ _NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class Connection(Protocol):
-    """What is kept of a connection: its transport is asked what it couldn't write yet."""
+    """What is kept of a connection: its transport is asked what it couldn't write yet.
+
+    There is none until the handshake of TLS is over.
+    """
 
     transport: asyncio.Transport
 
 
 @dataclass(slots=True)
 class _Open:
-    source: str | None
+    source: str | None = None
     # What had not been read by the client at the last look, in bytes, and since when that is no less.
     unread: int = 0
     since: float = 0.0
@@ -80,30 +83,55 @@ class Connections:
         return len(self._open)
 
     def admit(self, connection: Connection, address: str | None) -> HTTPStatus | None:
-        """Count a new one; return None, or the status to refuse it with, and then it isn't counted."""
+        """Count a new one; return None, or the status to refuse it with, and then it isn't counted.
+
+        One that is counted already stays so.
+        """
+        if connection in self._open:
+            return None
         if len(self._open) >= self._most:
             return self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, address)
+        self._open[connection] = _Open()
+        refusal = self.attribute(connection, address)
+        if refusal is not None:
+            del self._open[connection]
+        elif self._looking is None:
+            self._look_later()
+        return refusal
+
+    def attribute(self, connection: Connection, address: str | None) -> HTTPStatus | None:
+        """Count one for another source from now on, None for no one's; return what `admit` does.
+
+        A trusted proxy's connections are each that of the client whose request is under way.
+        """
+        known = self._open.get(connection)
         source = None if address is None else network_of(address)
+        if known is None or known.source == source:
+            return None
+        self._forget_source(known)
         if source is not None:
             count = self._of_source.get(source, 0)
             if count >= self._most_of_one_source:
                 return self._refuse(HTTPStatus.TOO_MANY_REQUESTS, address)
             self._of_source[source] = count + 1
-        self._open[connection] = _Open(source)
-        if self._looking is None:
-            self._look_later()
+            known.source = source
         return None
 
     def release(self, connection: Connection) -> None:
         """Count it no longer. One that was refused was never counted."""
         known = self._open.pop(connection, None)
-        if known is None or known.source is None:
+        if known is not None:
+            self._forget_source(known)
+
+    def _forget_source(self, known: _Open) -> None:
+        source, known.source = known.source, None
+        if source is None:
             return
-        count = self._of_source[known.source] - 1
+        count = self._of_source[source] - 1
         if count:
-            self._of_source[known.source] = count
+            self._of_source[source] = count
         else:
-            del self._of_source[known.source]
+            del self._of_source[source]
 
     def _refuse(self, status: HTTPStatus, address: str | None) -> HTTPStatus:
         self._refused += 1
@@ -125,11 +153,12 @@ class Connections:
         self._looking = None
         now = asyncio.get_running_loop().time()
         for connection, known in list(self._open.items()):
-            waiting = connection.transport.get_write_buffer_size()
-            if not waiting:
+            transport: asyncio.Transport | None = connection.transport
+            waiting = 0 if transport is None else transport.get_write_buffer_size()
+            if transport is None or not waiting:
                 known.unread = 0
                 continue
-            handle = connection.transport.get_extra_info("socket")
+            handle = transport.get_extra_info("socket")
             # With what the kernel has taken but not delivered: a client that reads slowly makes that less
             # long before there is room for more of what waits.
             unread = waiting + _undelivered(handle)
@@ -138,7 +167,7 @@ class Connections:
             elif now - known.since >= self._stalled_seconds:
                 log.debug("stalled_connection_ended", extra={"source": known.source, "unread": unread})
                 handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-                connection.transport.abort()
+                transport.abort()
             known.unread = unread
         if self._open:
             self._look_later()

@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from backend.adapters.connections import Connections
+from backend.models.sources import TrustedProxies
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ _CANCELLED: Final = "The service is stopping; ask again to learn what became of 
 _NOWHERE: Final = cast(list[tuple[bytes, bytes]], deque[tuple[bytes, bytes]](maxlen=0))
 
 
-class _HeadTooLargeError(Exception):
-    """Ends the parser's work; it becomes a 431."""
+class _HeadRefusedError(Exception):
+    """Ends the parser's work; what is answered is noted before."""
 
 
 class _Flow(FlowControl):
@@ -86,6 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
     piece that leaves a request incomplete.
 
     `connections` says whether one more may be open, and ends those whose client doesn't read its answers.
+    That of a proxy in `proxies` counts for the client that the request under way is from.
     """
 
     request_seconds: ClassVar[float] = REQUEST_SECONDS
@@ -100,9 +102,13 @@ class BoundedProtocol(HttpToolsProtocol):
         _loop: AbstractEventLoop | None = None,
         *,
         connections: Connections | None = None,
+        proxies: TrustedProxies | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._admitted = connections
+        self._proxies = proxies or TrustedProxies()
+        # Whether the other end is a proxy that says whose each request is.
+        self._is_proxied = False
         # Since when a request is awaited, on the loop's clock; None while nothing more has to come.
         self._since: float | None = None
         self._watch: TimerHandle | None = None
@@ -110,7 +116,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._complete: object = None
         # How many bytes have come in that are, as far as it is known, no part of a body.
         self._overhead = 0
-        self._head_too_large = False
+        # What the request whose head is complete is refused with.
+        self._refusal: HTTPStatus | None = None
         # Set when the service was told to stop while a request was coming in.
         self._stop: TimerHandle | None = None
         # What has come behind MAX_AHEAD requests that wait, and whether the client says any more after it.
@@ -126,8 +133,10 @@ class BoundedProtocol(HttpToolsProtocol):
             # has sent would be handled as if it came through a UNIX socket, which has no address either.
             transport.abort()
             return
+        peer = None if self.client is None else self.client[0]
+        self._is_proxied = self._proxies.trust(peer)
         if self._admitted is not None:
-            refusal = self._admitted.admit(self, None if self.client is None else self.client[0])
+            refusal = self._admitted.admit(self, None if self._is_proxied else peer)
             if refusal is not None:
                 self._answer(refusal, _FULL if refusal is HTTPStatus.SERVICE_UNAVAILABLE else None)
                 transport.close()
@@ -203,9 +212,11 @@ class BoundedProtocol(HttpToolsProtocol):
             # There may be more than the head in it.
             fields = sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
             if len(self.url) + fields > self.max_head_bytes:
-                self._head_too_large = True
-                raise _HeadTooLargeError
+                self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                raise _HeadRefusedError
         self._overhead = 0
+        if self._is_proxied:
+            self._attribute()
         super().on_headers_complete()
         if self._stop is not None:
             self.cycle.keep_alive = False
@@ -226,15 +237,26 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on with what was held back, now that there is room for it."""
         super().on_response_complete()
+        if self._is_proxied and self._admitted is not None and not self.pipeline:
+            self._admitted.attribute(self, None)
         if self._held:
             self._take_held()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what the parser could not go on with."""
-        if self._head_too_large:
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        if self._refusal is not None:
+            self._refuse(self._refusal)
         else:
             super().send_400_response(msg)
+
+    def _attribute(self) -> None:
+        """Count the connection for the client whose request has come; refuse one too many."""
+        peer = None if self.client is None else self.client[0]
+        source = self._proxies.source(peer, self.headers)
+        if self._admitted is not None and source != peer:
+            self._refusal = self._admitted.attribute(self, source)
+            if self._refusal is not None:
+                raise _HeadRefusedError
 
     def _expect_more(self) -> None:
         if self._overhead > self.max_head_bytes:

@@ -57,7 +57,7 @@ class DoorRoute(DomainErrorRoute):
         caller = request.state.caller = await door.admit(
             # Two of them are as good as one that can't be read.
             ",".join(shown) if shown else None,
-            source_of(request),
+            source_of(request, door.proxies),
             request.state.request_id,
         )
         if caller.used_up:
@@ -73,7 +73,7 @@ class DoorRoute(DomainErrorRoute):
         subject = getattr(request.state, "subject", None) or request.path_params.get("node_id")
         caller: Caller | None = getattr(request.state, "caller", None)
         if caller is None:
-            caller = Caller(CallerKind.NOBODY, None, source_of(request), request.state.request_id)
+            caller = Caller(CallerKind.NOBODY, None, request.state.source, request.state.request_id)
         note_refusal(door.clerk, caller, action, subject, error)
 
     async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:
@@ -81,9 +81,9 @@ class DoorRoute(DomainErrorRoute):
         caller: Caller | None = getattr(request.state, "caller", None)
         if isinstance(error, UnauthenticatedError) and caller is not None and not caller.used_up:
             door: Door = request.state.door
-            counted = await door.count_failure(error, source_of(request))
+            counted = await door.count_failure(error, request.state.source)
             if isinstance(counted, RateLimitedError):
-                door.clerk.count_limited(source_of(request))
+                door.clerk.count_limited(request.state.source)
             return counted
         return error
 

@@ -16,7 +16,7 @@ class OpenRoute(DoorRoute):
         """Count the request against its source; find out who asks where there is a credential."""
         door = (await service_for(request)).door
         if door.asks and "authorization" not in request.headers:
-            await door.limit_source(source_of(request))
+            await door.limit_source(source_of(request, door.proxies))
             return
         try:
             await super().admit(request)

@@ -2,8 +2,13 @@
 
 from fastapi import Request
 
+from backend.models.sources import TrustedProxies
 
-def source_of(request: Request) -> str | None:
-    """Return the caller's address, None where it came by a UNIX socket."""
+
+def source_of(request: Request, proxies: TrustedProxies) -> str | None:
+    """Return the caller's address, None for a UNIX socket's, and keep it in `request.state`."""
     client = request.scope.get("client")
-    return None if client is None else client[0]
+    peer = None if client is None else client[0]
+    source: str | None = proxies.source(peer, request.scope["headers"])
+    request.state.source = source
+    return source

@@ -25,6 +25,7 @@ from backend.models.access.credentials import (
     Secret,
     TokenRequest,
 )
+from backend.models.sources import TrustedProxies
 from backend.services.clerk import Clerk
 from backend.services.idempotency import IdempotencyKey
 from backend.services.ports import AccessStore, LimitKind, RateLimiter
@@ -56,6 +57,7 @@ class Door:
         *,
         local: Credential | None = None,
         asks: bool = True,
+        proxies: TrustedProxies | None = None,
     ) -> None:
         """Load nothing yet. A `verifier` is given where every node has to prove who it is.
 
@@ -66,6 +68,7 @@ class Door:
         self.verifier: Final = verifier
         self._local: Final = local
         self.asks: Final = asks
+        self.proxies: Final = proxies or TrustedProxies()
         self.clerk = clerk
         self._limiter = limiter
         # Orders those who load; the two below are replaced as a whole, and read without it.
