@@ -22,6 +22,10 @@ from backend.errors import StartRefusedError
 if TYPE_CHECKING:
     import socket
 
+    import uvicorn
+    from starlette.types import ASGIApp
+
+    from backend.adapters.tls_server import Certificate
     from backend.settings import Settings
 
 _SHUTDOWN_SECONDS: Final = 5
@@ -45,6 +49,11 @@ app.command()(reconcile_command.reconcile)
 
 Host = Annotated[str, typer.Option(help="The address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="The TCP port to listen on; 0 takes a free one.")]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help="Serve by TLS: the certificate with its chain, in PEM."),
+]
+TlsKey = Annotated[Path | None, typer.Option(dir_okay=False, help="The certificate's private key, in PEM.")]
 UnixSocket = Annotated[
     Path | None,
     typer.Option(dir_okay=False, help="Listen on a UNIX socket here, in place of an address and a port."),
@@ -59,7 +68,13 @@ def main() -> None:
 
 
 @app.command()
-def serve(host: Host = _HOST, port: Port = _PORT, unix_socket: UnixSocket = None) -> None:
+def serve(
+    host: Host = _HOST,
+    port: Port = _PORT,
+    unix_socket: UnixSocket = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
     """Run the service."""
     with one_sentence():
         from backend.adapters.unix_socket import listening_at
@@ -67,10 +82,15 @@ def serve(host: Host = _HOST, port: Port = _PORT, unix_socket: UnixSocket = None
 
         if unix_socket is not None and (host, port) != (_HOST, _PORT):
             raise StartRefusedError("--unix-socket takes the place of --host and --port; leave those out")
+        if (tls_cert is None) != (tls_key is None):
+            raise StartRefusedError("--tls-cert and --tls-key belong together; give both, or neither")
+        if tls_cert is not None and unix_socket is not None:
+            raise StartRefusedError("--unix-socket has no TLS; leave --tls-cert and --tls-key out")
         settings = load_settings()
         listening = _listener(host, port) if unix_socket is None else listening_at(unix_socket)
         with listening as listener:
-            _serve(settings, listener)
+            tls = None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
+            _serve(settings, listener, tls=tls)
 
 
 @app.command()
@@ -212,18 +232,49 @@ def _listener(host: str, port: int) -> Iterator["socket.socket"]:
         yield listener
 
 
-def _serve(settings: "Settings", listener: "socket.socket", hint: str = "") -> None:
+def _serve(
+    settings: "Settings", listener: "socket.socket", hint: str = "", tls: tuple[Path, Path] | None = None
+) -> None:
     # Until all is there: what a start makes stays, and there are thousands of peers in it.
     gc.disable()
+    from backend.adapters.http_protocol import answering_when_cancelled
+    from backend.adapters.logs import configure_logging
+    from backend.adapters.tls_server import Certificate
+    from backend.main import create_app, running_service
+
+    configure_logging(settings.log_level)
+    certificate = None if tls is None else Certificate(*tls)
+    # uvicorn handles both while it runs, and raises them again when it has shut down: that was asked for, and
+    # is no failure.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    # Outside of uvicorn's lifespan, which would log a refused start as a traceback.
+    with running_service(settings) as service:
+        app = answering_when_cancelled(create_app(settings, service))
+        server = _server(settings, app, listener, certificate)
+        # Whatever was made until here stays: nothing of it is looked at again by the garbage collector.
+        gc.freeze()
+        gc.enable()
+        name = listener.getsockname()
+        where = {"socket": name} if isinstance(name, str) else {"host": name[0], "port": name[1]}
+        logging.getLogger(__name__).info("serving", extra=where | ({} if tls is None else {"tls": tls[0]}))
+        for notice in service.door.notices:
+            typer.echo(f"WARNING: {notice}", err=True)
+        if hint:
+            typer.echo(hint)
+        server.run(sockets=[listener])
+
+
+def _server(
+    settings: "Settings", app: "ASGIApp", listener: "socket.socket", certificate: "Certificate | None"
+) -> "uvicorn.Server":
     import uvicorn
 
     from backend.adapters.connections import Connections
     from backend.adapters.descriptors import Descriptors
-    from backend.adapters.http_protocol import BoundedProtocol, answering_when_cancelled
-    from backend.adapters.logs import configure_logging
-    from backend.main import create_app, running_service
+    from backend.adapters.http_protocol import BoundedProtocol
+    from backend.adapters.tls_server import TlsServer
 
-    configure_logging(settings.log_level)
     descriptors = Descriptors.raised()
     connections = Connections.within(
         descriptors.connections,
@@ -231,38 +282,24 @@ def _serve(settings: "Settings", listener: "socket.socket", hint: str = "") -> N
         settings.wireguard_max_connections_per_source,
     )
     http = partial(BoundedProtocol, connections=connections, proxies=settings.wireguard_trusted_proxies)
-    # uvicorn handles both while it runs, and raises them again when it has shut down: that was asked for, and
-    # is no failure.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
-    # Outside of uvicorn's lifespan, which would log a refused start as a traceback.
-    with running_service(settings) as service:
-        config = uvicorn.Config(
-            answering_when_cancelled(create_app(settings, service)),
-            loop="uvloop",
-            # Called as the class would be.
-            http=cast("type[BoundedProtocol]", http),
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            log_level=settings.log_level,
-            access_log=settings.access_log,
-            proxy_headers=False,
-            server_header=False,
-            backlog=descriptors.backlog,
-            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-        )
-        # Whatever was made until here stays: nothing of it is looked at again by the garbage collector.
-        gc.freeze()
-        gc.enable()
-        name = listener.getsockname()
-        where = {"socket": name} if isinstance(name, str) else {"host": name[0], "port": name[1]}
-        logging.getLogger(__name__).info("serving", extra=where)
-        for notice in service.door.notices:
-            typer.echo(f"WARNING: {notice}", err=True)
-        if hint:
-            typer.echo(hint)
-        uvicorn.Server(config).run(sockets=[listener])
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        # Called as the class would be.
+        http=cast("type[BoundedProtocol]", http),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level=settings.log_level,
+        access_log=settings.access_log,
+        proxy_headers=False,
+        server_header=False,
+        backlog=descriptors.backlog,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+    )
+    if certificate is None:
+        return uvicorn.Server(config)
+    return TlsServer(config, listener, certificate, connections)
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:

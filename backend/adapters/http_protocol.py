@@ -136,12 +136,16 @@ class BoundedProtocol(HttpToolsProtocol):
         peer = None if self.client is None else self.client[0]
         self._is_proxied = self._proxies.trust(peer)
         if self._admitted is not None:
-            refusal = self._admitted.admit(self, None if self._is_proxied else peer)
+            refusal = self._admitted.admit(self, self.counted_address(peer))
             if refusal is not None:
                 self._answer(refusal, _FULL if refusal is HTTPStatus.SERVICE_UNAVAILABLE else None)
                 transport.close()
                 return
         self._await_request()
+
+    def counted_address(self, peer: str | None) -> str | None:
+        """Return the address that a connection counts for: none where requests of many come by it."""
+        return None if self._proxies.trust(peer) else peer
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop watching."""

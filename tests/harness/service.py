@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
@@ -99,7 +99,7 @@ class ServiceProcess:
 
     `directory` is its working directory and takes its log. `ready` is the path whose 200 `start` waits for;
     with None it doesn't wait. `module` takes the place of `backend`, `path_prefix` comes first in PATH,
-    `unix_socket` takes the place of address and port.
+    `unix_socket` takes the place of address and port, `options` are further ones of `serve`.
     """
 
     def __init__(  # noqa: PLR0913 - each is a thing that one test or another varies
@@ -113,6 +113,7 @@ class ServiceProcess:
         module: tuple[str, ...] = ("backend",),
         path_prefix: Path | None = None,
         unix_socket: Path | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self._host = host or LocalHost()
         self.directory = directory
@@ -123,6 +124,7 @@ class ServiceProcess:
         self._module = module
         self._path_prefix = path_prefix
         self._unix_socket = unix_socket
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._log_path = directory / "service.log"
         self._measured = _is_first_of_its_file()
@@ -268,7 +270,7 @@ class ServiceProcess:
             raise ServiceFailedError("the service is already running")
         with self._log_path.open("ab") as log:
             self._process = self._host.popen(
-                [sys.executable, "-m", *self._module, "serve", *self._listening()],
+                [sys.executable, "-m", *self._module, "serve", *self._listening(), *self._options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
