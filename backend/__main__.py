@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp
 
-    from backend.adapters.tls_server import Certificate
+    from backend.adapters.certificate import Certificate
     from backend.settings import Settings
 
 _SHUTDOWN_SECONDS: Final = 5
@@ -237,9 +237,9 @@ def _serve(
 ) -> None:
     # Until all is there: what a start makes stays, and there are thousands of peers in it.
     gc.disable()
+    from backend.adapters.certificate import Certificate
     from backend.adapters.http_protocol import answering_when_cancelled
     from backend.adapters.logs import configure_logging
-    from backend.adapters.tls_server import Certificate
     from backend.main import create_app, running_service
 
     configure_logging(settings.log_level)
@@ -262,7 +262,7 @@ def _serve(
             typer.echo(f"WARNING: {notice}", err=True)
         if hint:
             typer.echo(hint)
-        server.run(sockets=[listener])
+        server.run()
 
 
 def _server(
@@ -270,10 +270,10 @@ def _server(
 ) -> "uvicorn.Server":
     import uvicorn
 
+    from backend.adapters.accepting_server import AcceptingServer
     from backend.adapters.connections import Connections
     from backend.adapters.descriptors import Descriptors
     from backend.adapters.http_protocol import BoundedProtocol
-    from backend.adapters.tls_server import TlsServer
 
     descriptors = Descriptors.raised()
     connections = Connections.within(
@@ -297,9 +297,7 @@ def _server(
         backlog=descriptors.backlog,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
-    if certificate is None:
-        return uvicorn.Server(config)
-    return TlsServer(config, listener, certificate, connections)
+    return AcceptingServer(config, listener, connections, certificate)
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:

@@ -2,7 +2,6 @@
 
 import datetime as dt
 import re
-import resource
 import socket
 import ssl
 import threading
@@ -16,9 +15,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from backend.adapters.accepting_server import AcceptingServer
+from backend.adapters.certificate import Certificate
 from backend.adapters.connections import Connections
 from backend.adapters.http_protocol import BoundedProtocol
-from backend.adapters.tls_server import Certificate, TlsServer
 from backend.errors import StartRefusedError
 from tests.harness.patience import eventually
 from tests.harness.service import ServiceProcess
@@ -159,17 +159,6 @@ def test_handshakes_that_never_end_count_as_connections(
         assert client.status() == 200
 
 
-def test_accepting_goes_on_after_descriptors_ran_out(service: ServiceProcess) -> None:
-    limit = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (3, limit[1]))
-    with socket.create_connection(("127.0.0.1", service.port), 10):
-        eventually(lambda: "accepting_paused" in service.log)
-    resource.prlimit(service.pid, resource.RLIMIT_NOFILE, limit)
-    with connected(service.port) as client:
-        client.send(HEALTH)
-        assert client.status() == 200
-
-
 @pytest.mark.parametrize(
     ("certificate", "key", "reason"),
     [
@@ -198,7 +187,7 @@ def test_certificate_without_a_key_refuses_the_start(
 class TlsTestServer(Server):
     def __init__(self, listener: socket.socket, files: tuple[Path, Path], counted: Connections) -> None:
         super().__init__(listener, partial(BoundedProtocol, connections=counted))
-        self._server = TlsServer(self._server.config, listener, Certificate(*files), counted)
+        self._server = AcceptingServer(self._server.config, listener, counted, Certificate(*files))
         self._thread = threading.Thread(target=self._server.run)
 
 
