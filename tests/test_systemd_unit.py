@@ -60,6 +60,8 @@ def test_one_privilege_and_one_place_to_write_to() -> None:
     assert unit["ProtectSystem"] == ["strict"]
     assert unit["UMask"] == ["0077"]
     assert unit["LimitCORE"] == ["0"]
+    # As many as the service would raise its soft limit to, which the filter of system calls refuses.
+    assert unit["LimitNOFILE"] == ["8192"]
     assert (unit["StateDirectory"], unit["StateDirectoryMode"]) == (["wireguard-provisioning"], ["0700"])
     assert "ReadWritePaths" not in unit
     # No plus and no exclamation mark: nothing of it is run with more than that.
@@ -69,9 +71,11 @@ def test_one_privilege_and_one_place_to_write_to() -> None:
 
 def test_what_it_starts_are_commands_that_there_are() -> None:
     unit = parsed()
-    values = {"${SERVE_HOST}": "127.0.0.1", "${SERVE_PORT}": "8000"}
+    options = "--tls-cert /etc/hub/tls.pem --tls-key /etc/hub/tls.key"
+    values = {"${SERVE_HOST}": "127.0.0.1", "${SERVE_PORT}": "8000", "$SERVE_OPTIONS": options}
     for command in (*unit["ExecStartPre"], *unit["ExecStart"]):
-        _, *arguments = (values.get(word, word) for word in shlex.split(command))
+        # Of the last one systemd makes several arguments.
+        _, *arguments = shlex.split(" ".join(values.get(word, word) for word in shlex.split(command)))
         done = subprocess.run(
             [sys.executable, *arguments, "--help"],
             cwd=DEPLOY.parent,
@@ -84,11 +88,11 @@ def test_what_it_starts_are_commands_that_there_are() -> None:
 
 
 def test_the_example_names_settings_that_there_are() -> None:
-    known = {name.upper() for name in Settings.model_fields} | {"SERVE_HOST", "SERVE_PORT"}
+    known = {name.upper() for name in Settings.model_fields} | {"SERVE_HOST", "SERVE_PORT", "SERVE_OPTIONS"}
     names = NAME.findall((DEPLOY / "wireguard-provisioning.env").read_text())
     assert set(names) - known == set()
     defaults = " ".join(parsed()["Environment"])
-    for name in ("WIREGUARD_CONFIG_PATH", "SERVE_HOST", "SERVE_PORT"):
+    for name in ("WIREGUARD_CONFIG_PATH", "SERVE_HOST", "SERVE_PORT", "SERVE_OPTIONS"):
         assert f"{name}=" in defaults
 
 
