@@ -294,15 +294,19 @@ def test_a_command_does_not_keep_a_service_from_its_records(
     assert not lock.exists()
 
 
-def test_a_key_works_beside_a_running_service_soon_and_until_it_is_revoked(
+def test_a_key_works_beside_a_running_service_at_once_and_until_it_is_revoked(
     service: ServiceProcess, run: Run, make: Make
 ) -> None:
     assert service.client.get(PEERS).status_code == 200
+    # Has the service look into the records just before there is a key.
+    assert service.client.get(PEERS, headers=bearer(f"ocw_{'0' * 16}_{'0' * 64}")).status_code == 401
     key = make("key", "create", "--role", "admin")
-    assert service.client.get(PEERS, headers=bearer(key)).status_code == 200
+    with ThreadPoolExecutor(32) as pool:
+        answers = pool.map(lambda _: service.client.get(PEERS, headers=bearer(key)), range(96))
+        assert {answer.status_code for answer in answers} == {200}
     token = make("token", "create")
     body = provision_body("node-1")
-    eventually(lambda: service.client.post(PROVISION, json=body, headers=bearer(token)).status_code == 200)
+    assert service.client.post(PROVISION, json=body, headers=bearer(token)).status_code == 200
     assert [entry["uses"] for entry in lines(run("token", "list"))] == [1]
     assert run("key", "revoke", id_of(key)).returncode == 0
     eventually(lambda: service.client.get(PEERS, headers=bearer(key)).status_code == 401)
