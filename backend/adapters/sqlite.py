@@ -8,6 +8,7 @@ from typing import Final
 import sqlalchemy as sa
 
 BUSY_TIMEOUT_MS: Final = 30_000
+_BUSY_POLL_SECONDS: Final = 0.005
 # How long a connection is used that SQLite could open for reading only.
 _READ_ONLY_SECONDS: Final = 0.5
 _READ_ONLY_SINCE: Final = "read only since"
@@ -31,10 +32,9 @@ def prepare(connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry)
     """Set a new connection up."""
     if _is_read_only(connection):
         record.info[_READ_ONLY_SINCE] = time.monotonic()
+    connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}").close()
+    _use_write_ahead_log(connection)
     for pragma in (
-        # First: the next one may have to wait for others.
-        f"busy_timeout={BUSY_TIMEOUT_MS}",
-        "journal_mode=WAL",
         # An acknowledged peer survives a power cut: NORMAL would lose the last commits.
         "synchronous=FULL",
         "foreign_keys=ON",
@@ -44,6 +44,27 @@ def prepare(connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry)
         # From Python 3.12 on, DBOS's schema asks for unixepoch('subsec'), which older SQLite answers with
         # NULL (Debian 12 has 3.40). The connection's own function stands in for the built-in one.
         connection.create_function("unixepoch", 1, _unixepoch)
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Have the database's changes written ahead, waiting for others as long as for any of their locks.
+
+    SQLite itself doesn't wait where the database is new and another connection is about to write to it.
+    """
+    until = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+        except sqlite3.OperationalError as exc:
+            if not _is_busy(exc) or time.monotonic() > until:
+                raise
+            time.sleep(_BUSY_POLL_SECONDS)
+        else:
+            return
+
+
+def _is_busy(exc: sqlite3.OperationalError) -> bool:
+    return exc.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def _is_read_only(connection: sqlite3.Connection) -> bool:

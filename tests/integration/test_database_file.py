@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -136,6 +137,26 @@ def test_a_link_to_the_database_lets_no_second_service_in(
         Database(f"sqlite:///{path}")
     first.close()
     assert [file.name for file in link.parent.iterdir()] == ["records.sqlite"]
+
+
+def test_a_new_database_that_another_command_is_about_to_write_to_is_waited_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir(0o700)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        other.commit()
+
+    monkeypatch.setattr("backend.adapters.sqlite.time.sleep", wait)
+    second = Database(f"sqlite:///{path}", exclusive=False)
+    assert not second.is_current()
+    assert len(waits) == 1
+    second.close()
+    other.close()
 
 
 def test_a_database_with_two_names_is_refused(path: Path, tmp_path: Path) -> None:
