@@ -14,7 +14,7 @@ class OpenRoute(DoorRoute):
 
     async def admit(self, request: Request) -> None:
         """Count the request against its source; find out who asks where there is a credential."""
-        door = (await service_for(request)).door
+        door = request.state.door = (await service_for(request)).door
         if door.asks and "authorization" not in request.headers:
             await door.limit_source(source_of(request, door.proxies))
             return

@@ -103,6 +103,9 @@ def test_open_endpoints_are_limited_by_source(start_service: StartService, tmp_p
         transport = httpx.HTTPTransport(local_address=f"127.0.0.{number + 2}")
         with httpx.Client(base_url=service.url, transport=transport, timeout=30) as client:
             assert [client.get(path).status_code for _ in range(4)] == [200, 200, 200, 429], path
+    service.terminate()
+    counted = re.findall(r"requests_limited requests=(\d+)", service.log)
+    assert sum(map(int, counted)) == len(OPEN)
 
 
 def test_schema_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
