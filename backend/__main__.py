@@ -262,7 +262,7 @@ def _serve(
             typer.echo(f"WARNING: {notice}", err=True)
         if hint:
             typer.echo(hint)
-        server.run()
+        server.run(sockets=[listener])
 
 
 def _server(
@@ -270,10 +270,10 @@ def _server(
 ) -> "uvicorn.Server":
     import uvicorn
 
-    from backend.adapters.accepting_server import AcceptingServer
     from backend.adapters.connections import Connections
     from backend.adapters.descriptors import Descriptors
     from backend.adapters.http_protocol import BoundedProtocol
+    from backend.adapters.tls_server import TlsServer
 
     descriptors = Descriptors.raised()
     connections = Connections.within(
@@ -297,7 +297,9 @@ def _server(
         backlog=descriptors.backlog,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
-    return AcceptingServer(config, listener, connections, certificate)
+    if certificate is None:
+        return uvicorn.Server(config)
+    return TlsServer(config, listener, connections, certificate)
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:

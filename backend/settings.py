@@ -29,9 +29,7 @@ _DAY_SECONDS: Final = 24 * 60 * 60
 
 _HOST_LABEL: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _REDIS_DATABASE: Final = re.compile(r"(/[0-9]{0,9})?")
-_DAYS: Final = re.compile(r"[1-9][0-9]{0,4}")
-_PORT: Final = re.compile(r"[1-9][0-9]{0,4}")
-_CONNECTIONS: Final = re.compile(r"[1-9][0-9]{0,4}")
+_TO_99999: Final = re.compile(r"[1-9][0-9]{0,4}")
 
 
 class AuthMode(StrEnum):
@@ -111,7 +109,7 @@ def _parse_endpoint(value: Any) -> str:
         raise ValueError(
             "is not host:port; write one like hub.example.com:51820, 192.0.2.1:51820 or [2001:db8::1]:51820"
         )
-    if not _PORT.fullmatch(port) or int(port) > _LARGEST_PORT:
+    if not _TO_99999.fullmatch(port) or int(port) > _LARGEST_PORT:
         raise ValueError(f"has no usable port; write a number from 1 to {_LARGEST_PORT} after the last colon")
     return text
 
@@ -244,14 +242,14 @@ def _parse_rate_limit_storage(value: Any) -> str:
 
 def _parse_connections(value: Any) -> int:
     text = str(value).strip()
-    if not _CONNECTIONS.fullmatch(text):
+    if not _TO_99999.fullmatch(text):
         raise ValueError("is not a number from 1 to 99999; write one like 256")
     return int(text)
 
 
 def _parse_days(value: Any) -> int:
     text = str(value).strip()
-    if not _DAYS.fullmatch(text):
+    if not _TO_99999.fullmatch(text):
         raise ValueError("is no number of days from 1 to 99999; write one like 365")
     return int(text)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import re
 import resource
 import socket
@@ -228,29 +227,6 @@ def test_too_many_open_files_is_never_taken_for_no_interface(
         assert "does not exist" not in said
     eventually(lambda: service.client.get("/readyz").status_code == 200)
     assert service.client.post(PROVISION, json=provision_body("node-1")).status_code == 200
-
-
-def cpu_seconds(service: ServiceProcess) -> float:
-    fields = Path(f"/proc/{service.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def test_connection_waits_idly_while_no_descriptor_is_left(
-    start_service: StartService, settings: dict[str, object]
-) -> None:
-    service = start_service(settings)
-    limit = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (3, limit[1]))
-    with Client(socket.create_connection(("127.0.0.1", service.port), 10)) as client:
-        client.send(get("/healthz"))
-        eventually(lambda: "accepting_paused" in service.log)
-        before = cpu_seconds(service)
-        paused = service.log.count("accepting_paused")
-        # It looks again once a second.
-        eventually(lambda: service.log.count("accepting_paused") > paused)
-        assert cpu_seconds(service) - before < 0.5
-        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, limit)
-        assert client.status() == 200
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """`serve --tls-cert --tls-key`: over real sockets, with certificates that change while it serves."""
 
 import datetime as dt
+import os
 import re
+import resource
 import socket
 import ssl
 import threading
@@ -15,10 +17,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from backend.adapters.accepting_server import AcceptingServer
 from backend.adapters.certificate import Certificate
 from backend.adapters.connections import Connections
 from backend.adapters.http_protocol import BoundedProtocol
+from backend.adapters.tls_server import TlsServer
 from backend.errors import StartRefusedError
 from tests.harness.patience import eventually
 from tests.harness.service import ServiceProcess
@@ -159,6 +161,27 @@ def test_handshakes_that_never_end_count_as_connections(
         assert client.status() == 200
 
 
+def cpu_seconds(service: ServiceProcess) -> float:
+    fields = Path(f"/proc/{service.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_connection_waits_idly_while_no_descriptor_is_left(service: ServiceProcess) -> None:
+    limit = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (3, limit[1]))
+    with socket.create_connection(("127.0.0.1", service.port), 10):
+        eventually(lambda: "accepting_paused" in service.log)
+        before = cpu_seconds(service)
+        paused = service.log.count("accepting_paused")
+        # It looks again once a second.
+        eventually(lambda: service.log.count("accepting_paused") > paused)
+        assert cpu_seconds(service) - before < 0.5
+    resource.prlimit(service.pid, resource.RLIMIT_NOFILE, limit)
+    with connected(service.port) as client:
+        client.send(HEALTH)
+        assert client.status() == 200
+
+
 @pytest.mark.parametrize(
     ("certificate", "key", "reason"),
     [
@@ -187,7 +210,7 @@ def test_certificate_without_a_key_refuses_the_start(
 class TlsTestServer(Server):
     def __init__(self, listener: socket.socket, files: tuple[Path, Path], counted: Connections) -> None:
         super().__init__(listener, partial(BoundedProtocol, connections=counted))
-        self._server = AcceptingServer(self._server.config, listener, counted, Certificate(*files))
+        self._server = TlsServer(self._server.config, listener, counted, Certificate(*files))
         self._thread = threading.Thread(target=self._server.run)
 
 
