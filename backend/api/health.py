@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from backend.api.dependencies import Service
+from backend.api.door import REFUSALS
 from backend.api.open_route import OpenRoute, is_told
 from backend.errors import HubUpdateError, ProvisioningError
 
@@ -14,7 +15,7 @@ from backend.errors import HubUpdateError, ProvisioningError
 _PATIENCE_SECONDS: Final = 4.0
 _NOT_READY: Final = "not ready"
 
-router = APIRouter(tags=["health"], route_class=OpenRoute)
+router = APIRouter(tags=["health"], route_class=OpenRoute, responses={429: REFUSALS[429]})
 
 
 class Alive(BaseModel):

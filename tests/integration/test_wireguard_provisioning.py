@@ -290,8 +290,8 @@ def test_openapi_shows_an_example_and_every_error(service: ServiceProcess) -> No
         ("/keys", "post"): ["201", *refusals[:2], "422", "429"],
         ("/keys/{credential_id}", "delete"): ["200", *refusals[:2], "404", "422", "429"],
         ("/audit", "get"): ["200", *refusals[:2], "422", "429"],
-        ("/healthz", "get"): ["200"],
-        ("/readyz", "get"): ["200", "503"],
+        ("/healthz", "get"): ["200", "429"],
+        ("/readyz", "get"): ["200", "429", "503"],
     }
     for operations in paths.values():
         for operation in operations.values():
