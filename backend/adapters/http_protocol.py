@@ -14,9 +14,10 @@ from http import HTTPStatus
 from typing import Any, ClassVar, Final, cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from backend.adapters.connections import Connections
@@ -116,6 +117,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._complete: object = None
         # How many bytes have come in that are, as far as it is known, no part of a body.
         self._overhead = 0
+        # The request that the app is answering, or was.
+        self._running: RequestResponseCycle | None = None
         # What the request whose head is complete is refused with.
         self._refusal: HTTPStatus | None = None
         # Set when the service was told to stop while a request was coming in.
@@ -156,6 +159,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._admitted is not None:
             self._admitted.release(self)
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            # uvicorn tells the last request that has come, and where others wait this is an earlier one: it
+            # would go on writing, and end in a traceback.
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def eof_received(self) -> bool:  # type: ignore[override] # uvicorn's says None, which closes at once
         """Say whether the connection stays open: until what was asked for completely has been answered."""
@@ -245,6 +253,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._admitted.attribute(self, None)
         if self._held:
             self._take_held()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what the parser could not go on with."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import resource
 import socket
@@ -72,7 +73,7 @@ def receive_all(client: Client) -> None:
         pytest.param(post() * 3000 + b"GET /wh", id="sent ahead, and half a request"),
     ],
 )
-def test_client_that_never_reads_is_cut_off(sent: bytes) -> None:
+def test_client_that_never_reads_is_cut_off(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
     with serving() as (server, counted), server.connect() as client:
         client.send(sent)
         eventually(lambda: len(connections(server)) == 1)
@@ -81,6 +82,8 @@ def test_client_that_never_reads_is_cut_off(sent: bytes) -> None:
         # What it had not read by then is lost.
         with pytest.raises(ConnectionResetError):
             receive_all(client)
+    # One for each connection would fill the log.
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_client_that_reads_slowly_gets_all_of_its_answer() -> None:
