@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
 
 import typer
 
-from backend import access_commands, audit_commands, reconcile_command
+from backend import __version__, access_commands, audit_commands, reconcile_command
 from backend.access_commands import one_sentence
 from backend.adapters.process_memory import keep_private
 from backend.errors import StartRefusedError
@@ -60,8 +60,19 @@ UnixSocket = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer passes it by position
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Whatever is made from here on is for its owner's eyes only, and so is this process's memory."""
     os.umask(0o077)
     keep_private()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from backend import __version__
 from tests.harness.command_line import ROOT, backend, invoke
 from tests.harness.service import ServiceProcess, free_port
 
@@ -31,6 +32,11 @@ def test_help_names_the_commands(tmp_path: Path) -> None:
     assert [name for name in ("serve", "run", "hub") if name not in done.stdout] == []
     done = invoke("hub", "--help", directory=tmp_path)
     assert [name for name in ("init", "up", "down", "show") if name not in done.stdout] == []
+
+
+def test_version_is_printed_alone(tmp_path: Path) -> None:
+    done = invoke("--version", directory=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
 
 
 def test_help_waits_for_no_framework() -> None:
