@@ -23,6 +23,7 @@ PACKAGES: Final = {
     "ip": "iproute2",
     "ping": "iputils-ping",
     "jq": "jq",
+    "sqlite3": "sqlite3",
     "mount": "mount",
     "chattr": "e2fsprogs",
     "wg": "wireguard-tools",

@@ -1,14 +1,17 @@
-"""README's script for a node, as it stands there, on a host of its own."""
+"""What README and docs give an operator to paste, as it stands there."""
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from backend.adapters.recorded_peers import count_recorded_peers
 from tests.harness.command_line import ROOT
 from tests.harness.hosts import CommandFailedError, Host, LocalHost, connect
+from tests.harness.requests import provision_body
 from tests.harness.requirements import require
 from tests.harness.service import ServiceProcess
 from tests.harness.wireguard import HubInterface
@@ -16,13 +19,21 @@ from tests.harness.wireguard import HubInterface
 NODE = "swarm-node-001"
 
 
-def script() -> str:
-    """Return the one block that makes a key."""
-    blocks: list[str] = re.findall(
-        r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    (found,) = (block for block in blocks if "wg genkey" in block)
+def block(document: str, mark: str) -> str:
+    """Return the one block of a document in which `mark` stands."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks: list[str] = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (found,) = (block for block in blocks if mark in block)
     return found
+
+
+def elsewhere(text: str, **places: object) -> str:
+    """Put other places where a block has the unit's or the first port."""
+    usual = {"state": "/var/lib/wireguard-provisioning", "backups": "/var/backups", "api": "127.0.0.1:8000"}
+    for name, place in places.items():
+        assert usual[name] in text
+        text = text.replace(usual[name], str(place))
+    return text
 
 
 class PastingNode:
@@ -39,7 +50,9 @@ class PastingNode:
 
     def paste(self) -> str:
         """Run the script as one does who pastes it; raise CommandFailedError."""
-        return self.host.run(["bash", "-c", script()], env=self._environment, timeout=60).stdout
+        return self.host.run(
+            ["bash", "-c", block("README.md", "wg genkey")], env=self._environment, timeout=60
+        ).stdout
 
 
 @pytest.fixture
@@ -79,6 +92,15 @@ def test_readmes_script_lets_a_node_in_and_can_be_pasted_again(
     key = (node.etc / "swarm.key").read_text().strip()
     assert key not in json.dumps(peers)
 
+    who = elsewhere(
+        block("docs/operations.md", "latest-handshakes"),
+        state=service.directory / "var",
+        api=service.url,
+    ).replace("wg0", hub_interface.name)
+    assert re.fullmatch(
+        rf"{NODE} 10\.0\.0\.2/32 [0-9]+ s ago\n", hub_interface.host.run(["bash", "-c", who]).stdout
+    )
+
     # The token is used up; the same request gets the same configuration.
     assert "3 received" in node.paste()
     assert json.loads((node.etc / "swarm.json").read_text())["detail"]["existing_config"] == peers[NODE]
@@ -88,3 +110,34 @@ def test_readmes_script_lets_a_node_in_and_can_be_pasted_again(
     assert service.command("token", "revoke", token_id).returncode == 0
     with pytest.raises(CommandFailedError, match="send a valid credential"):
         node.paste()
+
+
+def test_a_backup_by_the_docs_has_the_peers_that_a_plain_copy_lacks(
+    start_service: Callable[..., ServiceProcess], tmp_path: Path
+) -> None:
+    require("sqlite3")
+    settings = {"WIREGUARD_RELOAD": "off", "WIREGUARD_CONFIG_PATH": "var/wg0.conf"}
+    first = ServiceProcess(tmp_path, settings)
+    made = first.command("hub", "init")
+    assert made.returncode == 0, made.stderr
+    with first:
+        for number in range(4):
+            first.client.post(
+                "/api/v1/wireguard/provision", json=provision_body(f"node-{number}")
+            ).raise_for_status()
+        state = tmp_path / "var"
+        text = block("docs/operations.md", ".backup")
+        LocalHost().run(["bash", "-ec", elsewhere(text, state=state, backups=tmp_path / "backups")])
+        shutil.copy(state / "provisioning.sqlite", tmp_path / "plain.sqlite")
+        peers = first.client.get("/api/v1/wireguard/peers").json()
+    (backup,) = (tmp_path / "backups" / "wireguard-provisioning").iterdir()
+    assert {path.name: path.stat().st_mode & 0o777 for path in backup.iterdir()} == {
+        "wg0.conf": 0o600,
+        "provisioning.sqlite": 0o600,
+    }
+    assert count_recorded_peers(f"sqlite:///{tmp_path}/plain.sqlite") < len(peers)
+    # On a new host.
+    second = tmp_path / "second"
+    shutil.copytree(backup, second / "var")
+    with ServiceProcess(second, settings) as service:
+        assert service.client.get("/api/v1/wireguard/peers").json() == peers
