@@ -24,6 +24,7 @@ _PATH: Final = re.compile(
     r"(?:/api/v1(?:/[a-z0-9{}_-]+)+|(?<![\w/.])/(?:healthz|readyz|docs|openapi\.json)\b)"
 )
 _SETTING: Final = re.compile(r"\bWIREGUARD_[A-Z_]+\b")
+_EVENT_OR_FIELD: Final = re.compile(r"`([a-z]+(?:_[a-z]+)+)`")
 _LINK: Final = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING: Final = re.compile(r"^#+ (.+)$", re.MULTILINE)
 # What stands for anything in the text's own words.
@@ -99,6 +100,18 @@ def test_every_setting_exists(document: str) -> None:
         if name not in known and not any(one.startswith(name) for one in known if name.endswith("_"))
     ]
     assert unknown == []
+
+
+@pytest.fixture(scope="module")
+def source() -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "backend").rglob("*.py")))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_event_and_field_exists(document: str, source: str) -> None:
+    """An alert on a line of the log that never comes is worse than none."""
+    named = set(_EVENT_OR_FIELD.findall(text_of(document))) - {"pg_dump"}
+    assert {name for name in named if not re.search(rf"\b{name}\b", source)} == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
