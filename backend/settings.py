@@ -243,7 +243,7 @@ def _parse_rate_limit_storage(value: Any) -> str:
 def _parse_connections(value: Any) -> int:
     text = str(value).strip()
     if not _TO_99999.fullmatch(text):
-        raise ValueError("is not a number from 1 to 99999; write one like 256")
+        raise ValueError("is not a number from 1 to 99999; write one like 1024")
     return int(text)
 
 
@@ -297,7 +297,7 @@ class Settings(BaseSettings):
     )
     wireguard_auth: Annotated[AuthMode, BeforeValidator(_parse_auth)] = AuthMode.REQUIRED
     wireguard_max_connections: Annotated[int, BeforeValidator(_parse_connections)] = 4096
-    wireguard_max_connections_per_source: Annotated[int, BeforeValidator(_parse_connections)] = 256
+    wireguard_max_connections_per_source: Annotated[int, BeforeValidator(_parse_connections)] = 1024
     wireguard_trusted_proxies: Annotated[TrustedProxies, PlainValidator(_parse_proxies)] = TrustedProxies()
     wireguard_require_proof: bool = False
     wireguard_audit_keep: Annotated[int, BeforeValidator(_parse_days)] = 365
