@@ -1,8 +1,10 @@
 """The certificate that the service shows, read again when its files change: uvicorn reads it once."""
 
+import errno
 import logging
 import os
 import ssl
+import stat
 import time
 from pathlib import Path
 from typing import Final
@@ -24,8 +26,9 @@ class Certificate:
         """Read the files; raise StartRefusedError where they can't be used."""
         self._files = (certificate, key)
         self._looked_at = time.monotonic()
-        # Of the files that were read last, and what came of it.
+        # Of the files that the context was made from, and what was logged last of others.
         self._identity: _Identity = ()
+        self._logged: tuple[_Identity, str] = ((), "")
         try:
             self._identity = self._look()
             self._context = self._read()
@@ -38,26 +41,34 @@ class Certificate:
     def context(self) -> ssl.SSLContext:
         """Return what the next handshake uses. Files that can't be used change nothing, and the log says so.
 
-        A new certificate and a new key come one after the other: they are read again until they fit.
+        A new certificate and a new key come one after the other, and may be given to this user later still:
+        they are read again until they fit.
         """
         now = time.monotonic()
         if now - self._looked_at < _LOOK_SECONDS:
             return self._context
         self._looked_at = now
+        identity: _Identity = ()
         try:
             identity = self._look()
-            if identity == self._identity:
-                return self._context
-            self._identity = identity
-            self._context = self._read()
+            if identity != self._identity:
+                self._context = self._read()
+                self._identity = identity
+                log.info("certificate_read_again", extra={"file": self._files[0]})
         except OSError as exc:
-            log.error("certificate_unusable", extra={"file": self._files[0], "reason": _reason(exc)})  # noqa: TRY400 - a traceback says no more
-        else:
-            log.info("certificate_read_again", extra={"file": self._files[0]})
+            self._log_unusable(identity, _reason(exc))
         return self._context
+
+    def _log_unusable(self, identity: _Identity, reason: str) -> None:
+        if (identity, reason) != self._logged:
+            self._logged = (identity, reason)
+            log.error("certificate_unusable", extra={"file": self._files[0], "reason": reason})
 
     def _look(self) -> _Identity:
         stats = [os.stat(path) for path in self._files]  # noqa: PTH116 - as short
+        if not all(stat.S_ISREG(found.st_mode) for found in stats):
+            # To read a pipe would hold up everything until somebody writes to it.
+            raise OSError(errno.EINVAL, "not a regular file")
         return tuple((found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size) for found in stats)
 
     def _read(self) -> ssl.SSLContext:

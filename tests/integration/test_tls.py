@@ -199,6 +199,41 @@ def test_files_that_can_not_be_used_are_refused(
         Certificate(directory / certificate, directory / key)
 
 
+def test_certificate_that_could_not_be_read_at_first_is_read_later(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = Certificate(*files)
+    monkeypatch.setattr("backend.adapters.certificate._LOOK_SECONDS", 0.0)
+    before = certificate.context()
+    for path, content in zip(files, make_certificate(2), strict=True):
+        path.write_bytes(content)
+    # As where a renewed key is given to this user afterwards, or no descriptor is left for a moment.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        assert certificate.context() is before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    after = certificate.context()
+    assert after is not before
+    assert certificate.context() is after
+
+
+def test_pipe_in_the_place_of_a_key_does_not_hold_up_the_service(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = Certificate(*files)
+    monkeypatch.setattr("backend.adapters.certificate._LOOK_SECONDS", 0.0)
+    before = certificate.context()
+    files[1].unlink()
+    os.mkfifo(files[1])
+    read = threading.Thread(target=certificate.context, daemon=True)
+    read.start()
+    read.join(10)
+    assert not read.is_alive()
+    assert certificate.context() is before
+
+
 def test_certificate_without_a_key_refuses_the_start(
     start_service: StartService, settings: dict[str, object], files: tuple[Path, Path]
 ) -> None:
