@@ -51,6 +51,8 @@ def list_audit(
 def verify_audit() -> None:
     """Check that nobody has changed, dropped or moved an entry; the status is 1 if somebody has."""
     with one_sentence(), open_store() as store:
+        # Before the log: beside a service that goes on, the later of the two is further on.
+        reached = _reached()
         wrong, (sequence, head), (pruned, _) = store.verify_audit()
         if wrong is not None:
             typer.echo(f"broken: {wrong}", err=True)
@@ -59,7 +61,13 @@ def verify_audit() -> None:
         typer.echo(f"whole: {sequence - pruned} entries{earlier}")
         # Kept elsewhere, it finds out who has written the whole log anew.
         typer.echo(f"head: {head}")
-        _compare_with_mark(sequence)
+        if reached > sequence:
+            typer.echo(
+                f"older: the hub has reached row {reached}, so the records are from a backup or another "
+                "copy; credentials that were revoked since work again: revoke them once more",
+                err=True,
+            )
+            raise typer.Exit(1)
 
 
 @audit.command("export")
@@ -101,20 +109,13 @@ def prune_audit(older_than: OlderThan = None, before: Before = None) -> None:
         typer.echo(f"pruned {count} entries")
 
 
-def _compare_with_mark(sequence: int) -> None:
-    """End with the status 1 where the hub has reached a later row than the log has."""
+def _reached() -> int:
+    """Return the last row of the log that the hub has seen, as the mark beside its config has it."""
     from backend.quickstart import beside_run
     from backend.services.hub_mark import HubMark
     from backend.settings import load_settings
 
-    reached = HubMark(beside_run(load_settings()).wireguard_config_path.resolve()).read().audit_sequence
-    if reached > sequence:
-        typer.echo(
-            f"older: the hub has reached row {reached}, so the records are from a backup or another copy; "
-            "credentials that were revoked since work again: revoke them once more",
-            err=True,
-        )
-        raise typer.Exit(1)
+    return HubMark(beside_run(load_settings()).wireguard_config_path.resolve()).read().audit_sequence
 
 
 def _action(name: str | None) -> "AuditAction | None":

@@ -26,11 +26,14 @@ from backend.models.access.audit import (
 )
 from backend.models.access.callers import SERVICE
 from backend.services.clerk import Clerk
+from backend.services.hub_mark import HubMark, Mark
+from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
 from tests.harness.requests import provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
+from tests.test_command_line import hub_settings
 
 NOON: Final = datetime(2026, 2, 19, 12, tzinfo=UTC)
 DAY: Final = timedelta(days=1)
@@ -256,3 +259,26 @@ def test_a_hub_whose_log_was_pruned_meanwhile_starts_and_goes_on(
     service.client.post(PROVISION, json=provision_body("node-9")).raise_for_status()
     assert "stepped_back" not in service.log
     assert service.command("audit", "verify").returncode == 0
+
+
+def test_verify_beside_a_service_that_writes_on_takes_the_records_for_no_older_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would tell the operator of a busy hub to revoke credentials that are revoked."""
+    settings = hub_settings(tmp_path) | {"ENABLE_DBOS": "true"}
+    assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    mark = HubMark(Path(str(settings["WIREGUARD_CONFIG_PATH"])))
+    verify_audit = SqlAccessStore.verify_audit
+
+    def verify_and_go_on(store: SqlAccessStore) -> object:
+        found = verify_audit(store)
+        mark.write(Mark(generation=1, audit_sequence=1))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SqlAccessStore, "verify_audit", verify_and_go_on)
+        beside = invoke("audit", "verify", directory=tmp_path, settings=settings)
+    assert (beside.returncode, beside.stderr) == (0, "")
+    # The mark is looked at, all the same.
+    older = invoke("audit", "verify", directory=tmp_path, settings=settings)
+    assert (older.returncode, "the hub has reached row 1" in older.stderr) == (1, True)
