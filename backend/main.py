@@ -50,7 +50,8 @@ from backend.services.removal_guard import RemovalGuard
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 from backend.services.wireguard_quick_keys import require_address
-from backend.settings import AuthMode, ReloadMode, Settings, unknown_settings
+from backend.setting_values import AuthMode, ReloadMode
+from backend.settings import Settings, unknown_settings
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from backend.adapters.recorded_peers import count_recorded_peers
 from backend.adapters.trusted_paths import make_private_directory, require_trusted
 from backend.errors import StartRefusedError
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.settings import ReloadMode, Settings
+from backend.setting_values import ReloadMode
+from backend.settings import Settings
 
 _NAMES: Final = [f"wg{number}" for number in range(100)]
 _OWN_CONFIG: Final = re.compile(r"wg([0-9]+)\.conf")

@@ -12,7 +12,8 @@ from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_config_text import parse, strip
-from backend.settings import ReloadMode, Settings
+from backend.setting_values import ReloadMode
+from backend.settings import Settings
 from tests.harness.requests import other_spelling, provision_body
 from tests.harness.requirements import require
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from backend.adapters.env_file import trusted_env_file
 from backend.errors import StartRefusedError
 from backend.services.ports import LimitKind
-from backend.settings import LogLevel, ReloadMode, Settings, load_settings, unknown_settings
+from backend.setting_values import LogLevel, ReloadMode
+from backend.settings import Settings, load_settings, unknown_settings
 
 KEY = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
 EXAMPLE = Path(__file__).parent.parent / ".env.example"

@@ -17,7 +17,8 @@ from alembic.config import Config
 from backend.adapters.database import _MIGRATIONS, Database, open_beside
 from backend.errors import StartRefusedError
 from backend.main import open_access, open_hub_decisions
-from backend.settings import ReloadMode, Settings
+from backend.setting_values import ReloadMode
+from backend.settings import Settings
 from tests.harness.requests import new_key
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
