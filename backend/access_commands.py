@@ -8,7 +8,7 @@ import json
 import os
 import pwd
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from backend.adapters.access_store import SqlAccessStore
     from backend.models.access.audit import AuditAction, AuditEvent
-    from backend.models.access.credentials import Credential, CredentialKind, KeyRequest, Secret, TokenRequest
+    from backend.models.access.credentials import Credential, CredentialKind, KeyRequest, TokenRequest
 
 _Model = TypeVar("_Model", bound="BaseModel")
 
@@ -157,40 +157,20 @@ def _checked(model: type[_Model], given: Mapping[str, object]) -> _Model:
 
 
 def _make(request: "TokenRequest | KeyRequest", action: "AuditAction", output: Path | None) -> None:
-    with open_store() as store:
-        now = datetime.now(UTC)
-        credential, secret = request.make(actor(), now)
-        # First: a secret that could not be written down would be lost.
-        with _in_file(secret, output):
-            store.keep_credential(credential, _event(action, credential.id, now))
+    from backend.adapters.new_file import new_file
+
+    now = datetime.now(UTC)
+    credential, secret = request.make(actor(), now)
+    with open_store() as store, nullcontext() if output is None else new_file(output) as file:
+        if file is not None:
+            # First: a secret that could not be written down would be lost.
+            file.write(secret.reveal())
+            file.flush()
+        store.keep_credential(credential, _event(action, credential.id, now))
     if output is None:
         typer.echo(secret.reveal())
     else:
         typer.echo(f"{credential.kind.value} {credential.id} is in {output}")
-
-
-@contextmanager
-def _in_file(secret: "Secret", path: Path | None) -> Iterator[None]:
-    """Write a secret into a new file, for its owner alone; it goes where what follows fails."""
-    if path is None:
-        yield
-        return
-    try:
-        # 0600 from birth; neither a file that is there already nor a link.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise StartRefusedError(f"--output: {path} can't be made ({exc.strerror}); name a new file") from None
-    try:
-        try:
-            os.write(descriptor, secret.reveal().encode("ascii"))
-        except OSError as exc:
-            raise StartRefusedError(f"--output: {path} can't be written ({exc.strerror})") from None
-        finally:
-            os.close(descriptor)
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
 
 
 def _listed(store: "SqlAccessStore", kind: "CredentialKind") -> "list[Credential]":

@@ -1,11 +1,8 @@
 """`python -m backend audit`: the audit log, straight from the records."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -78,11 +75,12 @@ def export_audit(
 ) -> None:
     """Write entries to a file as lines of JSON, the oldest first: all, or what `prune` would delete."""
     with one_sentence():
+        from backend.adapters.new_file import new_file
         from backend.models.access.audit import AuditEntry
 
         until = _moment(older_than, before) or datetime.now(UTC)
         count, last = 0, ""
-        with open_store() as store, _new_file(output) as file:
+        with open_store() as store, new_file(output) as file:
             for record in store.audit_until(until):
                 file.write(AuditEntry.of(record).model_dump_json() + "\n")
                 count, last = count + 1, f", up to {record.sequence}"
@@ -139,23 +137,3 @@ def _moment(older_than: int | None, before: str | None) -> datetime | None:
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except (ValueError, OverflowError):
         raise StartRefusedError("--before: write a time like 2026-02-19 or 2026-02-19T12:00Z") from None
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[IO[str]]:
-    """Make a file, and have it on the disk at the end; on an error it is gone again."""
-    try:
-        # Not one that is there, or a link to one: what it holds would be lost.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise StartRefusedError(f"--output: {path} can't be made ({exc.strerror})") from None
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-    except BaseException as exc:
-        path.unlink(missing_ok=True)
-        if isinstance(exc, OSError):
-            raise StartRefusedError(f"--output: {path} can't be written ({exc.strerror})") from None
-        raise
