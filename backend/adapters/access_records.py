@@ -260,7 +260,7 @@ def find_answer(connection: sa.Connection, scope: str, key_hash: str) -> Answer 
 
 
 def forget_answers_of(connection: sa.Connection, node_ids: Collection[str]) -> list[Answer]:
-    """Forget what nodes were told that are no more, and return it."""
+    """Delete the stored answers of removed nodes and return them."""
     if not node_ids:
         return []
     gone = connection.execute(_FORGET_ANSWERS, {"names": list(node_ids)})

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import ssl
 import stat
 import time
@@ -65,7 +64,7 @@ class Certificate:
             log.error("certificate_unusable", extra={"file": self._files[0], "reason": reason})
 
     def _look(self) -> _Identity:
-        stats = [os.stat(path) for path in self._files]  # noqa: PTH116 - as short
+        stats = [path.stat() for path in self._files]
         if not all(stat.S_ISREG(found.st_mode) for found in stats):
             # To read a pipe would hold up everything until somebody writes to it.
             raise OSError(errno.EINVAL, "not a regular file")

@@ -127,7 +127,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._held = b""
         self._held_is_all = False
 
-    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override] # uvicorn says Transport, asyncio BaseTransport
         """Begin to wait for the first request."""
         super().connection_made(transport)
         self.flow = self._held_flow = _Flow(transport)

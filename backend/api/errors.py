@@ -183,13 +183,13 @@ class DomainErrorRoute(APIRoute):
             await response(scope, receive, send)
 
     async def admit(self, request: Request) -> None:
-        """Let everybody in."""
+        """Refuse nothing. A subclass raises before the endpoint is called, to refuse the request."""
 
     def note_refusal(self, request: Request, error: Exception) -> None:
-        """Let it be."""
+        """Do nothing. A subclass is told here of each request that was refused."""
 
-    async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:  # noqa: ARG002 - for whoever counts
-        """Return what to say to whoever was refused."""
+    async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:  # noqa: ARG002 - overridden
+        """Return the error that the request is answered with. A subclass may return another one."""
         return error
 
 

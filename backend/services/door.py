@@ -249,7 +249,7 @@ class Door:
     async def count_failure(
         self, error: UnauthenticatedError, source: str | None
     ) -> UnauthenticatedError | RateLimitedError:
-        """Count a failed try, and return what to say: who fails too often isn't even told that."""
+        """Count a failed try; return what to raise: RateLimitedError for a source over its limit of them."""
         seconds = await self._limiter.hit(LimitKind.FAILED_AUTHENTICATION, source or "unix")
         return error if seconds is None else RateLimitedError(seconds, error.credential_id)
 
