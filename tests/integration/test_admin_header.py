@@ -2,7 +2,7 @@
 
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -24,16 +24,28 @@ PROVISION, PEERS, TOKENS, KEYS, AUDIT = (
 StartService = Callable[..., ServiceProcess]
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> dict[str, object]:
+def settings_in(directory: Path) -> dict[str, object]:
     """Return the settings of a hub that is a file only."""
-    path = tmp_path / "wg9.conf"
+    path = directory / "wg9.conf"
     path.write_text(f"[Interface]\nPrivateKey = {WireGuardPrivateKey.generate().reveal()}\n")
     return {
         "WIREGUARD_CONFIG_PATH": path,
         "WIREGUARD_RELOAD": "off",
-        "STATE_DIRECTORY": tmp_path / "state",
+        "STATE_DIRECTORY": directory / "state",
     }
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, object]:
+    return settings_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    """Give the module a service that no test stops."""
+    directory = tmp_path_factory.mktemp("admin-header")
+    with ServiceProcess(directory, settings_in(directory)) as service:
+        yield service
 
 
 @pytest.fixture
@@ -46,38 +58,37 @@ def header_of(file: Path) -> dict[str, str]:
     return {name: value}
 
 
-def test_the_file_is_one_private_line_that_curl_takes(
-    settings: dict[str, object], start_service: StartService, file: Path
-) -> None:
+def test_the_file_is_one_private_line_that_curl_takes(running: ServiceProcess) -> None:
     require("curl")
-    service = start_service(settings)
+    file = running.directory / "state" / "admin.header"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     (line,) = file.read_text().splitlines()
     assert line.startswith("Authorization: Bearer ocw_")
     done = subprocess.run(
-        ["curl", "-sS", "-H", f"@{file}", f"{service.url}{KEYS}"], capture_output=True, text=True, check=True
+        ["curl", "-sS", "-H", f"@{file}", f"{running.url}{TOKENS}"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == "[]"
-    assert line.rpartition("_")[2] not in service.log
+    assert line.rpartition("_")[2] not in running.log
 
 
-def test_a_401_names_the_file(settings: dict[str, object], start_service: StartService) -> None:
-    answer = start_service(settings).client.get(PEERS, auth=None)
+def test_a_401_names_the_file(running: ServiceProcess) -> None:
+    answer = running.client.get(PEERS, auth=None)
     assert answer.status_code == 401
     assert "admin.header" in answer.json()["detail"]
     assert "STATE_DIRECTORY" in answer.json()["detail"]
 
 
-def test_what_it_does_is_logged_as_local_and_it_is_no_record(
-    settings: dict[str, object], start_service: StartService
-) -> None:
-    service = start_service(settings)
-    service.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
-    made = service.client.post(KEYS, json={"role": "read"}).json()
+def test_what_it_does_is_logged_as_local_and_it_is_no_record(running: ServiceProcess) -> None:
+    running.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
+    made = running.client.post(KEYS, json={"role": "read"}).json()
     assert made["created_by"] == "local"
-    assert [key["id"] for key in service.client.get(KEYS).json()] == [made["id"]]
-    assert {entry["actor"] for entry in service.client.get(AUDIT).json()["entries"]} == {"local"}
-    assert len(service.command("key", "list").stdout.splitlines()) == 1
+    assert [key["id"] for key in running.client.get(KEYS).json()] == [made["id"]]
+    logged = running.client.get(AUDIT).json()["entries"]
+    assert {entry["actor"] for entry in logged if entry["outcome"] == "accepted"} == {"local"}
+    assert len(running.command("key", "list").stdout.splitlines()) == 1
 
 
 def test_each_start_makes_another_secret_and_an_end_takes_the_file_away(
