@@ -31,7 +31,7 @@ from backend.api.v1.endpoints.wireguard_access import router as access_router
 from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
 from backend.models.access.callers import SERVICE
-from backend.models.access.credentials import KeyRequest, Role
+from backend.models.access.credentials import Credential, KeyRequest, Role
 from backend.models.operator_commands import command
 from backend.services.clerk import Clerk
 from backend.services.configurations import Configurations
@@ -71,10 +71,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         guard = stack.enter_context(ConfigGuard(path))
         if hub.live:
             stack.callback(InterfaceLock(settings.interface).acquire().release)
-        stated = settings.wireguard_hub_public_key
-        config = WireGuardConfigManager(path, hub.sync, stated_key=stated, admit=guard.admit)
-        config.remove_stale_temporaries()
-        _read(config, settings)
+        config = _config(settings, hub, guard)
         pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
         hand_made = HandMadePeers(pool, _peer_limit(settings, pool))
         database = _database(settings)
@@ -83,8 +80,6 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         stack.callback(journal.close)
         clerk = Clerk(SqlAccessStore(database), settings.audit_keep)
         local, secret = KeyRequest(role=Role.ADMIN).make(SERVICE.name, datetime.now(UTC))
-        asks = settings.wireguard_auth is AuthMode.REQUIRED
-        limits = RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage)
         removals = RemovalGuard(journal.removed_keys)
         mirror = HubMirror(config, hub, hand_made, notice=clerk.notice, guard=removals)
         history = HubHistory(journal, mirror, removals, HubMark(config.path))
@@ -92,31 +87,15 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
             pool=pool,
             hand_made=hand_made,
             committer=HubCommitter(journal, mirror, hand_made, history),
-            configurations=Configurations(
-                pool.network, settings.wireguard_hub_endpoint, settings.wireguard_hub_ip, hand_made
-            ),
-            door=Door(
-                SqlAccessStore(database),
-                clerk,
-                limits,
-                ProofVerifier(WireGuardChallenges()) if settings.wireguard_require_proof else None,
-                local=local,
-                asks=asks,
-                proxies=settings.wireguard_trusted_proxies,
-            ),
+            configurations=_configurations(settings, hand_made),
+            door=_door(settings, SqlAccessStore(database), clerk, local),
         )
         # Before the start, which may be refused halfway: the clerk works by then.
         stack.callback(service.close)
         service.start()
-        if asks:
+        if service.door.asks:
             stack.enter_context(admin_header(settings.state_directory, secret))
-        else:
-            log.warning("authentication_off", extra={"consequence": service.door.notices[0]})
-        log.info(
-            "service_started", extra={"interface": config.interface, "reload": str(settings.wireguard_reload)}
-        )
-        if not hub.live:
-            log.warning("reload_off", extra={"consequence": "wg0.conf is kept, no interface is told"})
+        _log_start(settings, service)
         yield service
 
 
@@ -174,13 +153,21 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
     return app
 
 
-def _read(config: WireGuardConfigManager, settings: Settings) -> None:
+def _config(settings: Settings, hub: Hub, guard: ConfigGuard) -> WireGuardConfigManager:
     """Read the hub's config, and refuse to start on one that can't be used."""
+    config = WireGuardConfigManager(
+        settings.wireguard_config_path,
+        hub.sync,
+        stated_key=settings.wireguard_hub_public_key,
+        admit=guard.admit,
+    )
+    config.remove_stale_temporaries()
     try:
         config.refresh()
         require_address(config.path, config.foreign, settings.wireguard_hub_ip)
     except ConfigFileError as exc:
         raise StartRefusedError(str(exc)) from exc
+    return config
 
 
 def _warn_of_unknown_settings() -> None:
@@ -195,6 +182,35 @@ def _hub(settings: Settings) -> Hub:
         return WgInterface(settings.interface, settings.wireguard_hub_ip)
     except HubUpdateError as exc:
         raise StartRefusedError(f"{exc}, or set WIREGUARD_RELOAD=off for the file alone") from exc
+
+
+def _configurations(settings: Settings, hand_made: HandMadePeers) -> Configurations:
+    return Configurations(
+        settings.wireguard_ip_pool, settings.wireguard_hub_endpoint, settings.wireguard_hub_ip, hand_made
+    )
+
+
+def _door(settings: Settings, store: SqlAccessStore, clerk: Clerk, local: Credential) -> Door:
+    return Door(
+        store,
+        clerk,
+        RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage),
+        ProofVerifier(WireGuardChallenges()) if settings.wireguard_require_proof else None,
+        local=local,
+        asks=settings.wireguard_auth is AuthMode.REQUIRED,
+        proxies=settings.wireguard_trusted_proxies,
+    )
+
+
+def _log_start(settings: Settings, service: WireGuardProvisioningService) -> None:
+    if not service.door.asks:
+        log.warning("authentication_off", extra={"consequence": service.door.notices[0]})
+    log.info(
+        "service_started",
+        extra={"interface": settings.interface, "reload": str(settings.wireguard_reload)},
+    )
+    if not service.live:
+        log.warning("reload_off", extra={"consequence": "wg0.conf is kept, no interface is told"})
 
 
 def _peer_limit(settings: Settings, pool: IPPoolManager) -> PeerLimit:

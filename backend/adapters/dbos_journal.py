@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from backend.adapters.availability import Availability
 from backend.adapters.database import Database
@@ -15,6 +15,9 @@ from backend.adapters.sql_journal import SqlJournal
 from backend.errors import StartRefusedError
 from backend.services.batches import run_sequence
 from backend.services.ports import Batch, NextBatch
+
+if TYPE_CHECKING:
+    from dbos import DBOSConfig, Serializer
 
 log = logging.getLogger(__name__)
 
@@ -75,16 +78,11 @@ class DbosJournal(SqlJournal):
     def launch(self, apply: Callable[[Batch | None], str | None]) -> None:
         """Start DBOS, which takes up in the background what an earlier process left unfinished."""
         # The import takes as long as `wg` needs for thousands of peers, and nothing before this needs it.
-        from dbos import DBOS, DBOSPortableJSONSerializer  # noqa: PLC0415
+        from dbos import DBOS, DBOSPortableJSONSerializer  # noqa: PLC0415 - see above
 
         super().launch(apply)
         self._dbos = DBOS
-        dbos_log = logging.getLogger("dbos")
-        dbos_log.setLevel(logging.WARNING)
-        dbos_log.addFilter(self._brief)
-        # DBOS writes to stderr by itself unless somebody else has taken its log.
-        if not dbos_log.handlers:
-            dbos_log.addHandler(logging.NullHandler())
+        self._quieten()
 
         @DBOS.step(name="commit_batches")
         def commit_batches() -> None:
@@ -106,17 +104,7 @@ class DbosJournal(SqlJournal):
         self._workflow = commit_burst
         serializer = DBOSPortableJSONSerializer()
         refuse_pickles()
-        dbos = DBOS(
-            config={
-                "name": "wireguard-provisioning",
-                "system_database_url": self._database.url.render_as_string(hide_password=False),
-                "system_database_engine": self._engine,
-                "application_version": APPLICATION_VERSION,
-                "executor_id": self._hub_name,
-                "log_level": "WARNING",
-                "serializer": serializer,
-            }
-        )
+        dbos = DBOS(config=self._configuration(serializer))
         self._launched = True
         try:
             delete_unreadable(self._engine, serializer.name())
@@ -126,6 +114,25 @@ class DbosJournal(SqlJournal):
         # Or it would wait for a database that is away, in the one thread that writes, for as long as that
         # takes, and up to a minute longer. DBOS offers this to its client alone.
         dbos._sys_db._retry_connection_errors = False  # noqa: SLF001 - see above
+
+    def _configuration(self, serializer: "Serializer") -> "DBOSConfig":
+        return {
+            "name": "wireguard-provisioning",
+            "system_database_url": self._database.url.render_as_string(hide_password=False),
+            "system_database_engine": self._engine,
+            "application_version": APPLICATION_VERSION,
+            "executor_id": self._hub_name,
+            "log_level": "WARNING",
+            "serializer": serializer,
+        }
+
+    def _quieten(self) -> None:
+        dbos_log = logging.getLogger("dbos")
+        dbos_log.setLevel(logging.WARNING)
+        dbos_log.addFilter(self._brief)
+        # DBOS writes to stderr by itself unless somebody else has taken its log.
+        if not dbos_log.handlers:
+            dbos_log.addHandler(logging.NullHandler())
 
     def _run(self, next_batch: NextBatch) -> None:
         self._next_batch, self._raised = next_batch, None

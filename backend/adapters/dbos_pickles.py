@@ -32,7 +32,7 @@ class PickleRefusedError(Exception):
 def refuse_pickles() -> None:
     """Make every later attempt of DBOS to read a pickle in this process raise PickleRefusedError."""
     # The import takes long, and nothing before DBOS's launch needs it.
-    from dbos._serialization import DefaultSerializer  # noqa: PLC0415
+    from dbos._serialization import DefaultSerializer  # noqa: PLC0415 - see above
 
     # On the class: DBOS's own instance is used wherever a row names this decoder.
     setattr(DefaultSerializer, DefaultSerializer.deserialize.__name__, _refuse)

@@ -557,7 +557,7 @@ def test_a_socket_that_others_listen_on_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_unix_socket_takes_the_place_of_a_port(tmp_path: Path, settings: dict[str, object]) -> None:
     service = ServiceProcess(tmp_path, settings, unix_socket=tmp_path / "socket", ready=None)
-    service._listening = lambda: ["--port", "8001", "--unix-socket", "socket"]  # type: ignore[method-assign]
+    service._listening = lambda: ["--port", "8001", "--unix-socket", "socket"]  # type: ignore[method-assign] # this one only
     service.start()
     assert service.wait_exit() == 1
     assert service.log == "error: --unix-socket takes the place of --host and --port; leave those out\n"
