@@ -1,9 +1,9 @@
 """How a request comes to its caller: who it is, whether it may, and that a refusal is on record."""
 
-from collections.abc import Callable
-from typing import Annotated, Any, Final, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 
 from backend.api.bearer import BearerScheme
 from backend.api.dependencies import service_for
@@ -47,7 +47,19 @@ def audited(action: AuditAction) -> Callable[[_Endpoint], _Endpoint]:
 
 
 class DoorRoute(DomainErrorRoute):
-    """A route that asks who it is before it reads anything else, and notes whom it refused."""
+    """A route that asks who it is before it reads anything else, and notes whom it refused.
+
+    Its endpoint has an argument of a type below (Provisioner, Reader, Operator, Admin): without one every
+    valid credential could call it, a node's token too.
+    """
+
+    takes_a_caller: ClassVar[bool] = True
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Make the handler; raise TypeError for an endpoint that doesn't say who may call it."""
+        if self.takes_a_caller and not any(isinstance(one.call, May) for one in self.dependant.dependencies):
+            raise TypeError(f"{self.path}: no argument of the endpoint says who may call it")
+        return super().get_route_handler()
 
     async def admit(self, request: Request) -> None:
         """Find out who asks, for whoever depends on it; raise an AccessError."""

@@ -1,5 +1,7 @@
 """The route of what needs no credential: limited by source, and it may tell more to who shows one."""
 
+from typing import ClassVar
+
 from fastapi import Request
 
 from backend.api.dependencies import service_for
@@ -11,6 +13,8 @@ from backend.models.access.callers import Caller
 
 class OpenRoute(DoorRoute):
     """Answers every caller. A credential that isn't valid is counted and logged as elsewhere, and ignored."""
+
+    takes_a_caller: ClassVar[bool] = False
 
     async def admit(self, request: Request) -> None:
         """Count the request against its source; find out who asks where there is a credential."""
