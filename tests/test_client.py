@@ -700,7 +700,7 @@ def test_a_token_does_not_go_over_the_network_in_the_clear(url: str) -> None:
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000"])
 def test_the_nodes_own_host_may_be_asked_by_http(host: str) -> None:
-    Client(f"http://{host}", TOKEN)
+    assert Client(f"http://{host}", TOKEN)
 
 
 def test_a_client_that_requires_proofs_does_not_go_on_without(hub: Hub, node: Node, naps: Naps) -> None:

@@ -165,11 +165,6 @@ def credentials_version(connection: sa.Connection) -> int:
     return version
 
 
-def any_credential(connection: sa.Connection) -> bool:
-    """Say whether a credential was ever made."""
-    return connection.scalar(sa.select(credentials.c.id).limit(1)) is not None
-
-
 def insert_credential(connection: sa.Connection, credential: Credential) -> None:
     """Keep a new credential."""
     values = {name: getattr(credential, name) for name in _CREDENTIAL_FIELDS}

@@ -58,11 +58,6 @@ def removing(node_id: str) -> Change:
     return Change(Action.REMOVE, nobody, lambda _: None)
 
 
-def names_of(peer: Peer) -> set[object]:
-    """Return what only one peer can have."""
-    return {peer.node_id, peer.address, peer.wireguard_public_key}
-
-
 def state(database: Database) -> tuple[list[Peer], int, int]:
     with database.engine.connect() as connection:
         loaded = records.load_state(connection)

@@ -24,7 +24,6 @@ from backend.models.access.secret_text import SECRET_TEXT, require_no_secret
 from backend.models.strict import StrictModel
 from backend.models.wireguard.provisioning import UtcSecond
 
-CREDENTIAL_ID_PATTERN: Final = r"^[0-9a-f]{16}$"
 _HOUR: Final = 3600
 _YEAR: Final = 365 * 24 * _HOUR
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
