@@ -264,8 +264,16 @@ def _make_interface(ip: str, name: InterfaceName) -> None:
         # which attaches itself to an existing tun of that name without a word.
         if exc.not_permitted or interface_exists(name):
             raise
-        # In the root directory, or the daemon would keep the one that it was started in from being unmounted.
-        run(["/bin/sh", "-c", 'cd / && exec "$0" "$1"', find("wireguard-go"), name])
+        try:
+            # In the root directory, or the daemon would keep its own from being unmounted.
+            run(["/bin/sh", "-c", 'cd / && exec "$0" "$1"', find("wireguard-go"), name])
+        except ToolRefusedError:
+            if os.geteuid() == 0:
+                raise
+            # What it prints itself is a banner that doesn't say so.
+            raise HubUpdateError(
+                "the kernel has no WireGuard, and wireguard-go takes root; as root run `modprobe wireguard`"
+            ) from exc
 
 
 def _set_up(ip: str, name: InterfaceName) -> None:
