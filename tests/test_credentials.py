@@ -94,7 +94,7 @@ def test_no_text_makes_the_parser_fail_in_another_way(text: str) -> None:
 @pytest.mark.parametrize("pickled", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_a_secret_shows_itself_to_nobody(pickled: Callable[[object], object]) -> None:
     secret = Secret.parse(TEXT)
-    for text in (str(secret), repr(secret), f"{secret}", f"{[secret]}", "%s" % secret):  # noqa: UP031
+    for text in (str(secret), repr(secret), f"{secret}", f"{[secret]}", "%s" % secret):  # noqa: UP031 - each way to format
         assert "5555" not in text
         assert secret.id in text
     with pytest.raises(TypeError, match="not pickled"):

@@ -250,7 +250,7 @@ def dump(url: str) -> str:
         return "\n".join(
             str(row)
             for (table,) in tables
-            for row in connection.execute(f"SELECT t.*::text FROM {table} t").fetchall()  # noqa: S608
+            for row in connection.execute(f"SELECT t.*::text FROM {table} t").fetchall()  # noqa: S608 - our own
         )
 
 

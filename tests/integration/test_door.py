@@ -100,7 +100,7 @@ def here(outside: Host) -> str:
 @pytest.fixture
 def service(hub_interface: HubInterface, start_service: StartService, tmp_path: Path) -> ServiceProcess:
     """Start a service that listens everywhere, as one does by mistake."""
-    return start_service(settings_for(hub_interface, tmp_path, **MANY), address="0.0.0.0")  # noqa: S104
+    return start_service(settings_for(hub_interface, tmp_path, **MANY), address="0.0.0.0")  # noqa: S104 - for the other host
 
 
 def bearer(secret: str | None) -> dict[str, str]:
@@ -421,7 +421,7 @@ def test_the_router_in_another_app_under_plain_uvicorn_believes_no_header(
     root = str(Path(__file__).parents[2])
     with (tmp_path / "uvicorn.log").open("wb") as log:
         process = LocalHost().popen(
-            [sys.executable, "-m", "uvicorn", "app:app", "--host", "0.0.0.0", "--port", str(port), *options],  # noqa: S104
+            [sys.executable, "-m", "uvicorn", "app:app", "--host", "0.0.0.0", "--port", str(port), *options],  # noqa: S104 - for the other host
             env={"PATH": os.environ["PATH"], "PYTHONPATH": root, **settings},
             cwd=tmp_path,
             stdout=log,
@@ -477,7 +477,7 @@ def test_who_fails_too_often_is_told_to_wait_and_keeps_nobody_else_out(
     hub_interface: HubInterface, start_service: StartService, here: str, tmp_path: Path
 ) -> None:
     settings = limited(hub_interface, tmp_path, failed_authentication="5/minute")
-    service = start_service(settings, address="0.0.0.0")  # noqa: S104
+    service = start_service(settings, address="0.0.0.0")  # noqa: S104 - for the other host
     secret = make_key(service)
     with client_at(service, secret=secret) as operator, client_at(service) as guesser:
         assert operator.get(PEERS).status_code == 200
@@ -537,7 +537,7 @@ def test_a_credential_is_limited_by_itself(
 def test_a_source_is_limited_whatever_it_shows(
     hub_interface: HubInterface, start_service: StartService, here: str, tmp_path: Path
 ) -> None:
-    service = start_service(limited(hub_interface, tmp_path, source="5/minute"), address="0.0.0.0")  # noqa: S104
+    service = start_service(limited(hub_interface, tmp_path, source="5/minute"), address="0.0.0.0")  # noqa: S104 - for the other host
     # Not 127.0.0.1, from where the harness has asked whether it is ready.
     from_there = httpx.HTTPTransport(local_address="127.0.0.2")
     with (
