@@ -3,7 +3,7 @@
 import io
 import logging
 
-from backend.adapters.logs import EventFormatter, configure_logging
+from backend.adapters.logs import EventFormatter, Seldom, configure_logging
 
 
 def logged(message: str, **fields: object) -> str:
@@ -43,3 +43,18 @@ def test_every_log_of_the_process_comes_out_in_that_format() -> None:
         root.setLevel(level)
     assert stream.getvalue().endswith("INFO uvicorn.access GET /healthz\n")
     assert stream.getvalue().count("\n") == 1
+
+
+def test_clients_that_send_garbage_do_not_fill_the_log() -> None:
+    now = 0.0
+    seldom = Seldom(lambda: now)
+
+    def passes(level: int, text: str) -> bool:
+        return seldom(logging.makeLogRecord({"levelno": level, "msg": text}))
+
+    garbage = "Invalid HTTP request received."
+    assert [passes(logging.WARNING, garbage) for _ in range(3)] == [True, False, False]
+    assert passes(logging.WARNING, "Unsupported upgrade request.")
+    assert [passes(logging.ERROR, "failed") for _ in range(2)] == [True, True]
+    now = 61.0
+    assert passes(logging.WARNING, garbage)

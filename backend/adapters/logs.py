@@ -2,12 +2,14 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
 from backend.models.access.secret_text import redacted
 
 # uvicorn's: address, method, path, HTTP's version, status.
 _ACCESS_ARGUMENTS: Final = 5
+_SELDOM_SECONDS: Final = 60.0
 
 # What every record has by itself; anything else came in by `extra`.
 _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
@@ -41,6 +43,25 @@ def _without_query(record: logging.LogRecord) -> bool:
     return True
 
 
+class Seldom:
+    """Lets each warning pass once a minute: uvicorn's are about what any client may send at any rate."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # By the text before anything is put into it, of which there are few.
+        self._again_at: dict[str, float] = {}
+
+    def __call__(self, record: logging.LogRecord) -> bool:
+        """Say whether the record is written."""
+        if record.levelno != logging.WARNING:
+            return True
+        now = self._clock()
+        if now < self._again_at.get(str(record.msg), now):
+            return False
+        self._again_at[str(record.msg)] = now + _SELDOM_SECONDS
+        return True
+
+
 def _quoted(value: object) -> str:
     text = str(value)
     return repr(text) if not text or not text.isprintable() or any(c in text for c in " \"'=") else text
@@ -52,5 +73,6 @@ def configure_logging(level: str) -> None:
     handler.setFormatter(EventFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").addFilter(_without_query)
+    logging.getLogger("uvicorn.error").addFilter(Seldom())
     # Each migration of each start; the service says by itself what matters.
     logging.getLogger("alembic").setLevel(logging.WARNING)

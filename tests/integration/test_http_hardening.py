@@ -499,6 +499,17 @@ def test_every_answer_has_an_id_and_is_not_to_be_kept(
     }
 
 
+def test_garbage_is_logged_once_not_each_time(
+    start_service: StartService, settings: dict[str, object]
+) -> None:
+    service = start_service(settings)
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", service.port), 10) as connection:
+            connection.sendall(b"GARBAGE\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+    assert service.log.count("Invalid HTTP request received.") == 1
+
+
 def test_the_service_bounds_the_head(start_service: StartService, settings: dict[str, object]) -> None:
     service = start_service(settings)
     with socket.create_connection(("127.0.0.1", service.port), 10) as connection:
