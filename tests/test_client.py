@@ -703,6 +703,32 @@ def test_the_nodes_own_host_may_be_asked_by_http(host: str) -> None:
     assert Client(f"http://{host}", TOKEN)
 
 
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("https://[fd00::1]", ("fd00::1", 443)),
+        ("https://[fd00::abcd]/hub", ("fd00::abcd", 443)),
+        ("https://[fd00::1]:8443", ("fd00::1", 8443)),
+        ("http://[::1]", ("::1", 80)),
+        ("https://hub.example.com", ("hub.example.com", 443)),
+    ],
+)
+def test_the_end_of_an_ipv6_address_is_not_taken_for_a_port(
+    url: str, address: tuple[str, int], node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token would be sent to another host, or to none."""
+    asked = []
+
+    def refuse(to: tuple[str, int], *_: object) -> socket.socket:
+        asked.append(to)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(UnreachableError):
+        Client(url, TOKEN, attempts=1).provision(node, version="1.0.0")
+    assert asked == [address]
+
+
 def test_a_client_that_requires_proofs_does_not_go_on_without(hub: Hub, node: Node, naps: Naps) -> None:
     client = Client(hub.url, TOKEN, require_proof=True, sleep=naps)
     client.provision(node, version="1.0.0")

@@ -28,6 +28,7 @@ from backend.services.proof import Challenge, WireGuardProof, answer_challenge, 
 CHALLENGE_PATH: Final = "/api/v1/wireguard/challenge"
 PROVISION_PATH: Final = "/api/v1/wireguard/provision"
 
+_PORTS: Final = {"http": http.client.HTTP_PORT, "https": http.client.HTTPS_PORT}
 _TRY_AGAIN: Final = frozenset({429, 502, 503, 504})
 # Seconds. Whoever asks for more is not asked again.
 _LONGEST_WAIT: Final = 300
@@ -123,7 +124,9 @@ class Client:
         Raises ValueError.
         """
         url = _hub_url(base_url, allow_http=allow_http)
-        self._host, self._port, self._prefix = url.hostname or "", url.port, url.path.rstrip("/")
+        self._host, self._prefix = url.hostname or "", url.path.rstrip("/")
+        # Never none: http.client would look for a port in the host, and find the end of an IPv6 address.
+        self._port = _PORTS[url.scheme] if url.port is None else url.port
         self._tls = (tls or ssl.create_default_context()) if url.scheme == "https" else None
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token is not None:
