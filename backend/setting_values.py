@@ -170,6 +170,9 @@ def _parse_database_url(value: Any) -> str:
         raise ValueError(
             "names no file; write sqlite:////absolute/path, or set ENABLE_DBOS=false for records in memory"
         )
+    if scheme == "sqlite" and "uri" in url.query:
+        # SQLite would open another file than the one that is locked and watched.
+        raise ValueError("has the option uri, which isn't supported; write sqlite:////absolute/path")
     return text
 
 

@@ -321,6 +321,8 @@ def test_database_urls_of_both_kinds_are_taken(
         ("sqlite://hunter2", "names no file"),
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names no file"),
+        # Through it a second hub got at records that the first had locked.
+        ("sqlite:///file:/srv/hunter2.sqlite?uri=true", "has the option uri"),
     ],
 )
 def test_a_refused_database_url_is_not_repeated(
