@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,30 @@ def test_a_mounted_app_gets_its_service_at_its_first_request(environment: Path) 
         assert set((await client.get(f"/hub{PEERS}")).json()) == {"node-0", "node-1", "node-2"}
 
     started(outer, act_once_more)
+
+
+def test_an_app_may_run_the_lifespan_of_the_app_that_is_mounted_in_it(
+    environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a SIGTERM to uvicorn, which ends before the event loop does, would be a crash for the service."""
+    monkeypatch.delenv("WIREGUARD_AUTH")
+    mounted = app_with_the_router()
+    header = environment.parent / "state" / "admin.header"
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with mounted.router.lifespan_context(mounted):
+            yield
+
+    outer = FastAPI(lifespan=lifespan)
+    outer.mount("/hub", mounted)
+
+    async def act(client: httpx.AsyncClient) -> None:
+        name, _, value = header.read_text().strip().partition(": ")
+        assert (await client.get(f"/hub{PEERS}", headers={name: value})).status_code == 200
+
+    started(outer, act)
+    assert not header.exists()
 
 
 def test_a_mounted_app_shares_the_service_of_the_app_around_it(environment: Path) -> None:
