@@ -47,10 +47,15 @@ def _replace(path: Path, line: bytes) -> None:
     new.unlink(missing_ok=True)
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
-    new.replace(path)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+        new.replace(path)
+    except OSError:
+        # The secret in it is good.
+        new.unlink(missing_ok=True)
+        raise
 
 
 def _read(path: Path) -> bytes:

@@ -139,6 +139,7 @@ def test_a_file_that_can_not_be_written_is_said_and_stops_nothing(
     file.parent.chmod(0o700)
     service = start_service(settings, ready="/healthz")
     eventually(lambda: "admin_header_not_written" in service.log)
+    assert [path.name for path in file.parent.iterdir() if "admin" in path.name] == ["admin.header"]
     key = service.credential("key", "create", "--role", "read")
     answer = service.client.get(PEERS, headers={"Authorization": f"Bearer {key}"}, auth=None)
     assert answer.status_code == 200
