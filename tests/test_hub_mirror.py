@@ -96,11 +96,11 @@ def test_a_change_that_the_disk_refuses_never_reaches_the_interface_and_its_retr
     world.provision("node-1")
     before, intents = (told(hub), version(world.path)), journal.intents
 
-    def full(**_: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tempfile.mkstemp", full)
+        patch.setattr("backend.services.staged_file._make_temporary", full)
         for _ in range(3):
             with pytest.raises(errors.HubUpdateError, match="No space left"):
                 world.service.deprovision_peer("node-1", WAIT)

@@ -352,11 +352,11 @@ def test_a_hand_made_peer_keeps_what_a_deleted_peer_of_ours_had_too(
 def test_readiness_says_what_a_provision_would_meet_now(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(**_: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tempfile.mkstemp", full)
+        patch.setattr("backend.services.staged_file._make_temporary", full)
         with pytest.raises(errors.HubUpdateError, match="No space left on device; make room on its disk"):
             world.service.check()
         with pytest.raises(errors.HubUpdateError, match="No space left"):

@@ -57,6 +57,7 @@ class Database:
         self._stack = ExitStack()
         # Where the database is a file of this host's.
         self._file: DatabaseFile | None = None
+        self._directory: Path | None = None
         # Where it is a server's.
         self._server: PostgreSQL | None = None
         if url == IN_MEMORY:
@@ -103,9 +104,9 @@ class Database:
 
     def has_room(self) -> bool:
         """Say whether more can be written, as far as this host can see: a server's disk is its own affair."""
-        if self.url.get_backend_name() != "sqlite" or self.url.database in {None, ":memory:"}:
+        if self._directory is None:
             return True
-        disk = os.statvfs(Path(self.url.database).absolute().parent)
+        disk = os.statvfs(self._directory)
         return disk.f_bavail * disk.f_frsize >= _ROOM_BYTES
 
     def close(self) -> None:
@@ -210,7 +211,7 @@ class Database:
             # Beside the file itself, whichever link led to it: two services would undo each other's work.
             lock = LockFile(real.with_name(real.name + ".lock"), f"The database {path}").acquire()
             self._stack.callback(lock.release)
-        self._file = DatabaseFile(path)
+        self._file, self._directory = DatabaseFile(path), path.parent
         self._stack.callback(self._file.close)
         # Connections are handed from thread to thread by the pool, never used by two at once.
         engine = sa.create_engine(

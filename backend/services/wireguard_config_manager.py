@@ -360,10 +360,13 @@ class WireGuardConfigManager:
                         return True
                 staged.discard()
                 staged = self._stage(staged.peers)
-        except OSError as exc:
-            raise self._not_replaced(exc) from exc
-        finally:
+        except HubUpdateError:
             staged.discard()
+            raise
+        except OSError as exc:
+            staged.discard()
+            raise self._not_replaced(exc) from exc
+        staged.discard()
         raise self._never_still()
 
     def _note_replaced(self, known: _Version, staged: StagedConfig, file: StagedFile) -> None:
