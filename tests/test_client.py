@@ -434,6 +434,9 @@ def test_a_refusal_is_not_argued_with(hub: Hub, client: Client, node: Node, path
         (b"\xff", "\\xff"),
         (b"[" * 5000, "[" * 1000),
         (b"", ""),
+        # Neither a terminal nor a log does what the hub says, and every reason can be printed.
+        (b'{"detail": "\\u001b[2J\\nERROR"}', "\\x1b[2J\\nERROR"),
+        (b'{"detail": "\\ud800 caf\\u00e9"}', "\\ud800 caf\xe9"),
     ],
 )
 def test_a_reason_is_told_whatever_form_it_has(

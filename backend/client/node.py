@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, urlsplit
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from backend.client.configuration import Configuration, json_object, json_text
-from backend.client.errors import AnswerError, RefusedError, UnreachableError
+from backend.client.errors import AnswerError, RefusedError, UnreachableError, printable
 from backend.errors import ChallengeError
 from backend.models.identity import NodeIdentity
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
@@ -92,7 +92,7 @@ class _Answer:
         if isinstance(detail, dict) and "message" in detail:
             detail = detail["message"]
         text = detail if isinstance(detail, str) else json.dumps(detail)
-        return RefusedError(self.status, text[:_MAX_DETAIL], self.retry_after)
+        return RefusedError(self.status, printable(text[:_MAX_DETAIL]), self.retry_after)
 
 
 class Client:
@@ -236,7 +236,7 @@ class Client:
             if response.length and len(data) <= _MAX_ANSWER_BYTES:
                 raise http.client.IncompleteRead(data, response.length)
         except (OSError, http.client.HTTPException) as exc:
-            raise UnreachableError(str(exc) or type(exc).__name__) from exc
+            raise UnreachableError(printable(str(exc)) or type(exc).__name__) from exc
         finally:
             connection.close()
         if len(data) > _MAX_ANSWER_BYTES:
