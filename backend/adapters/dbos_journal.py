@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from threading import Lock
 from typing import TYPE_CHECKING, Final
 
 from backend.adapters.availability import Availability
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 # Interrupted workflows are recovered only by the same version: change it with the shape of the sequence.
 APPLICATION_VERSION: Final = "2"
+# Held while DBOS runs. It is one for the process: a second service would get the first one's, keep its
+# workflows in the first one's database, and have no DBOS any more when the first one ends.
+_ALONE: Final = Lock()
 _WORKFLOW: Final = "commit_burst"
 # DBOS never deletes anything. What has ended is kept for a look, and then goes, a few at a time.
 _KEEP_FINISHED: Final = timedelta(minutes=5)
@@ -73,6 +77,7 @@ class DbosJournal(SqlJournal):
         self._next_batch: NextBatch = lambda: None
         self._raised: Exception | None = None
         self._launched = False
+        self._alone = False
         self._tidied_at = time.monotonic()
 
     def launch(self, apply: Callable[[Batch | None], str | None]) -> None:
@@ -81,6 +86,7 @@ class DbosJournal(SqlJournal):
         from dbos import DBOS, DBOSPortableJSONSerializer  # noqa: PLC0415 - see above
 
         super().launch(apply)
+        self._require_no_other_dbos()
         self._dbos = DBOS
         self._quieten()
 
@@ -114,6 +120,16 @@ class DbosJournal(SqlJournal):
         # Or it would wait for a database that is away, in the one thread that writes, for as long as that
         # takes, and up to a minute longer. DBOS offers this to its client alone.
         dbos._sys_db._retry_connection_errors = False  # noqa: SLF001 - see above
+
+    def _require_no_other_dbos(self) -> None:
+        from dbos import _dbos  # noqa: PLC0415 - as in launch
+
+        self._alone = _ALONE.acquire(blocking=False)
+        if not self._alone or _dbos._dbos_global_instance is not None:  # noqa: SLF001 - has no other name
+            raise StartRefusedError(
+                "DBOS runs once in a process, and this one runs it already; run the service in a process of "
+                "its own, or set ENABLE_DBOS=false for records in memory"
+            )
 
     def _configuration(self, serializer: "Serializer") -> "DBOSConfig":
         return {
@@ -168,4 +184,7 @@ class DbosJournal(SqlJournal):
         if self._launched:
             self._dbos.destroy(destroy_registry=True)
             logging.getLogger("dbos").removeFilter(self._brief)
+        if self._alone:
+            self._alone = False
+            _ALONE.release()
         super().close()

@@ -11,11 +11,12 @@ from typing import Final
 
 import pytest
 import sqlalchemy as sa
+from dbos import DBOS
 
 from backend.adapters import records
 from backend.adapters.database import Database
 from backend.adapters.dbos_journal import APPLICATION_VERSION, DbosJournal
-from backend.errors import OvertakenError, RecordsUnavailableError
+from backend.errors import OvertakenError, RecordsUnavailableError, StartRefusedError
 from backend.services.ports import Batch
 from tests.harness.patience import eventually
 from tests.integration.test_records import adding
@@ -127,6 +128,37 @@ def test_an_exception_of_the_burst_reaches_the_caller(
     outcome.append(None)
     run(batch(4))
     assert nodes(journal) == ["node-1", "node-2", "node-3", "node-4"]
+
+
+def test_a_second_service_in_a_process_does_not_run_in_the_first_ones_dbos(
+    open_journal: Open, tmp_path: Path
+) -> None:
+    """It kept its workflows in the first one's database, and couldn't write any more when that one ended."""
+    first = open_journal(lambda _: None)
+    second = Open(f"sqlite:///{tmp_path}/second/records.sqlite")
+    with pytest.raises(StartRefusedError, match="runs once in a process"):
+        second(lambda _: None)
+    second.close()
+    # None the worse for it.
+    first.run(iter([batch(1), None]).__next__)
+    assert nodes(first) == ["node-1"]
+    open_journal.close()
+    third = second(lambda _: None)
+    third.run(iter([batch(1), None]).__next__)
+    assert nodes(third) == ["node-1"]
+    second.close()
+
+
+def test_an_app_that_has_a_dbos_of_its_own_keeps_it(open_journal: Open, tmp_path: Path) -> None:
+    """Ours would run in its database, and at the end destroy it."""
+    theirs = DBOS(config={"name": "theirs", "system_database_url": f"sqlite:///{tmp_path}/theirs.sqlite"})
+    try:
+        with pytest.raises(StartRefusedError, match="runs once in a process"):
+            open_journal(lambda _: None)
+        open_journal.close()
+        assert DBOS(config={"name": "ours"}) is theirs
+    finally:
+        DBOS.destroy(destroy_registry=True)
 
 
 @contextmanager
