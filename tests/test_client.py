@@ -621,6 +621,7 @@ def test_a_hub_can_write_nothing_else_into_the_nodes_file(
         pytest.param({"allowed_ips": "10.0.0.0/7"}, id="more than a private network"),
         pytest.param({"allowed_ips": "10.0.0.0/24, ::/0"}, id="all of IPv6"),
         pytest.param({"allowed_ips": "10.0.1.0/24"}, id="not the node's address"),
+        pytest.param({"allowed_ips": "10.0.0.0/24, 192.168.0.0/16"}, id="the LAN beside its own"),
         pytest.param({"allowed_ips": ""}, id="none"),
         pytest.param({"subnet_mask": "128.0.0.0"}, id="half of everything by the mask"),
         pytest.param({"subnet_mask": "255.0.0.0"}, id="a mask that is wider than the prefix"),

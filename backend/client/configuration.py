@@ -32,7 +32,7 @@ _Network = IPv4Network | IPv6Network
 class Configuration:
     """What the hub tells a node, each value checked. The names are the API's; seconds for the keepalive.
 
-    Prefixes and name servers are in private networks alone, and one of the prefixes holds the node's network.
+    Prefixes and name servers are in private networks alone, and each IPv4 prefix holds the node's network.
     """
 
     node_id: str
@@ -113,7 +113,11 @@ def _prefixes(text: str, address: IPv4Address, mask: IPv4Address) -> tuple[_Netw
             raise ValueError(f"{prefix} among the prefixes is in no private network")
     # wg-quick routes the network of Address, too.
     network = IPv4Network((address, str(mask)), strict=False)
-    if not any(_is_within(network, prefix) for prefix in prefixes):
+    ipv4 = [prefix for prefix in prefixes if prefix.version == network.version]
+    for prefix in ipv4:
+        if not _is_within(network, prefix):
+            raise ValueError(f"{prefix} among the prefixes doesn't hold the node's own network, {network}")
+    if not ipv4:
         raise ValueError(f"none of the prefixes holds the node's own network, {network}")
     return prefixes
 
