@@ -73,6 +73,7 @@ def test_unix_socket_may_be_a_proxy_too() -> None:
         ("10.0.0.1/8", "write 10.0.0.0/8"),
         ("127.0.0.1,proxy.example", "'proxy.example', which is no network"),
         ("127.0.0.1/33", "is no network"),
+        ("::ffff:127.0.0.1", "write it as such, like 127.0.0.1"),
     ],
 )
 def test_what_is_no_network_is_refused(text: str, reason: str) -> None:

@@ -9,6 +9,7 @@ from typing import Final, Self
 # Peers of which it is remembered whether they are proxies.
 _MOST_KNOWN: Final = 1024
 _MAPPED_IPV4: Final = bytes(10) + b"\xff\xff"
+_MAPPED_NETWORK: Final = IPv6Network("::ffff:0:0/96")
 
 
 def network_of(address: str) -> str:
@@ -57,6 +58,8 @@ def _network(word: str) -> IPv4Network | IPv6Network:
         ) from None
     if "/" in word and ip_address(word.partition("/")[0]) != network.network_address:
         raise ValueError(f"has a network with host bits set ({word}); write {network}")
+    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED_NETWORK):
+        raise ValueError(f"names {word}, and IPv4 proxies count as IPv4; write it as such, like 127.0.0.1")
     return network
 
 
