@@ -4,19 +4,16 @@ FastAPI's own pages load a script from another host into this origin, where it c
 types. Here all of it comes from the installed package, and a Content-Security-Policy allows nothing else.
 """
 
-from collections.abc import AsyncIterator
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 
 from backend.api.open_route import OpenRoute
 
-# A client that doesn't read has no more than that written for it.
-_PIECE_BYTES: Final = 64 * 1024
 # swagger-ui sets style attributes and has images in its style sheet; it needs nothing else.
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
@@ -91,14 +88,8 @@ def _add_pages(router: APIRouter, title: str, assets: dict[str, bytes]) -> None:
 
 
 def _sent(name: str, assets: dict[str, bytes]) -> Response:
-    content = assets[name]
-    headers = _HEADERS | {"Content-Length": str(len(content))}
-    return StreamingResponse(_pieces(content), media_type=_TYPES[name], headers=headers)
-
-
-async def _pieces(content: bytes) -> AsyncIterator[bytes]:
-    for start in range(0, len(content), _PIECE_BYTES):
-        yield content[start : start + _PIECE_BYTES]
+    # In one piece: what a client doesn't read of it is kept once for all of them.
+    return Response(assets[name], media_type=_TYPES[name], headers=_HEADERS)
 
 
 def _assets() -> dict[str, bytes] | None:
