@@ -1,9 +1,19 @@
 """The routes behind the hub's door."""
 
-import pytest
-from fastapi import APIRouter
+import asyncio
+from types import SimpleNamespace
 
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI
+
+from backend.api.dependencies import provisioning_service
 from backend.api.door import DoorRoute, Reader
+from backend.api.health import router as health
+from backend.models.access.credentials import Secret
+from backend.services.clerk import Clerk
+from backend.services.door import Door
+from tests.harness.fakes import FakeAccessStore, NoLimits
 
 
 def test_endpoint_that_does_not_say_who_may_call_it_is_refused() -> None:
@@ -21,3 +31,21 @@ def test_endpoint_that_does_not_say_who_may_call_it_is_refused() -> None:
         return ""
 
     assert [getattr(route, "path", None) for route in router.routes] == ["/wireguard/peers"]
+
+
+def test_a_probe_with_a_credential_that_cannot_be_looked_up_is_answered() -> None:
+    """An orchestrator would kill a service that lives, because its database is away."""
+    store = FakeAccessStore()
+    door = Door(store, Clerk(store), NoLimits())
+    store.away = True
+    app = FastAPI()
+    app.include_router(health)
+    app.dependency_overrides[provisioning_service] = lambda: SimpleNamespace(door=door)
+
+    async def probe() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://hub") as client:
+            return await client.get(
+                "/healthz", headers={"Authorization": f"Bearer {Secret.generate().reveal()}"}
+            )
+
+    assert asyncio.run(probe()).status_code == 200

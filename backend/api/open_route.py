@@ -7,7 +7,7 @@ from fastapi import Request
 from backend.api.dependencies import service_for
 from backend.api.door import DoorRoute
 from backend.api.source import source_of
-from backend.errors import AccessError, RateLimitedError
+from backend.errors import AccessError, RateLimitedError, RecordsUnavailableError
 from backend.models.access.callers import Caller
 
 
@@ -26,7 +26,8 @@ class OpenRoute(DoorRoute):
             await super().admit(request)
         except RateLimitedError:
             raise
-        except AccessError as error:
+        except (AccessError, RecordsUnavailableError) as error:
+            # Whether a process lives doesn't depend on its database.
             self.note_refusal(request, error)
 
 
