@@ -32,6 +32,8 @@ _WORKFLOW: Final = "commit_burst"
 _KEEP_FINISHED: Final = timedelta(minutes=5)
 _TIDY_INTERVAL_SECONDS: Final = 10.0
 _TIDY_LIMIT: Final = 2_000
+# DBOS's listener sleeps that long before it sees a stop. It asks the database nothing on our behalf.
+_LISTENER_SECONDS: Final = 0.1
 # DBOS's listener says this before anything of ours meets the outage. It connects again by itself.
 _LISTENER: Final = "Notification listener error"
 
@@ -139,6 +141,7 @@ class DbosJournal(SqlJournal):
             "application_version": APPLICATION_VERSION,
             "executor_id": self._hub_name,
             "log_level": "WARNING",
+            "notification_listener_polling_interval_sec": _LISTENER_SECONDS,
             "serializer": serializer,
         }
 
