@@ -360,12 +360,11 @@ class WireGuardConfigManager:
                         return True
                 staged.discard()
                 staged = self._stage(staged.peers)
-        except HubUpdateError:
-            staged.discard()
+        except BaseException as exc:
+            staged.discard()  # the private key is in it
+            if isinstance(exc, OSError):
+                raise self._not_replaced(exc) from exc
             raise
-        except OSError as exc:
-            staged.discard()
-            raise self._not_replaced(exc) from exc
         staged.discard()
         raise self._never_still()
 
