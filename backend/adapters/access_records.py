@@ -248,18 +248,19 @@ def save_answers(connection: sa.Connection, given: Iterable[Answer]) -> None:
 
 def find_answer(connection: sa.Connection, scope: str, key_hash: str) -> Answer | None:
     """Return the answer that was given for a key, however long ago, if it's still there."""
-    row = connection.execute(
+    rows = connection.execute(
         sa.select(answers).where(answers.c.scope == scope, answers.c.key_hash == key_hash)
-    ).one_or_none()
-    return None if row is None else Answer(**row._mapping)  # noqa: SLF001 - a Row's public attribute
+    )
+    found = rows.mappings().one_or_none()
+    return None if found is None else Answer(**found)
 
 
 def forget_answers_of(connection: sa.Connection, node_ids: Collection[str]) -> list[Answer]:
     """Delete the stored answers of removed nodes and return them."""
     if not node_ids:
         return []
-    gone = connection.execute(_FORGET_ANSWERS, {"names": list(node_ids)})
-    return [Answer(**row._mapping) for row in gone]  # noqa: SLF001 - see find_answer
+    gone = connection.execute(_FORGET_ANSWERS, {"names": list(node_ids)}).mappings()
+    return [Answer(**row) for row in gone]
 
 
 def forget_answers_before(connection: sa.Connection, moment: datetime) -> int:

@@ -5,7 +5,7 @@ Every function runs in its caller's transaction. `access_state` is locked behind
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final
 
 import sqlalchemy as sa
@@ -22,6 +22,7 @@ from backend.models.access.audit import (
     chain_hash,
     timestamp,
 )
+from backend.models.access.callers import CallerKind
 
 _ROWS_AT_A_TIME: Final = 1000
 
@@ -54,7 +55,7 @@ _EXTEND_LOG: Final = (
     .values(audit_sequence=access_state.c.audit_sequence + sa.bindparam("number"))
     .returning(access_state.c.audit_sequence, access_state.c.audit_hash)
 )
-# Changes nothing, and makes whoever else appends wait until the transaction ends.
+# Changes no value. Its lock keeps other transactions from appending until this one ends.
 _LOCK_LOG: Final = sa.update(access_state).values(audit_sequence=access_state.c.audit_sequence)
 _OLDEST: Final = (
     sa.select(audit.c.sequence, audit.c.at, audit.c.hash)
@@ -74,7 +75,7 @@ def append_audit(connection: sa.Connection, events: Sequence[AuditEvent]) -> int
     """Append to the audit log, in this order, and return the sequence of its last row."""
     if not events:
         return audit_head(connection)[0]
-    # First, because it makes whoever else appends wait until this transaction ends.
+    # The first statement: its lock keeps other transactions from appending until this one ends.
     last, previous = connection.execute(_EXTEND_LOG, {"number": len(events)}).one()
     rows = []
     for sequence, given in enumerate(events, start=last - len(events) + 1):
@@ -194,7 +195,7 @@ def iterate_audit(connection: sa.Connection) -> Iterator[AuditRecord]:
     What was changed into something that is never written comes as UNREADABLE, and so isn't missing.
     """
     statement = sa.select(audit).order_by(audit.c.sequence)
-    # Closed also where whoever reads has seen enough: the server keeps the rest of it open.
+    # Closed also where the caller stops early: PostgreSQL keeps the rest of the result until then.
     with connection.execute(statement.execution_options(yield_per=_ROWS_AT_A_TIME)) as result:
         yield from map(_record, result.mappings())
 
@@ -221,6 +222,7 @@ def _event(row: sa.RowMapping) -> AuditEvent | None:
     return AuditEvent(at, action, outcome, actor, subject, source, request_id, reason, row["count"])
 
 
+# Stands for a row with values that no version writes; `verify` names the row by its hash.
 _UNREADABLE: Final = AuditEvent(
-    datetime.fromisoformat("1970-01-01T00:00Z"), AuditAction.UNREADABLE, AuditOutcome.NOTED, "nobody"
+    datetime.fromtimestamp(0, UTC), AuditAction.UNREADABLE, AuditOutcome.NOTED, CallerKind.NOBODY.value
 )

@@ -66,7 +66,7 @@ class Certificate:
     def _look(self) -> _Identity:
         stats = [path.stat() for path in self._files]
         if not all(stat.S_ISREG(found.st_mode) for found in stats):
-            # To read a pipe would hold up everything until somebody writes to it.
+            # A read from a named pipe blocks the event loop until another process writes to it.
             raise OSError(errno.EINVAL, "not a regular file")
         return tuple((found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size) for found in stats)
 

@@ -149,7 +149,7 @@ class DbosJournal(SqlJournal):
         dbos_log = logging.getLogger("dbos")
         dbos_log.setLevel(logging.WARNING)
         dbos_log.addFilter(self._brief)
-        # DBOS writes to stderr by itself unless somebody else has taken its log.
+        # DBOS adds a handler that writes to stderr unless its logger has a handler already.
         if not dbos_log.handlers:
             dbos_log.addHandler(logging.NullHandler())
 

@@ -16,10 +16,10 @@ from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.callers import CallerKind
 from backend.models.sources import network_of
 
-# How many rows a source may add at once, and the seconds until it may add another: 17,280 a day, some 8 MB.
+# How many rows a source may add at once, and the seconds until it may add another: 17,280 a day.
 _SOURCE_ROWS: Final = 1000
 _SOURCE_SECONDS: Final = 5.0
-# The same for all sources together: 172,800 a day, some 80 MB.
+# The same for all sources together: 172,800 a day.
 _ALL_ROWS: Final = 10_000
 _ALL_SECONDS: Final = 0.5
 # The budgets that are remembered, each some 200 bytes. What all may add together holds for the others.
