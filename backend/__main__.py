@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
 
 import typer
 
-from backend import __version__, access_commands, audit_commands, reconcile_command
-from backend.access_commands import one_sentence
-from backend.adapters.process_memory import keep_private
+from backend import __version__
+from backend.adapters.host.process_memory import keep_private
+from backend.cli import access, audit, reconcile
+from backend.cli.access import one_sentence
 from backend.errors import StartRefusedError
 
 # Everything heavier is imported by the command that needs it, so that `--help` answers at once.
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp
 
-    from backend.adapters.certificate import Certificate
+    from backend.adapters.http.certificate import Certificate
     from backend.settings import Settings
 
 _SHUTDOWN_SECONDS: Final = 5
@@ -42,10 +43,10 @@ app = typer.Typer(
 )
 hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The hub's config and interface.")
 app.add_typer(hub, name="hub")
-app.add_typer(access_commands.token, name="token")
-app.add_typer(access_commands.key, name="key")
-app.add_typer(audit_commands.audit, name="audit")
-app.command()(reconcile_command.reconcile)
+app.add_typer(access.token, name="token")
+app.add_typer(access.key, name="key")
+app.add_typer(audit.audit, name="audit")
+app.command()(reconcile.reconcile)
 
 Host = Annotated[str, typer.Option(help="The address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="The TCP port to listen on; 0 takes a free one.")]
@@ -88,7 +89,7 @@ def serve(
 ) -> None:
     """Run the service."""
     with one_sentence():
-        from backend.adapters.unix_socket import listening_at
+        from backend.adapters.wireguard.unix_socket import listening_at
         from backend.settings import load_settings
 
         if unix_socket is not None and (host, port) != (_HOST, _PORT):
@@ -108,7 +109,7 @@ def serve(
 def run(port: Port = _PORT) -> None:
     """Make a hub under the state directory if there is none, bring it up and run the service (`make run`)."""
     with one_sentence():
-        from backend.quickstart import prepare, try_it
+        from backend.cli.quickstart import prepare, try_it
         from backend.settings import load_settings
 
         settings = load_settings()
@@ -131,8 +132,8 @@ def init(
 ) -> None:
     """Write a config where WIREGUARD_CONFIG_PATH has none, with the hub's key if it had one."""
     with one_sentence():
+        from backend.cli.quickstart import beside_lost, make_config
         from backend.models.operator_commands import command
-        from backend.quickstart import beside_lost, make_config
 
         if recover and new_key:
             raise StartRefusedError("--recover keeps the key and --new-key doesn't; leave one of them out")
@@ -155,15 +156,15 @@ def up(
 ) -> None:
     """Make the hub's interface from its config, or see that it is up."""
     with one_sentence():
-        from backend.adapters import hub_device, hub_key
-        from backend.quickstart import beside_run, hub_address
+        from backend.adapters.wireguard import hub_key, link
+        from backend.cli.quickstart import beside_run, hub_address
 
         settings = beside_run(_settings())
         path, stated = settings.wireguard_config_path, settings.wireguard_hub_public_key
         if replace_key and (replaced := hub_key.replace(path, stated)):
             typer.echo(f"interface {settings.interface} had the key {replaced.before or '(none)'}")
             typer.echo(f"interface {settings.interface} has the key {replaced.after}")
-        raised = hub_device.up(path, hub_address(settings), stated)
+        raised = link.up(path, hub_address(settings), stated)
         typer.echo(f"interface {settings.interface} {'is up' if raised.created else 'was up already'}")
         for warning in raised.warnings:
             typer.echo(f"note: {warning}", err=True)
@@ -173,11 +174,11 @@ def up(
 def down() -> None:
     """Take the hub's interface away, if it has the config's key."""
     with one_sentence():
-        from backend.adapters import hub_device
-        from backend.quickstart import beside_run
+        from backend.adapters.wireguard import link
+        from backend.cli.quickstart import beside_run
 
         settings = beside_run(_settings())
-        taken = hub_device.down(settings.wireguard_config_path)
+        taken = link.down(settings.wireguard_config_path)
         typer.echo(f"interface {settings.interface} {'is gone' if taken else 'was not there'}")
 
 
@@ -185,11 +186,11 @@ def down() -> None:
 def show() -> None:
     """Say what the hub is and has, without any secret."""
     with one_sentence():
-        from backend.adapters import hub_device
-        from backend.quickstart import beside_run
+        from backend.adapters.wireguard import link
+        from backend.cli.quickstart import beside_run
 
         settings = beside_run(_settings())
-        state = hub_device.show(
+        state = link.show(
             settings.wireguard_config_path, settings.wireguard_hub_ip, settings.wireguard_hub_public_key
         )
         on_interface = (
@@ -248,8 +249,8 @@ def _serve(
 ) -> None:
     # Until all is there: what a start makes stays, and there are thousands of peers in it.
     gc.disable()
-    from backend.adapters.certificate import Certificate
-    from backend.adapters.http_protocol import answering_when_cancelled
+    from backend.adapters.http.certificate import Certificate
+    from backend.adapters.http.http_protocol import answering_when_cancelled
     from backend.adapters.logs import configure_logging
     from backend.main import create_app, running_service
 
@@ -281,10 +282,10 @@ def _server(
 ) -> "uvicorn.Server":
     import uvicorn
 
-    from backend.adapters.connections import Connections
-    from backend.adapters.descriptors import Descriptors
-    from backend.adapters.http_protocol import BoundedProtocol
-    from backend.adapters.tls_server import TlsServer
+    from backend.adapters.host.descriptors import Descriptors
+    from backend.adapters.http.connections import Connections
+    from backend.adapters.http.http_protocol import BoundedProtocol
+    from backend.adapters.http.tls_server import TlsServer
 
     descriptors = Descriptors.raised()
     connections = Connections.within(

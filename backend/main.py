@@ -11,19 +11,19 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from backend import __version__
-from backend.adapters.access_store import SqlAccessStore
-from backend.adapters.admin_header import NAME as ADMIN_HEADER
-from backend.adapters.admin_header import admin_header
-from backend.adapters.config_guard import ConfigGuard
-from backend.adapters.database import IN_MEMORY, Database, open_beside
 from backend.adapters.dbos_journal import DbosJournal
-from backend.adapters.hub_decisions import HubDecisions
-from backend.adapters.interface_kind import WIREGUARD_GO_PEERS, most_peers
-from backend.adapters.lock_file import InterfaceLock
+from backend.adapters.host.admin_header import NAME as ADMIN_HEADER
+from backend.adapters.host.admin_header import admin_header
+from backend.adapters.host.config_guard import ConfigGuard
+from backend.adapters.host.lock_file import InterfaceLock
+from backend.adapters.host.trusted_paths import require_trusted, require_trusted_file
 from backend.adapters.rate_limits import RateLimits
-from backend.adapters.sql_journal import SqlJournal
-from backend.adapters.trusted_paths import require_trusted, require_trusted_file
-from backend.adapters.wg_interface import FileOnly, WgInterface
+from backend.adapters.records.access_store import SqlAccessStore
+from backend.adapters.records.database import IN_MEMORY, Database, open_beside
+from backend.adapters.records.hub_decisions import HubDecisions
+from backend.adapters.records.sql_journal import SqlJournal
+from backend.adapters.wireguard.interface_kind import WIREGUARD_GO_PEERS, most_peers
+from backend.adapters.wireguard.wg import FileOnly, WgInterface
 from backend.api.documentation import documentation
 from backend.api.health import router as health_router
 from backend.api.unrouted import unrouted
@@ -32,24 +32,24 @@ from backend.api.v1.endpoints.wireguard_provisioning import router as provisioni
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
+from backend.models.access.proof import WireGuardChallenges
 from backend.models.operator_commands import command
-from backend.services.clerk import Clerk
+from backend.services.access.clerk import Clerk
+from backend.services.access.door import Door
+from backend.services.access.proving import ProofVerifier
 from backend.services.configurations import Configurations
-from backend.services.door import Door
-from backend.services.hand_made_peers import HandMadePeers
-from backend.services.hub_committer import HubCommitter
-from backend.services.hub_history import HubHistory
-from backend.services.hub_mark import HubMark
-from backend.services.hub_mirror import HubMirror
+from backend.services.hub.hand_made_peers import HandMadePeers
+from backend.services.hub.history import HubHistory
+from backend.services.hub.hub_committer import HubCommitter
+from backend.services.hub.hub_mirror import HubMirror
+from backend.services.hub.mark import HubMark
+from backend.services.hub.peer_limit import PeerLimit
+from backend.services.hub.quick_keys import require_address
+from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.ip_pool_manager import IPPoolManager
-from backend.services.peer_limit import PeerLimit
 from backend.services.ports import Hub
-from backend.services.proof import WireGuardChallenges
-from backend.services.proving import ProofVerifier
-from backend.services.removal_guard import RemovalGuard
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
-from backend.services.wireguard_quick_keys import require_address
 from backend.setting_values import AuthMode, ReloadMode
 from backend.settings import Settings, unknown_settings
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, PlainValidator
 
-from backend.models.sources import TrustedProxies
+from backend.models.access.sources import TrustedProxies
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey
 

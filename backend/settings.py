@@ -10,11 +10,11 @@ from typing import Any, Final
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from backend.adapters.env_file import names_in_env_file, trusted_env_file
+from backend.adapters.host.env_file import names_in_env_file, trusted_env_file
 from backend.errors import StartRefusedError
-from backend.models.sources import TrustedProxies
+from backend.models.access.sources import TrustedProxies
 from backend.models.wireguard.interface import InterfaceName
-from backend.services.audit_pruning import KEPT
+from backend.services.access.audit_pruning import KEPT
 from backend.services.ports import LimitKind
 from backend.setting_values import (
     Auth,

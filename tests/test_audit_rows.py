@@ -21,10 +21,10 @@ from backend.errors import (
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Secret, TokenRequest
-from backend.models.sources import network_of
-from backend.services.audit_rows import AuditRows
-from backend.services.clerk import Clerk
-from backend.services.limited_requests import LimitedRequests
+from backend.models.access.sources import network_of
+from backend.services.access.audit_rows import AuditRows
+from backend.services.access.clerk import Clerk
+from backend.services.access.limited_requests import LimitedRequests
 from tests.harness.fakes import FakeAccessStore
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
@@ -272,7 +272,7 @@ def test_limited_requests_are_one_line_a_minute_however_many_and_from_wherever(
     caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("backend.services.limited_requests.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr("backend.services.access.limited_requests.time", SimpleNamespace(monotonic=clock))
     limited = LimitedRequests()
     lines: Counter[str] = Counter()
     with caplog.at_level(logging.WARNING):

@@ -30,10 +30,8 @@ from backend.client.configuration import Configuration
 from backend.client.errors import AnswerError, JoinError, RefusedError, UnreachableError
 from backend.client.node import CHALLENGE_PATH, PROVISION_PATH, Client, Node
 from backend.errors import NonceError, ProofError
-from backend.models.identity import NodeIdentity
-from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services.proof import (
+from backend.models.access.identity import NodeIdentity
+from backend.models.access.proof import (
     CHALLENGE_HEADER,
     NONCE_HEADER,
     SIGNATURE_HEADER,
@@ -45,6 +43,8 @@ from backend.services.proof import (
     check_clock,
     check_signature,
 )
+from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from backend.models.wireguard.provisioning import ProvisioningRequest
 from tests.harness.service import free_port
 
 TOKEN: Final = "ocw_0123456789abcdef_" + "5e" * 32

@@ -24,9 +24,9 @@ from backend.models.access.credentials import (
     Secret,
     TokenRequest,
 )
-from backend.services import clerk as clerk_module
-from backend.services.clerk import Clerk
-from backend.services.door import Door
+from backend.services.access import clerk as clerk_module
+from backend.services.access.clerk import Clerk
+from backend.services.access.door import Door
 from backend.services.ports import LimitKind
 from tests.harness.fakes import FakeAccessStore, NoLimits
 from tests.harness.patience import eventually

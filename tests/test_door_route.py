@@ -11,8 +11,8 @@ from backend.api.dependencies import provisioning_service
 from backend.api.door import DoorRoute, Reader
 from backend.api.health import router as health
 from backend.models.access.credentials import Secret
-from backend.services.clerk import Clerk
-from backend.services.door import Door
+from backend.services.access.clerk import Clerk
+from backend.services.access.door import Door
 from tests.harness.fakes import FakeAccessStore, NoLimits
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from backend import errors
-from backend.services import hub_committer
+from backend.services.hub import hub_committer
 from backend.services.ports import Batch, Journal
 from tests.harness.fakes import FakeHub, FlakyJournal, GatedJournal
 from tests.harness.memory_journal import MemoryJournal

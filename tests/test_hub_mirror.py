@@ -13,9 +13,9 @@ import pytest
 from backend import errors
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services import hub_committer, hub_mirror
-from backend.services.hub_mark import HubMark
-from backend.services.interface_drift import Drift
+from backend.services.hub import hub_committer, hub_mirror
+from backend.services.hub.drift import Drift
+from backend.services.hub.mark import HubMark
 from backend.services.ports import Batch, Journal
 from tests.harness.fakes import FakeHub, FlakyJournal
 from tests.harness.requests import new_key
@@ -100,7 +100,7 @@ def test_a_change_that_the_disk_refuses_never_reaches_the_interface_and_its_retr
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("backend.services.staged_file._make_temporary", full)
+        patch.setattr("backend.services.hub.staged_file._make_temporary", full)
         for _ in range(3):
             with pytest.raises(errors.HubUpdateError, match="No space left"):
                 world.service.deprovision_peer("node-1", WAIT)

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 import pytest
 
 from backend.errors import HubUpdateError, IdempotencyKeyError
-from backend.services import idempotency
-from backend.services.idempotency import IdempotencyKey, RecentAnswers
+from backend.services.access import idempotency
+from backend.services.access.idempotency import IdempotencyKey, RecentAnswers
 
 KEY = IdempotencyKey.parse("key-1", b"body")
 Begin = Callable[["Future[bytes]"], None]

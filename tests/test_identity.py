@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from backend.models import encodings
-from backend.models.identity import NodeIdentity
+from backend.models.access import encodings
+from backend.models.access.identity import NodeIdentity
 
 # The Ed25519 test vector of libp2p's peer-ids specification, with its PeerID and CID.
 SPEC_SEED: Final = "7e0830617c4a7de83925dfb2694556b12936c477a0e1feb2e148ec9da60fee7d"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from backend.adapters import hub_device
-from backend.adapters.host_tools import ToolRefusedError
+from backend.adapters.host.programs import ToolRefusedError
+from backend.adapters.wireguard import link
 from backend.errors import HubUpdateError
 from backend.models.wireguard.interface import InterfaceName
 
@@ -26,9 +26,9 @@ def test_user_that_wireguard_go_refuses_is_told_how_to_get_the_kernels(
     def refuse(_: Sequence[str]) -> str:
         raise ToolRefusedError("kernel has first class support for WireGuard")
 
-    monkeypatch.setattr(hub_device, "run", refuse)
-    monkeypatch.setattr(hub_device, "find", lambda name: name)
-    monkeypatch.setattr(hub_device, "interface_exists", lambda _: False)
+    monkeypatch.setattr(link, "run", refuse)
+    monkeypatch.setattr(link, "find", lambda name: name)
+    monkeypatch.setattr(link, "interface_exists", lambda _: False)
     monkeypatch.setattr(os, "geteuid", lambda: user)
     with pytest.raises(HubUpdateError, match=message):
-        hub_device._make_interface("ip", InterfaceName.parse("wgtest"))
+        link._make_interface("ip", InterfaceName.parse("wgtest"))

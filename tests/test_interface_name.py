@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.adapters import hub_device
-from backend.adapters.wg_interface import WgInterface
+from backend.adapters.wireguard import link
+from backend.adapters.wireguard.wg import WgInterface
 from backend.errors import ConfigFileError, StartRefusedError
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardPrivateKey
@@ -76,7 +76,7 @@ def test_a_config_of_another_name_is_a_file_and_no_interface(
     with pytest.raises(ConfigFileError, match="Give the file another name"):
         _ = manager.interface
     with pytest.raises(ConfigFileError, match="Give the file another name"):
-        hub_device.up(path, IPv4Interface("10.0.0.1/24"))
+        link.up(path, IPv4Interface("10.0.0.1/24"))
     monkeypatch.setenv("WIREGUARD_CONFIG_PATH", str(path))
     with pytest.raises(StartRefusedError, match=r"must end in INTERFACE\.conf, and "):
         load_settings()

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.interface_drift import DesiredInterface, compare
-from backend.services.wireguard_config_text import ForeignPeer, ManagedPeer
+from backend.services.hub.config_text import ForeignPeer, ManagedPeer
+from backend.services.hub.drift import DesiredInterface, compare
 
 HUB, FIRST, SECOND, THIRD = (WireGuardPrivateKey(bytes([n] * 32)).public_key() for n in range(1, 5))
 SECRET = WireGuardPrivateKey(bytes([9] * 32)).reveal()

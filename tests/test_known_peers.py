@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from backend import errors
 from backend.models.access.callers import SERVICE, Caller, CallerKind
 from backend.models.access.credentials import TokenRequest
-from backend.models.identity import NodeIdentity
+from backend.models.access.identity import NodeIdentity
 from tests.harness.fakes import FakeHub
 from tests.harness.memory_journal import MemoryJournal
 from tests.harness.requests import new_key

@@ -6,7 +6,7 @@ from typing import Final
 
 LOOK: Final = """
 import ctypes, os, subprocess
-from backend.adapters.process_memory import keep_private
+from backend.adapters.host.process_memory import keep_private
 keep_private()
 print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
 print(subprocess.run(["sh", "-c", "ulimit -Sc; ulimit -Hc"], capture_output=True, text=True).stdout.split())

@@ -24,9 +24,8 @@ from backend.errors import (
     ProvisioningError,
     SignatureError,
 )
-from backend.models.identity import NodeIdentity
-from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from backend.services.proof import (
+from backend.models.access.identity import NodeIdentity
+from backend.models.access.proof import (
     CHALLENGE_SECONDS,
     WINDOW_SECONDS,
     Challenge,
@@ -39,6 +38,7 @@ from backend.services.proof import (
     sign,
     signed_message,
 )
+from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 
 NOW: Final = 1_800_000_000
 BODY: Final = hashlib.sha256(b'{"node_id":"a"}').digest()

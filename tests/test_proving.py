@@ -10,11 +10,17 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from backend import errors
-from backend.models.identity import NodeIdentity
+from backend.models.access.identity import NodeIdentity
+from backend.models.access.proof import (
+    WINDOW_SECONDS,
+    WireGuardChallenges,
+    WireGuardProof,
+    answer_challenge,
+    sign,
+)
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services import proving
-from backend.services.proof import WINDOW_SECONDS, WireGuardChallenges, WireGuardProof, answer_challenge, sign
-from backend.services.proving import Proof, ProofVerifier
+from backend.services.access import proving
+from backend.services.access.proving import Proof, ProofVerifier
 
 
 class Clock:

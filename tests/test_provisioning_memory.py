@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from backend import errors
-from backend.adapters.access_store import SqlAccessStore
-from backend.adapters.database import IN_MEMORY, Database
-from backend.adapters.sql_journal import SqlJournal
+from backend.adapters.records.access_store import SqlAccessStore
+from backend.adapters.records.database import IN_MEMORY, Database
+from backend.adapters.records.sql_journal import SqlJournal
 from backend.models.access.callers import SERVICE
-from backend.services import hub_committer, idempotency
-from backend.services.door import Door
-from backend.services.idempotency import IdempotencyKey
+from backend.services.access import idempotency
+from backend.services.access.door import Door
+from backend.services.access.idempotency import IdempotencyKey
+from backend.services.hub import hub_committer
 from backend.services.ports import Journal
 from backend.services.wireguard_provisioning_service import DuplicatePeerError, IPPoolExhaustedError
 from tests.harness.fakes import FakeHub, NoLimits

@@ -14,22 +14,22 @@ from typing import Any
 import pytest
 
 from backend import errors
-from backend.adapters.wg_interface import FileOnly
+from backend.adapters.wireguard.wg import FileOnly
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services import hub_committer, hub_mirror
-from backend.services.clerk import Clerk
+from backend.services.access.clerk import Clerk
+from backend.services.access.door import Door
 from backend.services.configurations import Configurations
-from backend.services.door import Door
-from backend.services.hand_made_peers import HandMadePeers
-from backend.services.hub_committer import HubCommitter
-from backend.services.hub_history import HubHistory
-from backend.services.hub_mark import HubMark
-from backend.services.hub_mirror import HubMirror
+from backend.services.hub import hub_committer, hub_mirror
+from backend.services.hub.hand_made_peers import HandMadePeers
+from backend.services.hub.history import HubHistory
+from backend.services.hub.hub_committer import HubCommitter
+from backend.services.hub.hub_mirror import HubMirror
+from backend.services.hub.mark import HubMark
+from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.ports import Batch, Hub, Journal
-from backend.services.removal_guard import RemovalGuard
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import (
     DuplicatePeerError,
@@ -356,7 +356,7 @@ def test_readiness_says_what_a_provision_would_meet_now(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("backend.services.staged_file._make_temporary", full)
+        patch.setattr("backend.services.hub.staged_file._make_temporary", full)
         with pytest.raises(errors.HubUpdateError, match="No space left on device; make room on its disk"):
             world.service.check()
         with pytest.raises(errors.HubUpdateError, match="No space left"):

@@ -7,10 +7,10 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from backend import reconcile_command
+from backend.cli import reconcile
 from backend.models.access.audit import AuditEvent
-from backend.services.hub_history import Adoption
-from backend.services.hub_review import HubReview
+from backend.services.hub.history import Adoption
+from backend.services.hub.review import HubReview
 from backend.services.ports import Decision
 from tests.harness.command_line import invoke
 
@@ -54,14 +54,14 @@ class Decisions:
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Decide:
     """Run `reconcile --force` against the given stand-in, without waiting."""
-    monkeypatch.setattr(reconcile_command, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(reconcile, "_PATIENCE_SECONDS", 0.0)
 
     def run(decisions: Decisions) -> CompletedProcess[str]:
         @contextmanager
         def opened() -> Iterator[Decisions]:
             yield decisions
 
-        monkeypatch.setattr(reconcile_command, "_decisions", opened)
+        monkeypatch.setattr(reconcile, "_decisions", opened)
         return invoke("reconcile", "--force", directory=tmp_path)
 
     return run

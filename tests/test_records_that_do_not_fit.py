@@ -11,12 +11,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from backend import errors
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import TokenRequest
-from backend.models.identity import NodeIdentity
+from backend.models.access.identity import NodeIdentity
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services import hub_committer
-from backend.services.hub_mark import HubMark
+from backend.services.hub import hub_committer
+from backend.services.hub.mark import HubMark
+from backend.services.hub.removal_guard import fingerprint
 from backend.services.ports import Decision, Journal
-from backend.services.removal_guard import fingerprint
 from backend.services.wireguard_config_manager import ManagedPeer
 from tests.harness.fakes import FakeHub
 from tests.harness.memory_journal import MemoryJournal

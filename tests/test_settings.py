@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.adapters.env_file import trusted_env_file
+from backend.adapters.host.env_file import trusted_env_file
 from backend.errors import StartRefusedError
 from backend.services.ports import LimitKind
 from backend.setting_values import LogLevel, ReloadMode

@@ -11,8 +11,8 @@ import pytest
 from backend.errors import RecordsUnavailableError, UnauthenticatedError
 from backend.models.access.callers import Caller
 from backend.models.access.credentials import KeyRequest, Role, Secret
-from backend.services import shared_look
-from backend.services.shared_look import SharedLook
+from backend.services.access import shared_look
+from backend.services.access.shared_look import SharedLook
 from tests.test_door import SOMEWHERE, CountingStore, World
 
 INTERVAL = 0.02

@@ -2,7 +2,7 @@
 
 import pytest
 
-from backend.models.sources import TrustedProxies, network_of
+from backend.models.access.sources import TrustedProxies, network_of
 
 
 def forwarded(*values: str) -> list[tuple[bytes, bytes]]:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters import trusted_paths
-from backend.adapters.lock_file import LockFile
-from backend.adapters.trusted_paths import (
+from backend.adapters.host import trusted_paths
+from backend.adapters.host.lock_file import LockFile
+from backend.adapters.host.trusted_paths import (
     is_trusted,
     make_private_directory,
     require_trusted,
     require_trusted_file,
 )
-from backend.adapters.unix_socket import listening_at
+from backend.adapters.wireguard.unix_socket import listening_at
 from backend.errors import StartRefusedError
 
 SOMEBODY = 4711

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from backend.services import wireguard_config_manager, wireguard_config_text
+from backend.services import wireguard_config_manager
+from backend.services.hub import config_text
+from backend.services.hub.config_text import InvalidConfigError, parse, render, strip
 from backend.services.wireguard_config_manager import ForeignPeer, ManagedPeer, WireGuardConfigManager
-from backend.services.wireguard_config_text import InvalidConfigError, parse, render, strip
 from tests.harness.requests import other_spelling
 from tests.harness.requirements import require
 from tests.harness.torture import tried
@@ -591,7 +592,7 @@ def test_blocks_that_are_taken_off_at_once_are_what_they_are_line_by_line(  # no
 
     at_once = outcome()
     with monkeypatch.context() as patch:
-        patch.setattr(wireguard_config_text, "_take_off_blocks", lambda text: (text, []))
+        patch.setattr(config_text, "_take_off_blocks", lambda text: (text, []))
         assert at_once == outcome()
 
 

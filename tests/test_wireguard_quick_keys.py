@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from backend.errors import ConfigFileError
-from backend.services.wireguard_quick_keys import addresses, require_address
+from backend.services.hub.quick_keys import addresses, require_address
 from tests.harness.command_line import backend, invoke
 from tests.test_command_line import hub_settings
 

@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 from threading import Lock
 from typing import TYPE_CHECKING, Final
 
-from backend.adapters.availability import Availability
-from backend.adapters.database import Database
 from backend.adapters.dbos_pickles import delete_unreadable, refuse_pickles
-from backend.adapters.postgresql import said
-from backend.adapters.sql_journal import SqlJournal
+from backend.adapters.records.availability import Availability
+from backend.adapters.records.database import Database
+from backend.adapters.records.postgresql import said
+from backend.adapters.records.sql_journal import SqlJournal
 from backend.errors import StartRefusedError
 from backend.services.batches import run_sequence
 from backend.services.ports import Batch, NextBatch

@@ -20,7 +20,7 @@ from limits.aio.storage import RedisStorage, Storage
 from limits.aio.strategies import FixedWindowRateLimiter
 
 from backend.errors import StartRefusedError
-from backend.models.sources import network_of
+from backend.models.access.sources import network_of
 from backend.services.ports import LimitKind
 
 if TYPE_CHECKING:

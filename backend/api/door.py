@@ -21,7 +21,7 @@ from backend.errors import (
 from backend.models.access.audit import AuditAction
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Permission
-from backend.services.door import Door
+from backend.services.access.door import Door
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 from fastapi import Request
 
 from backend.models.access.callers import Caller
-from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services.proof import (
+from backend.models.access.proof import (
     CHALLENGE_HEADER,
     NONCE_HEADER,
     SIGNATURE_HEADER,
@@ -16,7 +15,8 @@ from backend.services.proof import (
     IdentityProof,
     WireGuardProof,
 )
-from backend.services.proving import Proof
+from backend.models.wireguard.provisioning import ProvisioningRequest
+from backend.services.access.proving import Proof
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 
 

@@ -2,7 +2,7 @@
 
 from fastapi import Request
 
-from backend.models.sources import TrustedProxies
+from backend.models.access.sources import TrustedProxies
 
 
 def source_of(request: Request, proxies: TrustedProxies) -> str | None:

@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from backend.client.configuration import Configuration, json_object, json_text
 from backend.client.errors import AnswerError, RefusedError, UnreachableError, printable
 from backend.errors import ChallengeError
-from backend.models.identity import NodeIdentity
+from backend.models.access.identity import NodeIdentity
+from backend.models.access.proof import Challenge, WireGuardProof, answer_challenge, sign
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from backend.services.proof import Challenge, WireGuardProof, answer_challenge, sign
 
 # As the hub knows them: what base_url has in front belongs to a proxy that takes it off.
 CHALLENGE_PATH: Final = "/api/v1/wireguard/challenge"

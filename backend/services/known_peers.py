@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from backend.models.access.callers import Caller
-from backend.models.identity import NodeIdentity
+from backend.models.access.identity import NodeIdentity
 from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services.hub_history import UNRECORDED_PUBLIC_KEY
+from backend.services.hub.history import UNRECORDED_PUBLIC_KEY
 from backend.services.ports import Peer
 
 

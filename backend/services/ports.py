@@ -15,7 +15,7 @@ from backend.models.access.nonces import Nonce
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.provisioning import ProvisioningRecord
-from backend.services.interface_drift import Drift
+from backend.services.hub.drift import Drift
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,9 @@ from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.operator_commands import command, put_key_back
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from backend.services.config_reader import ConfigReader, FileIdentity
-from backend.services.interface_drift import DesiredInterface
-from backend.services.staged_file import StagedFile, is_temporary, stage_file, sync_directory, try_directory
-from backend.services.wireguard_config_changes import Content, NewPeer, with_peer, without_peer
-from backend.services.wireguard_config_text import (
+from backend.services.hub.config_changes import Content, NewPeer, with_peer, without_peer
+from backend.services.hub.config_reader import ConfigReader, FileIdentity
+from backend.services.hub.config_text import (
     ForeignPeer,
     HubKeyError,
     InvalidConfigError,
@@ -31,6 +29,14 @@ from backend.services.wireguard_config_text import (
     ParsedConfig,
     parse,
     render,
+)
+from backend.services.hub.drift import DesiredInterface
+from backend.services.hub.staged_file import (
+    StagedFile,
+    is_temporary,
+    stage_file,
+    sync_directory,
+    try_directory,
 )
 
 __all__ = ["ForeignPeer", "ManagedPeer", "WireGuardConfigManager"]

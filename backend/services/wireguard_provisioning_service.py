@@ -28,12 +28,12 @@ from backend.models.wireguard.provisioning import (
     ProvisioningRecord,
     ProvisioningRequest,
 )
+from backend.services.access.door import Door
+from backend.services.access.idempotency import IdempotencyKey, RecentAnswers
 from backend.services.configurations import Configurations
-from backend.services.door import Door
-from backend.services.hand_made_peers import HandMadePeers
-from backend.services.hub_committer import HubCommitter
-from backend.services.hub_history import UNRECORDED_PUBLIC_KEY
-from backend.services.idempotency import IdempotencyKey, RecentAnswers
+from backend.services.hub.hand_made_peers import HandMadePeers
+from backend.services.hub.history import UNRECORDED_PUBLIC_KEY
+from backend.services.hub.hub_committer import HubCommitter
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.known_peers import is_same, may_know_address
 from backend.services.outcomes import after, fail, pass_on, succeed

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 
 from backend.__main__ import app
-from backend.adapters import audit_records
+from backend.adapters.records import audit_records
 from backend.api.door import DoorRoute
 from backend.models.access.callers import SERVICE
 

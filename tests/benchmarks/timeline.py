@@ -12,10 +12,10 @@ from typing import Any, Final
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from backend.__main__ import app
-from backend.adapters import records
-from backend.adapters.host_tools import Running
-from backend.adapters.wg_interface import WgInterface
-from backend.services.hub_committer import HubCommitter
+from backend.adapters.host.programs import Running
+from backend.adapters.records import tables
+from backend.adapters.wireguard.wg import WgInterface
+from backend.services.hub.hub_committer import HubCommitter
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 
 # What begins or ends there, and whether that is before or after the method's work.
@@ -23,7 +23,7 @@ BOUNDARIES: Final[tuple[tuple[object, str, str, bool], ...]] = (
     (HttpToolsProtocol, "data_received", "received", False),
     (HubCommitter, "submit", "submitted", True),
     (HubCommitter, "_prepare", "taken", False),
-    (records, "write_intent", "prepared", False),
+    (tables, "write_intent", "prepared", False),
     (HubCommitter, "_apply", "committed", False),
     (WireGuardConfigManager, "put_in_place", "replaced", True),
     (WgInterface, "change", "started", True),

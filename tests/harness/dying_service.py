@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from backend.__main__ import app
-from backend.adapters import records
 from backend.adapters.dbos_journal import DbosJournal
-from backend.services.hub_mirror import HubMirror
+from backend.adapters.records import tables
+from backend.services.hub.hub_mirror import HubMirror
 
 # Where the process dies: the method, and whether its work is done first.
 MOMENTS: Final[dict[str, tuple[object, str, bool]]] = {
-    "before-intent": (records, "write_intent", False),
+    "before-intent": (tables, "write_intent", False),
     "after-intent": (DbosJournal, "apply", False),
     "after-apply": (HubMirror, "apply", True),
-    "before-revocation": (records, "revoke_intent", False),
+    "before-revocation": (tables, "revoke_intent", False),
 }
 
 

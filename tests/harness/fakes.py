@@ -12,7 +12,7 @@ from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from backend.services.interface_drift import Drift
+from backend.services.hub.drift import Drift
 from backend.services.ports import (
     AccessStore,
     Batch,

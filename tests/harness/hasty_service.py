@@ -6,10 +6,10 @@ Run as a module, in place of `backend`, by tests about what happens when patienc
 from typing import Final
 
 from backend import __main__ as command_line
-from backend.adapters import wg_interface
+from backend.adapters.wireguard import wg
 
 # The seconds for one call of `wg`, and for what is under way when SIGTERM comes.
-PATIENCE: Final = ((wg_interface, "_TIMEOUT_SECONDS", 0.5), (command_line, "_SHUTDOWN_SECONDS", 1))
+PATIENCE: Final = ((wg, "_TIMEOUT_SECONDS", 0.5), (command_line, "_SHUTDOWN_SECONDS", 1))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from backend.adapters import access_records, audit_records, database, records
-from backend.adapters.database import Database
+from backend.adapters.records import access_records, audit_records, database, tables
+from backend.adapters.records.database import Database
 from backend.errors import StartRefusedError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import (
@@ -508,9 +508,9 @@ def test_a_database_with_peers_goes_on_and_back(unmigrated: Database) -> None:
     for _ in range(2):
         unmigrated.migrate()
         with engine.connect() as connection:
-            (peer,) = records.load_state(connection).peers
+            (peer,) = tables.load_state(connection).peers
             assert peer.node_id == "node-1"
-            assert connection.scalar(sa.select(records.peers.c.token_id)) is None
+            assert connection.scalar(sa.select(tables.peers.c.token_id)) is None
             assert audit_records.audit_head(connection) == (0, GENESIS)
         make_token(engine)
         append(engine, event())
@@ -534,4 +534,4 @@ def test_a_migration_that_fails_leaves_the_schema_as_it_was(unmigrated: Database
         connection.exec_driver_sql("DROP TABLE nonces")
     unmigrated.migrate()
     with engine.connect() as connection:
-        assert len(records.load_state(connection).peers) == 1
+        assert len(tables.load_state(connection).peers) == 1

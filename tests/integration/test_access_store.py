@@ -11,25 +11,25 @@ import pytest
 import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from backend.adapters import access_records, audit_records
-from backend.adapters.access_store import SqlAccessStore
-from backend.adapters.database import Database
+from backend.adapters.records import access_records, audit_records
+from backend.adapters.records.access_store import SqlAccessStore
+from backend.adapters.records.database import Database
 from backend.errors import RecordsUnavailableError
 from backend.models.access.answers import ANSWERS_KEPT, Answer
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, AuditQuery
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, TokenRequest
+from backend.models.access.identity import NodeIdentity
 from backend.models.access.nonces import Nonce
-from backend.models.identity import NodeIdentity
-from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.proof import (
+from backend.models.access.proof import (
     WINDOW_SECONDS,
     WireGuardChallenges,
     WireGuardProof,
     answer_challenge,
     sign,
 )
-from backend.services.proving import Proof, ProofVerifier
+from backend.models.wireguard.keys import WireGuardPrivateKey
+from backend.services.access.proving import Proof, ProofVerifier
 from tests.harness.requests import new_key
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)

@@ -10,10 +10,10 @@ from typing import Any, Final
 import pytest
 import sqlalchemy as sa
 
-from backend.adapters import audit_records
-from backend.adapters.access_store import SqlAccessStore
-from backend.adapters.database import Database
-from backend.adapters.sql_journal import SqlJournal
+from backend.adapters.records import audit_records
+from backend.adapters.records.access_store import SqlAccessStore
+from backend.adapters.records.database import Database
+from backend.adapters.records.sql_journal import SqlJournal
 from backend.models.access.audit import (
     PRUNED,
     AuditAction,
@@ -25,8 +25,8 @@ from backend.models.access.audit import (
     verify,
 )
 from backend.models.access.callers import SERVICE
-from backend.services.clerk import Clerk
-from backend.services.hub_mark import HubMark, Mark
+from backend.services.access.clerk import Clerk
+from backend.services.hub.mark import HubMark, Mark
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
 from tests.harness.requests import provision_body

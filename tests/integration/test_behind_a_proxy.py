@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from backend.adapters.connections import Connections
-from backend.adapters.http_protocol import BoundedProtocol
-from backend.models.sources import TrustedProxies
+from backend.adapters.http.connections import Connections
+from backend.adapters.http.http_protocol import BoundedProtocol
+from backend.models.access.sources import TrustedProxies
 from tests.harness.patience import eventually
 from tests.harness.requests import provision_body
 from tests.harness.service import ServiceProcess

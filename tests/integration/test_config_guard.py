@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters.config_guard import ConfigGuard
+from backend.adapters.host.config_guard import ConfigGuard
 from backend.errors import ConfigFileError, InUseError
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services.wireguard_config_manager import ManagedPeer, WireGuardConfigManager

@@ -12,9 +12,9 @@ from typing import Final
 import pytest
 import sqlalchemy as sa
 
-from backend.adapters.access_store import SqlAccessStore
-from backend.adapters.database import Database
-from backend.adapters.sql_journal import SqlJournal
+from backend.adapters.records.access_store import SqlAccessStore
+from backend.adapters.records.database import Database
+from backend.adapters.records.sql_journal import SqlJournal
 from backend.errors import InUseError, RecordsUnavailableError, StartRefusedError
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
@@ -151,7 +151,7 @@ def test_a_new_database_that_another_command_is_about_to_write_to_is_waited_for(
         waits.append(seconds)
         other.commit()
 
-    monkeypatch.setattr("backend.adapters.sqlite.time.sleep", wait)
+    monkeypatch.setattr("backend.adapters.records.sqlite.time.sleep", wait)
     second = Database(f"sqlite:///{path}", exclusive=False)
     assert not second.is_current()
     assert len(waits) == 1

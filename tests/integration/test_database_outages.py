@@ -14,9 +14,9 @@ import httpx
 import psycopg
 import pytest
 
-from backend.adapters.database import Database
-from backend.adapters.postgresql import ImpatientConnection, NoAnswerError
-from backend.adapters.sql_journal import SqlJournal
+from backend.adapters.records.database import Database
+from backend.adapters.records.postgresql import ImpatientConnection, NoAnswerError
+from backend.adapters.records.sql_journal import SqlJournal
 from backend.services.ports import Batch
 from tests.harness.outages import Server, lossy_network
 from tests.harness.patience import eventually

@@ -13,9 +13,9 @@ from typing import Final
 import pytest
 import sqlalchemy as sa
 
-from backend.adapters import records
-from backend.adapters.database import Database
-from backend.adapters.sql_journal import SqlJournal
+from backend.adapters.records import tables
+from backend.adapters.records.database import Database
+from backend.adapters.records.sql_journal import SqlJournal
 from backend.errors import RecordsUnavailableError
 from backend.services.ports import Batch
 from tests.harness.patience import eventually
@@ -62,7 +62,7 @@ def test_connections_that_were_opened_for_reading_only_are_not_kept(
         refused = 0
         for connection in (first, second):
             try:
-                records.touch(connection)
+                tables.touch(connection)
                 connection.commit()
             except sa.exc.OperationalError:
                 refused += 1
@@ -72,7 +72,7 @@ def test_connections_that_were_opened_for_reading_only_are_not_kept(
     eventually(lambda: time.monotonic() - opened_at > 0.5)
     for _ in range(10):
         with engine.begin() as connection, engine.connect():
-            records.touch(connection)
+            tables.touch(connection)
 
 
 def test_a_database_that_can_not_be_written_is_seen_before_anybody_asks_for_a_change(
@@ -101,7 +101,7 @@ def test_a_database_that_can_not_be_written_is_seen_before_anybody_asks_for_a_ch
 def test_a_database_that_another_program_holds_keeps_no_health_check_for_long(
     database: Database, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backend.adapters.database._TRIAL_TIMEOUT_MS", 50)
+    monkeypatch.setattr("backend.adapters.records.database._TRIAL_TIMEOUT_MS", 50)
     journal = SqlJournal(database)
     other = sqlite3.connect(path, isolation_level=None)
     try:

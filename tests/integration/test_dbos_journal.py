@@ -13,9 +13,9 @@ import pytest
 import sqlalchemy as sa
 from dbos import DBOS
 
-from backend.adapters import records
-from backend.adapters.database import Database
 from backend.adapters.dbos_journal import APPLICATION_VERSION, DbosJournal
+from backend.adapters.records import tables
+from backend.adapters.records.database import Database
 from backend.errors import OvertakenError, RecordsUnavailableError, StartRefusedError
 from backend.services.ports import Batch
 from tests.harness.patience import eventually
@@ -95,7 +95,7 @@ def test_an_exception_of_the_burst_reaches_the_caller(
 
     # Nothing is written: the database fails.
     with monkeypatch.context() as patch:
-        patch.setattr(records, "write_intent", fail_at_commit)
+        patch.setattr(tables, "write_intent", fail_at_commit)
         with pytest.raises(RecordsUnavailableError):
             run(batch(1))
     assert nodes(journal) == []
@@ -113,7 +113,7 @@ def test_an_exception_of_the_burst_reaches_the_caller(
         run(batch(2), batch(9))
     # It can't be taken back.
     with monkeypatch.context() as patch:
-        patch.setattr(records, "revoke_intent", fail_at_commit)
+        patch.setattr(tables, "revoke_intent", fail_at_commit)
         outcome.append("the interface refused it")
         with pytest.raises(RecordsUnavailableError):
             run(batch(3))

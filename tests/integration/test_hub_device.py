@@ -16,8 +16,9 @@ from typing import Final
 
 import pytest
 
-from backend.adapters import host_tools, hub_device
-from backend.adapters.hub_device import InterfaceState
+from backend.adapters.host import programs
+from backend.adapters.wireguard import link
+from backend.adapters.wireguard.link import InterfaceState
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.wireguard_config_manager import ManagedPeer, WireGuardConfigManager
@@ -80,9 +81,9 @@ def hub(needs_wireguard: None, tmp_path: Path) -> Iterator[Hub]:
     made = Hub(
         tmp_path / "etc" / f"wgdev{number}.conf", IPv4Interface(f"10.66.{number}.1/24"), 41000 + number
     )
-    assert hub_device.init(made.config_path, made.address, made.port)
+    assert link.init(made.config_path, made.address, made.port)
     yield made
-    if hub_device.interface_exists(made.name):
+    if link.interface_exists(made.name):
         ip("link", "delete", "dev", made.name)
 
 
@@ -110,12 +111,12 @@ def test_init_writes_a_file_that_wg_takes_and_only_its_owner_reads(hub: Hub) -> 
     assert hub.config_path.stat().st_mode & 0o777 == 0o600
     assert hub.config_path.parent.stat().st_mode & 0o777 == 0o700
     assert list(hub.config_path.parent.iterdir()) == [hub.config_path]
-    assert hub_device.listen_port(hub.config_path) == hub.port
+    assert link.listen_port(hub.config_path) == hub.port
 
 
 def test_init_twice_keeps_the_first_key(hub: Hub) -> None:
     before = hub.config_path.read_bytes()
-    assert not hub_device.init(hub.config_path, hub.address, hub.port)
+    assert not link.init(hub.config_path, hub.address, hub.port)
     assert hub.config_path.read_bytes() == before
 
 
@@ -126,7 +127,7 @@ def test_of_many_inits_at_once_one_makes_the_file(tmp_path: Path) -> None:
 
     def make() -> None:
         barrier.wait()
-        made.append(hub_device.init(path, IPv4Interface("10.0.0.1/24"), 51820))
+        made.append(link.init(path, IPv4Interface("10.0.0.1/24"), 51820))
 
     threads = [threading.Thread(target=make) for _ in range(16)]
     for thread in threads:
@@ -141,14 +142,14 @@ def test_init_says_why_it_could_not_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "wg0.conf"
     with pytest.raises(HubUpdateError, match=f"{re.escape(str(path))} could not be written"):
-        hub_device.init(path, IPv4Interface("10.0.0.1/24"), 51820)
+        link.init(path, IPv4Interface("10.0.0.1/24"), 51820)
 
 
 def test_up_makes_an_interface_with_the_configs_key_port_and_peers(hub: Hub) -> None:
     manager = WireGuardConfigManager(hub.config_path)
     key = WireGuardKey.parse(new_key())
     manager.write([ManagedPeer("node-1", key, hub.address.ip + 1)])
-    raised = hub_device.up(hub.config_path, hub.address)
+    raised = link.up(hub.config_path, hub.address)
     assert raised.created
     assert wg(hub.name, "public-key") == manager.hub_public_key
     assert wg(hub.name, "listen-port") == str(hub.port)
@@ -158,46 +159,46 @@ def test_up_makes_an_interface_with_the_configs_key_port_and_peers(hub: Hub) -> 
 
 
 def test_up_twice_leaves_the_interface_and_puts_its_address_back(hub: Hub) -> None:
-    hub_device.up(hub.config_path, hub.address)
+    link.up(hub.config_path, hub.address)
     index = socket.if_nametoindex(hub.name)
     ip("address", "flush", "dev", hub.name)
     ip("link", "set", "dev", hub.name, "down")
-    assert not hub_device.up(hub.config_path, hub.address).created
-    assert not hub_device.up(hub.config_path, hub.address).created
+    assert not link.up(hub.config_path, hub.address).created
+    assert not link.up(hub.config_path, hub.address).created
     assert socket.if_nametoindex(hub.name) == index
     assert ip("-4", "address", "show", "dev", hub.name).count("inet ") == 1
     assert ip("link", "show", "up", "dev", hub.name) != ""
 
 
 def test_a_terminals_ctrl_c_does_not_reach_the_interface(hub: Hub) -> None:
-    hub_device.up(hub.config_path, hub.address)
+    link.up(hub.config_path, hub.address)
     (process,) = wireguard_go_of(hub.name)
     # It goes to the terminal's foreground group, which is of the terminal's session.
     assert os.getsid(process) != os.getsid(0)
 
 
 def test_down_takes_the_interface_and_its_process_away(hub: Hub) -> None:
-    hub_device.up(hub.config_path, hub.address)
-    assert hub_device.down(hub.config_path)
-    assert not hub_device.interface_exists(hub.name)
+    link.up(hub.config_path, hub.address)
+    assert link.down(hub.config_path)
+    assert not link.interface_exists(hub.name)
     assert gone(hub.name)
-    assert not hub_device.down(hub.config_path)
+    assert not link.down(hub.config_path)
 
 
 def test_a_foreign_wireguard_interface_of_the_name_is_refused_and_untouched(
     hub_interface: HubInterface, tmp_path: Path
 ) -> None:
     ours = tmp_path / "ours" / f"{hub_interface.name}.conf"
-    hub_device.init(ours, IPv4Interface("10.66.250.1/24"), 41999)
+    link.init(ours, IPv4Interface("10.66.250.1/24"), 41999)
     before = ip("-details", "address", "show", "dev", hub_interface.name)
     with pytest.raises(HubUpdateError, match=f"interface {hub_interface.name} exists and isn't this hub's"):
-        hub_device.up(ours, IPv4Interface("10.66.250.1/24"))
+        link.up(ours, IPv4Interface("10.66.250.1/24"))
     with pytest.raises(HubUpdateError, match="isn't this hub's; it was left alone"):
-        hub_device.down(ours)
+        link.down(ours)
     assert ip("-details", "address", "show", "dev", hub_interface.name) == before
     assert wg(hub_interface.name, "public-key") == hub_interface.public_key
     assert wg(hub_interface.name, "listen-port") == str(hub_interface.listen_port)
-    assert hub_device.show(ours).state is InterfaceState.FOREIGN
+    assert link.show(ours).state is InterfaceState.FOREIGN
 
 
 def test_an_interface_that_is_not_wireguard_is_refused_and_untouched(
@@ -205,12 +206,12 @@ def test_an_interface_that_is_not_wireguard_is_refused_and_untouched(
 ) -> None:
     name = other_network("192.0.2.1/24")
     config_path = tmp_path / f"{name}.conf"
-    hub_device.init(config_path, IPv4Interface("10.66.251.1/24"), 41998)
+    link.init(config_path, IPv4Interface("10.66.251.1/24"), 41998)
     before = ip("-details", "address", "show", "dev", name)
     with pytest.raises(HubUpdateError, match=f"interface {name} exists and isn't this hub's"):
-        hub_device.up(config_path, IPv4Interface("10.66.251.1/24"))
+        link.up(config_path, IPv4Interface("10.66.251.1/24"))
     with pytest.raises(HubUpdateError, match="left alone"):
-        hub_device.down(config_path)
+        link.down(config_path)
     assert ip("-details", "address", "show", "dev", name) == before
 
 
@@ -218,8 +219,8 @@ def test_up_that_fails_half_way_leaves_no_interface(hub: Hub) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
         holder.bind(("", hub.port))
         with pytest.raises(HubUpdateError, match=f"UDP port {hub.port} is in use; choose another ListenPort"):
-            hub_device.up(hub.config_path, hub.address)
-    assert not hub_device.interface_exists(hub.name)
+            link.up(hub.config_path, hub.address)
+    assert not link.interface_exists(hub.name)
     assert gone(hub.name)
 
 
@@ -230,7 +231,7 @@ def test_a_pool_inside_of_another_network_takes_none_of_its_traffic(
     neighbour = str(hub.address.ip + 8)
     before = ip("route", "get", neighbour)
     assert f"dev {device}" in before
-    overlap, *others = hub_device.up(hub.config_path, hub.address).warnings
+    overlap, *others = link.up(hub.config_path, hub.address).warnings
     assert f"the pool {hub.address.network} overlaps what this host reaches elsewhere" in overlap
     assert f"10.66.0.0/16 on {device}" in overlap
     assert any("WIREGUARD_IP_POOL=10.77.0.0/24 and WIREGUARD_HUB_IP=10.77.0.1" in text for text in others)
@@ -245,7 +246,7 @@ def test_a_hub_address_that_is_the_hosts_gateway_is_not_taken(
     device = other_network(f"{hub.address.ip + 99}/24")
     ip("route", "add", "203.0.113.0/24", "via", str(hub.address.ip), "dev", device)
     before = ip("route", "get", "203.0.113.5")
-    warnings = hub_device.up(hub.config_path, hub.address).warnings
+    warnings = link.up(hub.config_path, hub.address).warnings
     assert (
         f"{hub.address.ip} is a gateway of this host on {device}: {hub.name} was left without" in warnings[1]
     )
@@ -257,7 +258,7 @@ def test_a_hub_address_that_the_host_has_elsewhere_is_not_taken_again(
     hub: Hub, other_network: Callable[[str], str]
 ) -> None:
     device = other_network(f"{hub.address.ip}/32")
-    warnings = hub_device.up(hub.config_path, hub.address).warnings
+    warnings = link.up(hub.config_path, hub.address).warnings
     assert f"{hub.address.ip} is this host's own address on {device}" in warnings[1]
     assert "inet " not in ip("-4", "address", "show", "dev", hub.name)
 
@@ -268,7 +269,7 @@ def test_default_routes_are_no_overlap(hub: Hub, other_network: Callable[[str], 
         ip("route", "add", route, "dev", device)
     ip("route", "add", "blackhole", "10.0.0.0/8")
     try:
-        raised = hub_device.up(hub.config_path, hub.address)
+        raised = link.up(hub.config_path, hub.address)
     finally:
         ip("route", "delete", "blackhole", "10.0.0.0/8")
     assert [text for text in raised.warnings if "overlaps" in text] == []
@@ -280,21 +281,21 @@ def test_forwarding_is_hinted_at_and_not_changed(hub: Hub) -> None:
     hint = "peers reach each other only with `sysctl -w net.ipv4.ip_forward=1`"
     try:
         switch.write_text("0")
-        assert hint in hub_device.up(hub.config_path, hub.address).warnings
+        assert hint in link.up(hub.config_path, hub.address).warnings
         assert switch.read_text() == "0\n"
         switch.write_text("1")
-        assert hint not in hub_device.up(hub.config_path, hub.address).warnings
+        assert hint not in link.up(hub.config_path, hub.address).warnings
     finally:
         switch.write_text(before)
 
 
 def test_show_tells_what_the_file_and_the_interface_have(hub: Hub) -> None:
-    down = hub_device.show(hub.config_path)
+    down = link.show(hub.config_path)
     assert (down.state, down.listen_port, down.peers_on_interface) == (InterfaceState.ABSENT, None, None)
-    hub_device.up(hub.config_path, hub.address)
+    link.up(hub.config_path, hub.address)
     manager = WireGuardConfigManager(hub.config_path)
     manager.write([ManagedPeer("node-1", WireGuardKey.parse(new_key()), IPv4Address("10.66.0.2"))])
-    up = hub_device.show(hub.config_path)
+    up = link.show(hub.config_path)
     assert (up.state, up.listen_port) == (InterfaceState.OURS, hub.port)
     assert (up.peers_in_file, up.peers_on_interface) == (1, 0)
     private_key = hub.config_path.read_text().splitlines()[1].removeprefix("PrivateKey = ")
@@ -333,24 +334,24 @@ def test_the_commands_say_what_they_did(hub: Hub, tmp_path: Path) -> None:
 def test_a_config_without_a_key_makes_nothing(hub: Hub) -> None:
     hub.config_path.write_bytes(b"[Interface]\nListenPort = 1\n")
     with pytest.raises(ConfigFileError):
-        hub_device.up(hub.config_path, hub.address)
-    assert not hub_device.interface_exists(hub.name)
+        link.up(hub.config_path, hub.address)
+    assert not link.interface_exists(hub.name)
 
 
 def test_what_a_tool_quotes_is_not_repeated() -> None:
     key = new_key()
-    with pytest.raises(host_tools.ToolRefusedError) as caught:
-        host_tools.run(["/bin/sh", "-c", f'echo "Key is not right: \\`{key}\'" >&2; exit 1'])
+    with pytest.raises(programs.ToolRefusedError) as caught:
+        programs.run(["/bin/sh", "-c", f'echo "Key is not right: \\`{key}\'" >&2; exit 1'])
     assert str(caught.value).endswith("failed: Key is not right: ...")
 
 
 def test_a_tool_that_is_missing_is_named_with_its_package(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(host_tools, "_SYSTEM_PATH", str(tmp_path))
+    monkeypatch.setattr(programs, "_SYSTEM_PATH", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HubUpdateError, match="`wg` isn't installed; install the package wireguard-tools"):
-        host_tools.find("wg")
+        programs.find("wg")
 
 
 def test_a_tool_that_others_could_change_is_passed_over(
@@ -361,16 +362,16 @@ def test_a_tool_that_others_could_change_is_passed_over(
         directory.mkdir()
         (directory / "wg").touch(mode=0o755)
     theirs.chmod(0o777)
-    monkeypatch.setattr(host_tools, "_SYSTEM_PATH", str(ours))
+    monkeypatch.setattr(programs, "_SYSTEM_PATH", str(ours))
     monkeypatch.setenv("PATH", str(theirs))
-    assert host_tools.find("wg") == str(ours / "wg")
-    monkeypatch.setattr(host_tools, "_SYSTEM_PATH", str(tmp_path))
+    assert programs.find("wg") == str(ours / "wg")
+    monkeypatch.setattr(programs, "_SYSTEM_PATH", str(tmp_path))
     with pytest.raises(HubUpdateError, match=f"only as {theirs}/wg, which other users could change"):
-        host_tools.find("wg")
+        programs.find("wg")
     theirs.chmod(0o755)
     (theirs / "wg").chmod(0o757)
     with pytest.raises(HubUpdateError, match=f"only as {theirs}/wg, which other users could change"):
-        host_tools.find("wg")
+        programs.find("wg")
 
 
 @pytest.mark.parametrize("path", ["", ".", ":", "bin", "./bin::../bin"])
@@ -381,10 +382,10 @@ def test_a_tool_is_never_looked_for_in_the_working_directory(
     for place in (tmp_path, tmp_path / "bin"):
         (place / "wg").touch(mode=0o755)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(host_tools, "_SYSTEM_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr(programs, "_SYSTEM_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("PATH", path)
     with pytest.raises(HubUpdateError, match="`wg` isn't installed"):
-        host_tools.find("wg")
+        programs.find("wg")
 
 
 def test_a_tool_in_a_directory_that_cannot_be_entered_is_not_there(
@@ -396,16 +397,16 @@ def test_a_tool_in_a_directory_that_cannot_be_entered_is_not_there(
     def refuse(path: object, **_: object) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(host_tools, "_SYSTEM_PATH", str(tmp_path))
+    monkeypatch.setattr(programs, "_SYSTEM_PATH", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(os, "stat", refuse)
     with pytest.raises(HubUpdateError, match="`wg` isn't installed"):
-        host_tools.find("wg")
+        programs.find("wg")
 
 
 def test_a_tool_that_hangs_or_cannot_start_is_said(tmp_path: Path) -> None:
     with pytest.raises(HubUpdateError, match="`sleep 5` didn't end within"):
-        host_tools.run(["/bin/sleep", "5"], timeout=0.05)
+        programs.run(["/bin/sleep", "5"], timeout=0.05)
     with pytest.raises(HubUpdateError, match="could not be started"):
-        host_tools.run([str(tmp_path)])
+        programs.run([str(tmp_path)])

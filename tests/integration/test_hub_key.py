@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters import hub_device, hub_key
-from backend.adapters.hub_key import Consent
+from backend.adapters.wireguard import hub_key, link
+from backend.adapters.wireguard.hub_key import Consent
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services.wireguard_config_manager import ManagedPeer, WireGuardConfigManager
@@ -49,7 +49,7 @@ def test_lost_config_is_made_with_the_key_of_the_interface_that_the_setting_name
         f"[Interface]\nPrivateKey = {lost.private_key}\nAddress = 10.0.0.1/24\n"
         f"ListenPort = {lost.listen_port}\n"
     )
-    assert not hub_device.up(lost.config_path, ADDRESS).created
+    assert not link.up(lost.config_path, ADDRESS).created
 
 
 def test_lost_config_gets_back_what_the_interface_has(lost: HubInterface) -> None:
@@ -246,7 +246,7 @@ def test_lost_private_key_is_never_answered_with_how_to_make_one(tmp_path: Path,
 def test_interface_without_a_key_is_given_the_configs(hub_interface: HubInterface) -> None:
     hub_interface.down()
     hub_interface.up()
-    assert not hub_device.up(hub_interface.config_path, ADDRESS).created
+    assert not link.up(hub_interface.config_path, ADDRESS).created
     assert hub_interface.show("public-key") == hub_interface.public_key
     assert hub_interface.show("listen-port") == str(hub_interface.listen_port)
 

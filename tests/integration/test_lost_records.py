@@ -67,7 +67,7 @@ def test_records_switched_from_memory_to_disk_keep_every_peer(
     service.settings["ENABLE_DBOS"] = "true"
     service.restart()
     assert assert_in_step(service, hub_interface) == before
-    assert "WARNING backend.services.hub_history peers_adopted peers=8" in service.log
+    assert "WARNING backend.services.hub.history peers_adopted peers=8" in service.log
     (notice,) = service.client.get("/readyz").json()["notices"]
     assert notice.startswith("8 peers were taken from the config")
     entries = service.client.get("/api/v1/wireguard/audit").json()["entries"]

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from backend.adapters.database import _MIGRATIONS, Database, open_beside
+from backend.adapters.records.database import _MIGRATIONS, Database, open_beside
 from backend.errors import StartRefusedError
 from backend.main import open_access, open_hub_decisions
 from backend.setting_values import ReloadMode

@@ -12,8 +12,8 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from backend.adapters import access_records, database
-from backend.adapters.database import Database
+from backend.adapters.records import access_records, database
+from backend.adapters.records.database import Database
 
 # All tables: the module that was imported last has added its own.
 METADATA = access_records.credentials.metadata

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters.recorded_peers import count_recorded_peers
+from backend.adapters.records.recorded_peers import count_recorded_peers
 from tests.harness.command_line import ROOT
 from tests.harness.hosts import CommandFailedError, Host, LocalHost, connect
 from tests.harness.requests import provision_body

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters import interface_kind
-from backend.adapters.interface_kind import KERNEL_PEERS, WIREGUARD_GO_PEERS, most_peers
+from backend.adapters.wireguard import interface_kind
+from backend.adapters.wireguard.interface_kind import KERNEL_PEERS, WIREGUARD_GO_PEERS, most_peers
 from backend.api.errors import answer
 from backend.errors import DuplicatePeerError, PeerLimitError
-from backend.services.peer_limit import PeerLimit
+from backend.services.hub.peer_limit import PeerLimit
 from tests.harness.fakes import FakeHub
 from tests.harness.requests import new_key
 from tests.harness.service import ServiceProcess

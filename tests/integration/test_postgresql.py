@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from backend.adapters.database import Database
+from backend.adapters.records.database import Database
 from tests.harness.requests import provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, settings_for

@@ -19,10 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from backend.client.errors import RefusedError
 from backend.client.node import CHALLENGE_PATH, PROVISION_PATH, Client, Node, _Answer
-from backend.models.encodings import encode_base32, encode_base36, encode_base64
-from backend.models.identity import NodeIdentity
-from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.proof import (
+from backend.models.access.encodings import encode_base32, encode_base36, encode_base64
+from backend.models.access.identity import NodeIdentity
+from backend.models.access.proof import (
     CHALLENGE_HEADER,
     NONCE_HEADER,
     SIGNATURE_HEADER,
@@ -33,6 +32,7 @@ from backend.services.proof import (
     answer_challenge,
     sign,
 )
+from backend.models.wireguard.keys import WireGuardPrivateKey
 from tests.harness.hosts import LocalHost
 from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess

@@ -16,11 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
-from backend import quickstart
-from backend.adapters import host_tools
+from backend.adapters.host import programs
+from backend.cli import quickstart
 from backend.errors import HubUpdateError, StartRefusedError
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.hub_mark import HubMark, Mark
+from backend.services.hub.mark import HubMark, Mark
 from backend.settings import Settings
 from tests.harness.command_line import invoke
 from tests.harness.requirements import require
@@ -268,11 +268,11 @@ class TestInstalling:
     def bin_directory(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         directory = tmp_path / "bin"
         directory.mkdir()
-        monkeypatch.setattr(host_tools, "_SYSTEM_PATH", str(directory))
+        monkeypatch.setattr(programs, "_SYSTEM_PATH", str(directory))
         monkeypatch.setenv("PATH", str(directory))
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"ID": "other", "ID_LIKE": "debian"})
-        monkeypatch.setattr(host_tools, "kernel_has_wireguard", lambda: False)
+        monkeypatch.setattr(programs, "kernel_has_wireguard", lambda: False)
         return directory
 
     def script(self, directory: Path, text: str) -> Path:
@@ -285,7 +285,7 @@ class TestInstalling:
     def test_what_is_missing_is_installed_without_what_it_recommends(self, bin_directory: Path) -> None:
         (bin_directory / "ip").touch(mode=0o755)
         asked = self.script(bin_directory, "exit 0")
-        assert host_tools.install_missing() == ["wireguard-tools", "wireguard-go"]
+        assert programs.install_missing() == ["wireguard-tools", "wireguard-go"]
         assert asked.read_text() == (
             "install --yes --quiet --no-install-recommends wireguard-tools wireguard-go\n"
         )
@@ -293,7 +293,7 @@ class TestInstalling:
     def test_package_lists_are_fetched_when_it_takes_them(self, bin_directory: Path) -> None:
         lists = bin_directory / "lists"
         asked = self.script(bin_directory, f"case $1 in update) : >'{lists}';; *) [ -e '{lists}' ];; esac")
-        assert host_tools.install_missing() == ["wireguard-tools", "iproute2", "wireguard-go"]
+        assert programs.install_missing() == ["wireguard-tools", "iproute2", "wireguard-go"]
         assert [line.split()[0] for line in asked.read_text().splitlines()] == [
             "install",
             "update",
@@ -312,7 +312,7 @@ class TestInstalling:
     ) -> None:
         asked = self.script(bin_directory, "exit 0")
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
-        assert host_tools.install_missing() == []
+        assert programs.install_missing() == []
         assert not asked.exists()
 
     def test_nothing_is_installed_on_another_distribution(
@@ -320,5 +320,5 @@ class TestInstalling:
     ) -> None:
         asked = self.script(bin_directory, "exit 0")
         monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"ID": "fedora"})
-        assert host_tools.install_missing() == []
+        assert programs.install_missing() == []
         assert not asked.exists()

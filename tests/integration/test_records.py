@@ -17,9 +17,10 @@ from dbos._sys_db import db_retry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.adapters import dbos_journal, records
-from backend.adapters.database import Database
+from backend.adapters import dbos_journal
 from backend.adapters.dbos_journal import DbosJournal
+from backend.adapters.records import tables
+from backend.adapters.records.database import Database
 from backend.errors import (
     AddressTakenError,
     DuplicatePeerError,
@@ -60,18 +61,18 @@ def removing(node_id: str) -> Change:
 
 def state(database: Database) -> tuple[list[Peer], int, int]:
     with database.engine.connect() as connection:
-        loaded = records.load_state(connection)
+        loaded = tables.load_state(connection)
     return list(loaded.peers), loaded.generation, loaded.applied_generation
 
 
 def rows(database: Database) -> list[sa.Row[tuple[object, ...]]]:
     with database.engine.connect() as connection:
-        return list(connection.execute(sa.select(records.peers).order_by(records.peers.c.sequence)))
+        return list(connection.execute(sa.select(tables.peers).order_by(tables.peers.c.sequence)))
 
 
-def intend(database: Database, generation: int, *changes: Change) -> list[records.Row]:
+def intend(database: Database, generation: int, *changes: Change) -> list[tables.Row]:
     with database.engine.begin() as connection:
-        return records.write_intent(connection, Batch(generation, 0, list(changes)))
+        return tables.write_intent(connection, Batch(generation, 0, list(changes)))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -107,7 +108,7 @@ def test_a_peer_whose_removal_was_taken_back_is_read_in_its_old_place(database: 
     removal = removing("node-0")
     removed = intend(database, 2, removal)
     with database.engine.begin() as connection:
-        assert records.revoke_intent(connection, 2, [removal], removed)
+        assert tables.revoke_intent(connection, 2, [removal], removed)
     assert state(database)[0] == before
 
 
@@ -231,7 +232,7 @@ def test_a_revoked_intent_leaves_the_rows_as_they_were(database: Database) -> No
     changes = [removing("node-1"), adding("node-9", "10.0.0.9")]
     removed = intend(database, 2, *changes)
     with database.engine.begin() as connection:
-        records.revoke_intent(connection, 2, changes, removed)
+        tables.revoke_intent(connection, 2, changes, removed)
     assert rows(database) == before
 
 
@@ -239,9 +240,9 @@ def test_an_intent_that_the_hub_has_reached_is_never_taken_back(database: Databa
     changes = [adding("node-1", "10.0.0.2")]
     intend(database, 1, *changes)
     with database.engine.begin() as connection:
-        records.mark_applied(connection, 1)
+        tables.mark_applied(connection, 1)
     with database.engine.begin() as connection:
-        records.revoke_intent(connection, 1, changes, [])
+        tables.revoke_intent(connection, 1, changes, [])
     assert [peer.node_id for peer in state(database)[0]] == ["node-1"]
 
 
@@ -255,7 +256,7 @@ def test_a_writer_that_has_been_overtaken_writes_nothing(database: Database) -> 
 def test_a_generation_never_goes_back(database: Database) -> None:
     for generation in (3, 2):
         with database.engine.begin() as connection:
-            records.mark_applied(connection, generation)
+            tables.mark_applied(connection, generation)
     assert state(database)[2] == 3
 
 
@@ -303,7 +304,7 @@ def test_whatever_is_written_the_records_are_what_a_dict_would_be(
         if generation in revoked:
             with database.engine.begin() as connection:
                 accepted = [change for change in changes if change.refusal is None]
-                records.revoke_intent(connection, generation, accepted, removed)
+                tables.revoke_intent(connection, generation, accepted, removed)
             model = before
         found = {peer.node_id: peer for peer in state(database)[0]}
         assert found == model

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from backend.adapters import access_records, audit_records
-from backend.adapters.access_store import SqlAccessStore
-from backend.adapters.database import IN_MEMORY, Database
-from backend.adapters.sql_journal import SqlJournal
+from backend.adapters.records import access_records, audit_records
+from backend.adapters.records.access_store import SqlAccessStore
+from backend.adapters.records.database import IN_MEMORY, Database
+from backend.adapters.records.sql_journal import SqlJournal
 from backend.errors import NonceError, RecordsUnavailableError, UnauthenticatedError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, AuditQuery
@@ -321,7 +321,7 @@ def test_records_in_memory_need_no_room_on_any_disk(monkeypatch: pytest.MonkeyPa
     class FullDisk:
         f_bavail, f_frsize = 0, 4096
 
-    monkeypatch.setattr("backend.adapters.database.os.statvfs", lambda _: FullDisk)
+    monkeypatch.setattr("backend.adapters.records.database.os.statvfs", lambda _: FullDisk)
     SqlJournal(database).check()
     database.close()
 

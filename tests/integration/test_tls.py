@@ -17,10 +17,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from backend.adapters.certificate import Certificate
-from backend.adapters.connections import Connections
-from backend.adapters.http_protocol import BoundedProtocol
-from backend.adapters.tls_server import TlsServer
+from backend.adapters.http.certificate import Certificate
+from backend.adapters.http.connections import Connections
+from backend.adapters.http.http_protocol import BoundedProtocol
+from backend.adapters.http.tls_server import TlsServer
 from backend.errors import StartRefusedError
 from tests.harness.patience import eventually
 from tests.harness.service import ServiceProcess
@@ -203,7 +203,7 @@ def test_certificate_that_could_not_be_read_at_first_is_read_later(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate = Certificate(*files)
-    monkeypatch.setattr("backend.adapters.certificate._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("backend.adapters.http.certificate._LOOK_SECONDS", 0.0)
     before = certificate.context()
     for path, content in zip(files, make_certificate(2), strict=True):
         path.write_bytes(content)
@@ -223,7 +223,7 @@ def test_pipe_in_the_place_of_a_key_does_not_hold_up_the_service(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate = Certificate(*files)
-    monkeypatch.setattr("backend.adapters.certificate._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("backend.adapters.http.certificate._LOOK_SECONDS", 0.0)
     before = certificate.context()
     files[1].unlink()
     os.mkfifo(files[1])

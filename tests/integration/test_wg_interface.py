@@ -6,7 +6,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from backend.adapters.wg_interface import WgInterface
+from backend.adapters.wireguard.wg import WgInterface
 from backend.errors import HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey
 from tests.harness.patience import eventually

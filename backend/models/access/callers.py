@@ -7,8 +7,8 @@ from typing import Final
 
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.credentials import Credential, CredentialKind, Permission
+from backend.models.access.identity import NodeIdentity
 from backend.models.access.nonces import Nonce
-from backend.models.identity import NodeIdentity
 
 
 class CallerKind(StrEnum):

@@ -21,7 +21,7 @@ from pydantic import (
 
 from backend.models.access.node_patterns import NODE_ID_GLOB, parse_pattern, pattern_matches
 from backend.models.access.secret_text import SECRET_TEXT, require_no_secret
-from backend.models.strict import StrictModel
+from backend.models.fields import StrictModel
 from backend.models.wireguard.provisioning import UtcSecond
 
 _HOUR: Final = 3600

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from backend.models.access.secret_text import require_no_secret
-from backend.models.strict import StrictModel
+from backend.models.fields import StrictModel
 from backend.models.wireguard.keys import WireGuardKey
 
 NODE_ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,128}$"

@@ -20,7 +20,7 @@ from backend.models.access.credentials import (
     TokenInfo,
     TokenRequest,
 )
-from backend.models.strict import StrictModel
+from backend.models.fields import StrictModel
 
 router = APIRouter(prefix="/wireguard", tags=["access"], route_class=DoorRoute, responses=REFUSALS)
 

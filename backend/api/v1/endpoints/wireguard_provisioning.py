@@ -13,16 +13,7 @@ from backend.api.errors import problem
 from backend.api.proofs import proven
 from backend.api.used_up import repeatable
 from backend.models.access.audit import AuditAction
-from backend.models.strict import StrictModel
-from backend.models.wireguard.keys import WireGuardKey
-from backend.models.wireguard.provisioning import (
-    PeerConfiguration,
-    ProvisioningRequest,
-    ProvisioningResponse,
-)
-from backend.services.idempotency import IdempotencyKey
-from backend.services.known_peers import has_its_key, is_repeat
-from backend.services.proof import (
+from backend.models.access.proof import (
     CHALLENGE_HEADER,
     NONCE_HEADER,
     SIGNATURE_HEADER,
@@ -30,6 +21,15 @@ from backend.services.proof import (
     WINDOW_SECONDS,
     WIREGUARD_PROOF_HEADER,
 )
+from backend.models.fields import StrictModel
+from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.provisioning import (
+    PeerConfiguration,
+    ProvisioningRequest,
+    ProvisioningResponse,
+)
+from backend.services.access.idempotency import IdempotencyKey
+from backend.services.known_peers import has_its_key, is_repeat
 
 router = APIRouter(
     prefix="/wireguard",

@@ -1,0 +1,1 @@
+"""What the host gives: programs, files and locks."""

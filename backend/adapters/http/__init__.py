@@ -1,0 +1,1 @@
+"""What the HTTP server needs beyond uvicorn."""

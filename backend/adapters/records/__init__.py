@@ -1,0 +1,1 @@
+"""All the SQL: the tables, their statements, and the transactions that they run in."""

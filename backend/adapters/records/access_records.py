@@ -1,0 +1,299 @@
+"""The tables of credentials, answers and nonces, and all the SQL that touches them.
+
+Every function runs in its caller's transaction. Rows are locked in one order everywhere, credentials
+(by id) before `access_state`, so that no two transactions wait for each other.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
+from ipaddress import ip_network
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from backend.adapters.records.tables import UtcDateTime, metadata
+from backend.models.access.answers import Answer
+from backend.models.access.audit import GENESIS
+from backend.models.access.credentials import Credential, CredentialKind, Role
+
+credentials: Final = sa.Table(
+    "credentials",
+    metadata,
+    sa.Column("id", sa.String(16), primary_key=True),
+    sa.Column("kind", sa.String(8), nullable=False),
+    sa.Column("role", sa.String(8), nullable=True),
+    sa.Column("secret_hash", sa.String(64), nullable=False),
+    sa.Column("note", sa.String(256), nullable=False),
+    sa.Column("created_at", UtcDateTime(), nullable=False),
+    sa.Column("created_by", sa.String(256), nullable=False),
+    sa.Column("expires_at", UtcDateTime(), nullable=True),
+    sa.Column("max_uses", sa.Integer(), nullable=True),
+    sa.Column("uses", sa.Integer(), nullable=False),
+    sa.Column("node_id_pattern", sa.String(128), nullable=True),
+    sa.Column("source_cidr", sa.String(43), nullable=True),
+    # Kept for leases of nodes; nothing reads it.
+    sa.Column("ephemeral", sa.Boolean(), nullable=False, default=False),
+    sa.Column("revoked_at", UtcDateTime(), nullable=True),
+    sa.Column("last_used_at", UtcDateTime(), nullable=True),
+    # A token is counted and a key has a role; what is neither lets nobody in.
+    sa.CheckConstraint(
+        "(kind = 'token' AND role IS NULL AND max_uses IS NOT NULL) OR "
+        "(kind = 'key' AND role IS NOT NULL AND role IN ('read', 'operate', 'admin') AND max_uses IS NULL)",
+        name="kind",
+    ),
+    # The last word on how often a token is used.
+    sa.CheckConstraint("uses >= 0 AND (max_uses IS NULL OR uses <= max_uses)", name="uses"),
+)
+
+# One row: whether the credentials are still those that were read, where the audit log ends, and the last row
+# of it that was pruned.
+access_state: Final = sa.Table(
+    "access_state",
+    metadata,
+    sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1", name="single"), primary_key=True),
+    sa.Column("credentials_version", sa.BigInteger(), nullable=False),
+    sa.Column("audit_sequence", sa.BigInteger(), nullable=False),
+    sa.Column("audit_hash", sa.String(64), nullable=False),
+    sa.Column("audit_pruned_sequence", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
+    sa.Column("audit_pruned_hash", sa.String(64), nullable=False, server_default=GENESIS),
+)
+
+answers: Final = sa.Table(
+    "answers",
+    metadata,
+    sa.Column("scope", sa.String(128), primary_key=True),
+    sa.Column("key_hash", sa.String(64), primary_key=True),
+    sa.Column("body_hash", sa.String(64), nullable=False),
+    sa.Column("node_id", sa.String(128), nullable=False),
+    sa.Column("body", sa.LargeBinary(), nullable=False),
+    sa.Column("created_at", UtcDateTime(), nullable=False),
+    sa.Index("ix_answers_node_id", "node_id"),
+    sa.Index("ix_answers_created_at", "created_at"),
+)
+
+nonces: Final = sa.Table(
+    "nonces",
+    metadata,
+    sa.Column("identity", sa.String(128), primary_key=True),
+    sa.Column("nonce", sa.String(128), primary_key=True),
+    sa.Column("expires_at", UtcDateTime(), nullable=False),
+    sa.Index("ix_nonces_expires_at", "expires_at"),
+    # The key is nearly the whole row; a second tree beside it would cost each request a page.
+    sqlite_with_rowid=False,
+)
+
+_CREDENTIAL_FIELDS: Final = tuple(column.name for column in credentials.columns if column.name != "ephemeral")
+
+# Made once: building a statement costs more than running it.
+_TOKENS: Final = sa.and_(
+    credentials.c.id.in_(sa.bindparam("tokens", expanding=True)),
+    credentials.c.kind == CredentialKind.TOKEN.value,
+    credentials.c.revoked_at.is_(None),
+    sa.or_(
+        credentials.c.expires_at.is_(None),
+        credentials.c.expires_at > sa.bindparam("now", type_=UtcDateTime()),
+    ),
+)
+_LOCK_TOKENS: Final = (
+    sa.select(credentials.c.id, credentials.c.max_uses - credentials.c.uses)
+    .where(_TOKENS)
+    .order_by(credentials.c.id)
+    .with_for_update()
+)
+_COUNT_USES: Final = (
+    sa.update(credentials)
+    .where(_TOKENS, credentials.c.uses + sa.bindparam("number") <= credentials.c.max_uses)
+    .values(
+        uses=credentials.c.uses + sa.bindparam("number"),
+        last_used_at=sa.bindparam("now", type_=UtcDateTime()),
+    )
+    .returning(credentials.c.id)
+)
+_RETURN_USES: Final = (
+    sa.update(credentials)
+    .where(credentials.c.id == sa.bindparam("token"), credentials.c.kind == CredentialKind.TOKEN.value)
+    .values(
+        uses=sa.case(
+            (credentials.c.uses > sa.bindparam("number"), credentials.c.uses - sa.bindparam("number")),
+            else_=0,
+        )
+    )
+)
+_NOTE_USED: Final = (
+    sa.update(credentials)
+    .where(
+        credentials.c.id == sa.bindparam("credential"),
+        sa.or_(
+            credentials.c.last_used_at.is_(None),
+            credentials.c.last_used_at < sa.bindparam("moment", type_=UtcDateTime()),
+        ),
+    )
+    .values(last_used_at=sa.bindparam("moment", type_=UtcDateTime()))
+)
+_BUMP_VERSION: Final = sa.update(access_state).values(
+    credentials_version=access_state.c.credentials_version + 1
+)
+_FORGET_ANSWERS: Final = (
+    sa.delete(answers)
+    .where(answers.c.node_id.in_(sa.bindparam("names", type_=sa.String(), expanding=True)))
+    .returning(answers)
+)
+_SAVE_ANSWERS: Final = {
+    "sqlite": sqlite.insert(answers).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(answers).on_conflict_do_nothing(),
+}
+_BURN_NONCES: Final = {
+    "sqlite": sqlite.insert(nonces).on_conflict_do_nothing().returning(nonces.c.identity, nonces.c.nonce),
+    "postgresql": postgresql.insert(nonces)
+    .on_conflict_do_nothing()
+    .returning(nonces.c.identity, nonces.c.nonce),
+}
+
+
+def load_credentials(connection: sa.Connection) -> list[Credential]:
+    """Read every credential, revoked and expired ones too, the oldest first."""
+    rows = connection.execute(
+        sa.select(credentials).order_by(credentials.c.created_at, credentials.c.id)
+    ).mappings()
+    return [_credential(row) for row in rows]
+
+
+def credentials_version(connection: sa.Connection) -> int:
+    """Return a number that is another one after each credential that was made or revoked."""
+    version: int = connection.execute(sa.select(access_state.c.credentials_version)).scalar_one()
+    return version
+
+
+def insert_credential(connection: sa.Connection, credential: Credential) -> None:
+    """Keep a new credential."""
+    values = {name: getattr(credential, name) for name in _CREDENTIAL_FIELDS}
+    network = credential.source_cidr
+    values["source_cidr"] = None if network is None else str(network)
+    connection.execute(sa.insert(credentials), [values])
+    connection.execute(_BUMP_VERSION)
+
+
+def revoke_credential(connection: sa.Connection, credential_id: str, at: datetime) -> Credential | None:
+    """Revoke a credential and return it, or None if there is none; what was revoked before stays so."""
+    revoked = (
+        connection.execute(
+            sa.update(credentials)
+            .where(credentials.c.id == credential_id, credentials.c.revoked_at.is_(None))
+            .values(revoked_at=at)
+            .returning(credentials)
+        )
+        .mappings()
+        .one_or_none()
+    )
+    if revoked is not None:
+        connection.execute(_BUMP_VERSION)
+        return _credential(revoked)
+    found = (
+        connection.execute(sa.select(credentials).where(credentials.c.id == credential_id))
+        .mappings()
+        .one_or_none()
+    )
+    return None if found is None else _credential(found)
+
+
+def note_used(connection: sa.Connection, used: Mapping[str, datetime]) -> None:
+    """Note when credentials were used last; a later note stays."""
+    if used:
+        rows = [{"credential": name, "moment": used[name]} for name in sorted(used)]
+        connection.execute(_NOTE_USED, rows)
+
+
+def count_uses(connection: sa.Connection, wanted: Mapping[str, int], now: datetime) -> dict[str, int]:
+    """Count uses of tokens and return how many of those wanted each one had left.
+
+    A token that is unknown, revoked or expired by now has none.
+    """
+    granted = dict.fromkeys(wanted, 0)
+    by_number: dict[int, list[str]] = {}
+    for token, number in wanted.items():
+        if number > 0:
+            by_number.setdefault(number, []).append(token)
+    if len(wanted) > 1 and connection.dialect.name == "postgresql":
+        # One UPDATE locks its rows in any order, and could wait for another that waits for it.
+        connection.execute(_LOCK_TOKENS, {"tokens": list(wanted), "now": now})
+    for number, tokens in by_number.items():
+        values = {"tokens": tokens, "number": number, "now": now}
+        for token in connection.scalars(_COUNT_USES, values):
+            granted[token] = number
+    short = [token for token, number in wanted.items() if number > 1 and not granted[token]]
+    if short:
+        # The UPDATE above has the write lock of SQLite, and this has the rows' of PostgreSQL: what is
+        # left now is left until the end of the transaction.
+        for token, left in connection.execute(_LOCK_TOKENS, {"tokens": short, "now": now}).all():
+            if left > 0:
+                connection.execute(_COUNT_USES, {"tokens": [token], "number": left, "now": now}).one()
+                granted[token] = left
+    return granted
+
+
+def return_uses(connection: sa.Connection, counts: Mapping[str, int]) -> None:
+    """Give uses back that `count_uses` has counted, where what they were for did not happen."""
+    rows = [{"token": token, "number": counts[token]} for token in sorted(counts) if counts[token] > 0]
+    if rows:
+        connection.execute(_RETURN_USES, rows)
+
+
+def save_answers(connection: sa.Connection, given: Iterable[Answer]) -> None:
+    """Keep answers. The first of a key stays, until it is forgotten."""
+    rows = [{column.name: getattr(answer, column.name) for column in answers.columns} for answer in given]
+    if rows:
+        connection.execute(_SAVE_ANSWERS[connection.dialect.name], rows)
+
+
+def find_answer(connection: sa.Connection, scope: str, key_hash: str) -> Answer | None:
+    """Return the answer that was given for a key, however long ago, if it's still there."""
+    rows = connection.execute(
+        sa.select(answers).where(answers.c.scope == scope, answers.c.key_hash == key_hash)
+    )
+    found = rows.mappings().one_or_none()
+    return None if found is None else Answer(**found)
+
+
+def forget_answers_of(connection: sa.Connection, node_ids: Collection[str]) -> list[Answer]:
+    """Delete the stored answers of removed nodes and return them."""
+    if not node_ids:
+        return []
+    gone = connection.execute(_FORGET_ANSWERS, {"names": list(node_ids)}).mappings()
+    return [Answer(**row) for row in gone]
+
+
+def forget_answers_before(connection: sa.Connection, moment: datetime) -> int:
+    """Forget the answers that were given before a moment, and return how many there were."""
+    return connection.execute(sa.delete(answers).where(answers.c.created_at < moment)).rowcount
+
+
+def burn_nonces(
+    connection: sa.Connection, given: Iterable[tuple[str, str, datetime]]
+) -> set[tuple[str, str]]:
+    """Keep (identity, nonce, expires_at) and return those (identity, nonce) that nobody had used before.
+
+    One that is given twice is burnt once: which of the two it was for is the caller's to decide.
+    """
+    rows = [
+        {"identity": identity, "nonce": nonce, "expires_at": expires_at}
+        # In one order, or two transactions could wait for each other.
+        for identity, nonce, expires_at in sorted(given)
+    ]
+    if not rows:
+        return set()
+    burnt = connection.execute(_BURN_NONCES[connection.dialect.name], rows)
+    return {(row.identity, row.nonce) for row in burnt}
+
+
+def forget_nonces_before(connection: sa.Connection, moment: datetime) -> int:
+    """Forget the nonces that expired before a moment, and return how many there were."""
+    return connection.execute(sa.delete(nonces).where(nonces.c.expires_at < moment)).rowcount
+
+
+def _credential(row: sa.RowMapping) -> Credential:
+    values: dict[str, Any] = {name: row[name] for name in _CREDENTIAL_FIELDS}
+    values["kind"] = CredentialKind(values["kind"])
+    values["role"] = None if values["role"] is None else Role(values["role"])
+    values["source_cidr"] = None if values["source_cidr"] is None else ip_network(values["source_cidr"])
+    return Credential(**values)

@@ -1,0 +1,1 @@
+"""wg(8), ip(8) and wireguard-go."""

@@ -1,0 +1,166 @@
+"""The live interface, by `wg` (wg(8)); and the stand-in for where only the file is kept."""
+
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from ipaddress import IPv4Address
+from typing import Final
+
+from backend.adapters.host import programs
+from backend.adapters.wireguard.host_link import HostLinks
+from backend.errors import HubUpdateError
+from backend.models.wireguard.interface import InterfaceName
+from backend.models.wireguard.interface_state import InterfaceState
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services.hub.drift import Drift
+
+# A batch may need three of them before it is given up: together less than a request waits for its answer.
+_TIMEOUT_SECONDS: Final = 5.0
+
+
+class WgInterface:
+    """One WireGuard interface in this process's network namespace."""
+
+    live: Final = True
+
+    def __init__(self, name: str, address: IPv4Address) -> None:
+        """Find `wg`; raise HubUpdateError where it isn't installed, ValueError for what can't be a name.
+
+        `address` is the hub's own, which the interface should have.
+        """
+        self._name = InterfaceName.parse(name)
+        self._address = address
+        self._wg = programs.find("wg")
+        self._links = HostLinks()
+        # A `wg addconf` that has been started and waits for its input.
+        self._waiting: Future[programs.Running | None] | None = None
+        self._executor = ThreadPoolExecutor(1, "hub-wg")
+
+    def change(
+        self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
+    ) -> Callable[[], None]:
+        """Bring peers in by `wg addconf`, or start one `wg set` where some go. No other peer notices it.
+
+        To start a program takes longer than what it does, so the next `wg addconf` waits for its input
+        already. It has touched nothing by then, and ends with this process.
+        """
+        waiting = None if removed else self._take_waiting()
+        if waiting is None:
+            running = self._start_set(added, removed)
+        else:
+            running = waiting
+            blocks = [f"[Peer]\nPublicKey={key}\nAllowedIPs={ip}/32\n" for key, ip in added.items()]
+            try:
+                running.feed("".join(blocks).encode("ascii"))
+            except HubUpdateError:
+                running.kill()
+                running = self._start_set(added, removed)
+        if self._waiting is None:
+            # In another thread: this one syncs a directory meanwhile.
+            self._waiting = self._executor.submit(self._start_waiting)
+        return lambda: _end(running)
+
+    def close(self) -> None:
+        """End what waits for a change."""
+        waiting = self._take_waiting()
+        if waiting is not None:
+            waiting.kill()
+        self._executor.shutdown()
+        self._links.close()
+
+    def _take_waiting(self) -> programs.Running | None:
+        waiting, self._waiting = self._waiting, None
+        return None if waiting is None else waiting.result()
+
+    def _start_waiting(self) -> programs.Running | None:
+        try:
+            command = [self._wg, "addconf", self._name, "/dev/stdin"]
+            return programs.start(command, stdin=None, timeout=_TIMEOUT_SECONDS)
+        except HubUpdateError:
+            return None  # `wg set` does it as well
+
+    def _start_set(
+        self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
+    ) -> programs.Running:
+        arguments: list[str] = []
+        for key in removed:
+            arguments += ["peer", key, "remove"]
+        for key, address in added.items():
+            arguments += ["peer", key, "allowed-ips", f"{address}/32"]
+        return programs.start([self._wg, "set", self._name, *arguments], timeout=_TIMEOUT_SECONDS)
+
+    def sync(self, stripped: bytes) -> None:
+        """Run `wg syncconf`: peers that haven't changed keep their sessions.
+
+        They may lose packets all the same: it sets the port, and wireguard-go opens its socket anew then.
+        """
+        self._run("syncconf", self._name, "/dev/stdin", stdin=stripped)
+
+    def clear(self, drift: Drift) -> None:
+        """Run one `wg set` for what `wg syncconf` leaves as it was where the config no longer has it."""
+        arguments = ["fwmark", "0"] if drift.fwmark else []
+        for key in sorted(drift.preshared_keys | drift.keepalives):
+            arguments += ["peer", key]
+            if key in drift.preshared_keys:
+                arguments += ["preshared-key", "/dev/null"]
+            if key in drift.keepalives:
+                arguments += ["persistent-keepalive", "0"]
+        if arguments:
+            self._run("set", self._name, *arguments)
+
+    def state(self) -> InterfaceState:
+        """Run `wg show NAME dump`."""
+        try:
+            return InterfaceState.parse(self._run("show", self._name, "dump"))
+        except (ValueError, IndexError):
+            # Without the cause: it would quote a line, and there are keys in it.
+            raise HubUpdateError(f"`wg show {self._name} dump` printed what can't be read") from None
+
+    def link_problem(self) -> str | None:
+        """Ask the kernel (netdevice(7)) whether the link is up and has the hub's address."""
+        return self._links.problem(self._name, self._address)
+
+    def incarnation(self) -> int | None:
+        """Return the interface's index (netdevice(7)): a new interface has a new one."""
+        return self._links.index(self._name)
+
+    def _run(self, *arguments: str, stdin: bytes = b"") -> str:
+        return programs.run([self._wg, *arguments], stdin, timeout=_TIMEOUT_SECONDS)
+
+
+def _end(running: programs.Running) -> None:
+    running.output()
+
+
+class FileOnly:
+    """No interface at all, for WIREGUARD_RELOAD=off."""
+
+    live: Final = False
+
+    def change(
+        self,
+        added: Mapping[WireGuardKey, IPv4Address],  # noqa: ARG002 - the port's
+        removed: Collection[WireGuardKey],  # noqa: ARG002 - the port's
+    ) -> Callable[[], None]:
+        """Do nothing: only the file is kept."""
+        return lambda: None
+
+    def close(self) -> None:
+        """Nothing is to be closed."""
+
+    def sync(self, stripped: bytes) -> None:
+        """Do nothing: only the file is kept."""
+
+    def clear(self, drift: Drift) -> None:
+        """Do nothing: only the file is kept."""
+
+    def state(self) -> InterfaceState:
+        """Return an empty one: there is no interface to look at."""
+        return InterfaceState(None, 0)
+
+    def link_problem(self) -> str | None:
+        """Return nothing: there is no interface to look at."""
+        return None
+
+    def incarnation(self) -> int | None:
+        """Return nothing: there is no interface to look at."""
+        return None

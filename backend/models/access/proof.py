@@ -1,0 +1,304 @@
+"""Proof of a node's two keys: what is signed, what answers a challenge, and how both are checked.
+
+The hub and the node share these functions. Nothing here knows HTTP, but for the names of the headers.
+"""
+
+import hmac
+import re
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from backend.errors import ChallengeError, ClockError, NonceError, ProofMissingError, SignatureError
+from backend.models.access.encodings import decode_base64, encode_base64
+from backend.models.access.identity import NodeIdentity
+from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+
+TIMESTAMP_HEADER: Final = "X-Node-Timestamp"
+NONCE_HEADER: Final = "X-Node-Nonce"
+SIGNATURE_HEADER: Final = "X-Node-Signature"
+CHALLENGE_HEADER: Final = "X-WireGuard-Challenge"
+WIREGUARD_PROOF_HEADER: Final = "X-WireGuard-Proof"
+
+# How far a signature's time may be from the hub's, either way.
+WINDOW_SECONDS: Final = 60
+CHALLENGE_SECONDS: Final = 60
+# About 60 MB when all are outstanding.
+MAX_CHALLENGES: Final = 100_000
+
+_IDENTITY_DOMAIN: Final = b"wireguard-provisioning/identity/1"
+_WIREGUARD_DOMAIN: Final = b"wireguard-provisioning/wireguard-key/1"
+_TIMESTAMP: Final = re.compile(r"0|[1-9][0-9]{0,14}")
+_NONCE: Final = re.compile(r"[A-Za-z0-9_-]{16,64}")
+_SIGNATURE_BYTES: Final = 64
+_MAC_BYTES: Final = 32
+
+
+def signed_message(  # noqa: PLR0913 - each is a part of what is signed
+    *, method: str, path: str, audience: str, body_sha256: bytes, timestamp: int, nonce: str
+) -> bytes:
+    """Return the bytes that a node signs: no two different requests have the same.
+
+    `audience` is the hub's public key in base64, so that what was signed for one hub is no good for another.
+    `timestamp` is in Unix seconds.
+    """
+    return _framed(
+        _IDENTITY_DOMAIN,
+        method.encode(),
+        path.encode(),
+        audience.encode(),
+        body_sha256,
+        str(timestamp).encode(),
+        nonce.encode(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityProof:
+    """A signature of a request, with the time (Unix seconds) and the nonce that it was made with."""
+
+    timestamp: int
+    nonce: str
+    signature: bytes
+
+    @classmethod
+    def parse(cls, timestamp: str | None, nonce: str | None, signature: str | None) -> Self:
+        """Read the three headers; raise ProofMissingError, ClockError, NonceError or SignatureError."""
+        timestamp = _present(TIMESTAMP_HEADER, timestamp)
+        nonce = _present(NONCE_HEADER, nonce)
+        signature = _present(SIGNATURE_HEADER, signature)
+        if _TIMESTAMP.fullmatch(timestamp) is None:
+            raise ClockError
+        if _NONCE.fullmatch(nonce) is None:
+            raise NonceError
+        raw = _decode(signature, _SIGNATURE_BYTES)
+        if raw is None:
+            raise SignatureError
+        return cls(int(timestamp), nonce, raw)
+
+    @property
+    def valid_until(self) -> int:
+        """The last Unix second in which the clock lets it pass: keep the nonce until that is over."""
+        return self.timestamp + WINDOW_SECONDS
+
+    def headers(self) -> dict[str, str]:
+        """Return what `parse` reads, by name."""
+        return {
+            TIMESTAMP_HEADER: str(self.timestamp),
+            NONCE_HEADER: self.nonce,
+            SIGNATURE_HEADER: encode_base64(self.signature),
+        }
+
+
+def sign(  # noqa: PLR0913 - each is a part of what is signed
+    private_key: Ed25519PrivateKey,
+    *,
+    method: str,
+    path: str,
+    audience: str,
+    body_sha256: bytes,
+    timestamp: int,
+) -> IdentityProof:
+    """Sign a request as the node, with a nonce of its own."""
+    nonce = secrets.token_urlsafe(24)
+    message = signed_message(
+        method=method,
+        path=path,
+        audience=audience,
+        body_sha256=body_sha256,
+        timestamp=timestamp,
+        nonce=nonce,
+    )
+    return IdentityProof(timestamp, nonce, private_key.sign(message))
+
+
+def check_clock(proof: IdentityProof, clock: Callable[[], float] = time.time) -> None:
+    """Raise ClockError unless it was signed about now. `clock` gives Unix seconds."""
+    if abs(clock() - proof.timestamp) > WINDOW_SECONDS:
+        raise ClockError
+
+
+def check_signature(  # noqa: PLR0913 - each is a part of what is signed
+    identity: NodeIdentity,
+    proof: IdentityProof,
+    *,
+    method: str,
+    path: str,
+    audience: str,
+    body_sha256: bytes,
+) -> None:
+    """Raise SignatureError unless the identity's key signed this request, for this hub, at the time it says.
+
+    `audience` is this hub's own public key in base64, never one that the caller names. That the time is now
+    and the nonce is new is for the caller to see to.
+    """
+    message = signed_message(
+        method=method,
+        path=path,
+        audience=audience,
+        body_sha256=body_sha256,
+        timestamp=proof.timestamp,
+        nonce=proof.nonce,
+    )
+    if not identity.verify(proof.signature, message):
+        raise SignatureError
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """What only the holder of one WireGuard key can answer. The middle two are base64 of 32 bytes each."""
+
+    challenge_id: str
+    server_public_key: str
+    challenge: str
+    # Seconds from when it was made.
+    expires_in: int = CHALLENGE_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class WireGuardProof:
+    """The answer to a challenge."""
+
+    challenge_id: str
+    mac: bytes
+
+    @classmethod
+    def parse(cls, challenge_id: str | None, mac: str | None) -> Self:
+        """Read the two headers; raise ProofMissingError or ChallengeError."""
+        challenge_id = _present(CHALLENGE_HEADER, challenge_id)
+        raw = _decode(_present(WIREGUARD_PROOF_HEADER, mac), _MAC_BYTES)
+        if raw is None:
+            raise ChallengeError
+        return cls(challenge_id, raw)
+
+    def headers(self) -> dict[str, str]:
+        """Return what `parse` reads, by name."""
+        return {CHALLENGE_HEADER: self.challenge_id, WIREGUARD_PROOF_HEADER: encode_base64(self.mac)}
+
+
+def answer_challenge(private_key: WireGuardPrivateKey, challenge: Challenge, body_sha256: bytes) -> bytes:
+    """Return the MAC that proves, for this one body, that the node holds the private half of its key.
+
+    Raises ChallengeError if the challenge is none.
+    """
+    try:
+        server = decode_base64(WireGuardKey.parse(challenge.server_public_key))
+        question = decode_base64(challenge.challenge)
+    except ValueError as exc:
+        raise ChallengeError from exc
+    node = decode_base64(private_key.public_key())
+    own = X25519PrivateKey.from_private_bytes(decode_base64(private_key.reveal()))
+    mac_key = _mac_key(_agree(own, server), server, node, challenge.challenge_id)
+    return _mac(mac_key, challenge.challenge_id, question, body_sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outstanding:
+    key: WireGuardKey
+    question: bytes
+    mac_key: bytes = field(repr=False)
+    expires_at: float
+
+
+class WireGuardChallenges:
+    """The challenges that wait for their answer: in memory, each for one key, one try and 60 seconds.
+
+    `clock` gives seconds and never goes back. May be used by many threads.
+    """
+
+    # Nobody is refused for want of room: the oldest goes. To push out an honest node's challenge, an attacker
+    # with a token has to be given as many as there is room for in the round trip until it is answered. Making
+    # those takes a core ten seconds, and that node need only ask again. A limit for each WireGuard key would
+    # help the attacker: public keys are public, and it would be another's that was used up.
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, limit: int = MAX_CHALLENGES) -> None:
+        self._clock = clock
+        self._limit = limit
+        self._lock = threading.Lock()  # guards _outstanding; never held while keys are computed
+        # All live equally long, so the order of their coming is the order of their going.
+        self._outstanding: OrderedDict[str, _Outstanding] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._outstanding)
+
+    def issue(self, wireguard_public_key: WireGuardKey) -> Challenge:
+        """Make a challenge for the holder of this key; raise ChallengeError for a key that is nobody's."""
+        challenge_id, question = secrets.token_hex(16), secrets.token_bytes(32)
+        ephemeral = X25519PrivateKey.generate()
+        server, node = ephemeral.public_key().public_bytes_raw(), decode_base64(wireguard_public_key)
+        # The agreement is made now, so that the private half is never kept.
+        mac_key = _mac_key(_agree(ephemeral, node), server, node, challenge_id)
+        with self._lock:
+            now = self._clock()
+            self._forget_expired(now)
+            if len(self._outstanding) >= self._limit:
+                self._outstanding.popitem(last=False)
+            self._outstanding[challenge_id] = _Outstanding(
+                wireguard_public_key, question, mac_key, now + CHALLENGE_SECONDS
+            )
+        return Challenge(challenge_id, encode_base64(server), encode_base64(question))
+
+    def redeem(self, challenge_id: str, key: WireGuardKey, mac: bytes, body_sha256: bytes) -> None:
+        """Raise ChallengeError unless this is the answer, for this key and this body. There is one try."""
+        with self._lock:
+            self._forget_expired(self._clock())
+            outstanding = self._outstanding.pop(challenge_id, None)
+        if outstanding is None or outstanding.key != key:
+            raise ChallengeError
+        expected = _mac(outstanding.mac_key, challenge_id, outstanding.question, body_sha256)
+        if not hmac.compare_digest(mac, expected):
+            raise ChallengeError
+
+    def _forget_expired(self, now: float) -> None:
+        while self._outstanding:
+            oldest = next(iter(self._outstanding.values()))
+            if now <= oldest.expires_at:
+                break
+            self._outstanding.popitem(last=False)
+
+
+def _framed(*fields: bytes) -> bytes:
+    """Put each field's length before it, so that what follows can't be taken for a part of it."""
+    return b"".join(len(each).to_bytes(4, "big") + each for each in fields)
+
+
+def _agree(private_key: X25519PrivateKey, public_key: bytes) -> bytes:
+    try:
+        return private_key.exchange(X25519PublicKey.from_public_bytes(public_key))
+    except ValueError as exc:
+        # All zero: the other key is of low order, and everybody knows the secret (RFC 7748, section 6.1).
+        raise ChallengeError from exc
+
+
+def _mac_key(shared: bytes, server: bytes, node: bytes, challenge_id: str) -> bytes:
+    info = _framed(_WIREGUARD_DOMAIN, server, node, challenge_id.encode())
+    return HKDF(SHA256(), length=32, salt=None, info=info).derive(shared)
+
+
+def _mac(mac_key: bytes, challenge_id: str, question: bytes, body_sha256: bytes) -> bytes:
+    message = _framed(_WIREGUARD_DOMAIN, challenge_id.encode(), question, body_sha256)
+    return hmac.digest(mac_key, message, "sha256")
+
+
+def _present(header: str, value: str | None) -> str:
+    if value is None:
+        raise ProofMissingError(header)
+    return value
+
+
+def _decode(text: str, size: int) -> bytes | None:
+    """Return `size` bytes of canonical base64, or None."""
+    try:
+        raw = decode_base64(text)
+    except ValueError:
+        return None
+    return raw if len(raw) == size else None

@@ -1,0 +1,47 @@
+"""Counts the requests that came too often (429): a line of the log, and no rows of the audit log."""
+
+import logging
+import time
+from collections import Counter
+from threading import Lock
+from typing import Final
+
+from backend.models.access.sources import network_of
+
+log = logging.getLogger(__name__)
+
+_INTERVAL_SECONDS: Final = 60.0
+_MOST_SOURCES: Final = 1000
+_OTHERS: Final = "others"
+
+
+class LimitedRequests:
+    """The counters, which `report` logs and begins anew once a minute, the first time at once."""
+
+    def __init__(self) -> None:
+        # Guards _counts; never held across I/O.
+        self._lock = Lock()
+        self._counts: Counter[str] = Counter()
+        self._reported_at = float("-inf")
+
+    def count(self, source: str | None) -> None:
+        """Count a request of a source."""
+        name = "unix" if source is None else network_of(source)
+        with self._lock:
+            if name not in self._counts and len(self._counts) >= _MOST_SOURCES:
+                name = _OTHERS
+            self._counts[name] += 1
+
+    def report(self, *, now_too: bool = False) -> None:
+        """Log what was counted, if it is time to; `now_too` at the end, when there is no next time."""
+        now = time.monotonic()
+        if not self._counts or not (now_too or now - self._reported_at >= _INTERVAL_SECONDS):
+            return
+        self._reported_at = now
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        ((most, number),) = counts.most_common(1)
+        log.warning(
+            "requests_limited",
+            extra={"requests": counts.total(), "sources": len(counts), "most_from": most, "of_them": number},
+        )

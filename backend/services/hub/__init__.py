@@ -1,0 +1,1 @@
+"""Keeps wg0.conf and the interface equal to the records."""

@@ -1,0 +1,351 @@
+"""The text of a wg-quick(8) file: what is the operator's, what is ours, and what `wg` would make of it.
+
+Works on bytes, because an operator's comments may be in any encoding. A line ends at a newline and nowhere
+else: `wg` splits there alone, Python's own `splitlines` at a vertical tab or U+2028 as well.
+
+Our peers stand in blocks of exactly this form, the newline in front of the comment included::
+
+    (newline)
+    # wireguard-provisioning: managed peer LABEL
+    [Peer]
+    PublicKey = KEY
+    AllowedIPs = A.B.C.D/32
+    PersistentKeepalive = N         (only if given)
+
+Everything else is foreign and belongs to the operator. Blocks are rendered behind all foreign text: where two
+peers claim one address `wg` gives it to the later one, which has to be ours.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from typing import Final
+
+from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, WireGuardPrivateKey
+from backend.services.hub.config_sections import InterfaceSection, PeerSection, Section
+from backend.services.hub.config_values import (
+    UINT16_MAX,
+    HubKeyError,
+    InvalidConfigError,
+    check_save_config,
+)
+
+__all__ = [
+    "ForeignPeer",
+    "HubKeyError",
+    "InvalidConfigError",
+    "ManagedPeer",
+    "ParsedConfig",
+    "parse",
+    "render",
+    "strip",
+]
+
+_WHITESPACE: Final = b" \t\r\v\f"
+_INTERFACE: Final = b"[interface]"
+_PEER: Final = b"[peer]"
+_MARKER_START: Final = b"# wireguard-provisioning: managed peer "
+# The carriage return is there for a file that an editor has converted; it's rendered without.
+_MARKER: Final = re.compile(re.escape(_MARKER_START) + rb"([A-Za-z0-9_-]{1,128})\r?")
+_LABEL: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_KEY: Final = re.compile(KEY_PATTERN)
+_BLOCK: Final = re.compile(
+    rb"\n%s([A-Za-z0-9_-]{1,128})\n\[Peer\]\nPublicKey = (%s)\nAllowedIPs = ([0-9.]{7,15})/32\n"
+    rb"(?:PersistentKeepalive = (0|[1-9][0-9]{0,4})\n)?"
+    % (re.escape(_MARKER_START), KEY_PATTERN[1:-1].encode())
+)
+# wg-quick(8), CONFIGURATION: these are its own, and `wg` would refuse them.
+_QUICK_KEYS: Final = frozenset(
+    {b"address", b"mtu", b"dns", b"table", b"preup", b"predown", b"postup", b"postdown", b"saveconfig"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedPeer:
+    """One of our peers. `persistent_keepalive` is in seconds, 0 to 65535."""
+
+    label: str
+    public_key: WireGuardKey
+    address: IPv4Address
+    persistent_keepalive: int | None = None
+    # Rendered once: a file of ten thousand peers is written for each that comes or goes.
+    block: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # A newline that reaches the file is a hook that wg-quick runs as root, so nothing is taken on trust.
+        if _LABEL.fullmatch(self.label) is None:
+            raise ValueError("a managed peer's label is 1 to 128 letters, digits, underscores and hyphens")
+        if _KEY.fullmatch(self.public_key) is None:
+            raise ValueError("a managed peer's key is not the canonical base64 of 32 bytes")
+        lines = [
+            "",
+            f"# wireguard-provisioning: managed peer {self.label}",
+            "[Peer]",
+            f"PublicKey = {self.public_key}",
+            f"AllowedIPs = {self.address}/32",
+        ]
+        if self.persistent_keepalive is not None:
+            if not 0 <= self.persistent_keepalive <= UINT16_MAX:
+                raise ValueError(f"PersistentKeepalive is 0 to {UINT16_MAX} seconds")
+            lines.append(f"PersistentKeepalive = {self.persistent_keepalive:d}")
+        object.__setattr__(self, "block", "\n".join([*lines, ""]).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignPeer:
+    """A peer that an operator wrote by hand. `persistent_keepalive` is in seconds, 0 for off."""
+
+    public_key: str
+    allowed_ips: tuple[IPv4Network | IPv6Network, ...]
+    preshared_key: str | None = field(default=None, repr=False)
+    persistent_keepalive: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedConfig:
+    """A file, taken apart."""
+
+    foreign: bytes = field(repr=False)
+    # The foreign lines as `wg` reads them: without wg-quick's keys, comments and white space.
+    foreign_stripped: bytes = field(repr=False)
+    private_key: WireGuardPrivateKey
+    foreign_peers: tuple[ForeignPeer, ...]
+    # Without blocks that somebody has damaged.
+    managed_peers: tuple[ManagedPeer, ...]
+    # None where the file names no port, so that `wg` takes any.
+    listen_port: int | None = None
+    # 0 for none.
+    fwmark: int = 0
+
+
+def parse(text: bytes) -> ParsedConfig:
+    """Take a file apart and check what is foreign in it; raise InvalidConfigError.
+
+    Foreign text that stands between or behind our blocks follows, in order, on what stands before them.
+    What stands in a block is ours to replace, so damage there is no error.
+    """
+    nul = text.find(b"\0")
+    if nul >= 0:
+        line = text.count(b"\n", 0, nul) + 1
+        raise InvalidConfigError(f"line {line}: there is a NUL byte in it", "Take the byte out")
+    head, behind = _take_off_blocks(text)
+    splitter = _Splitter()
+    splitter.split(head)
+    reader = _ForeignReader()
+    for number, raw, compact in splitter.foreign_lines:
+        try:
+            reader.read(number, raw, compact)
+        except InvalidConfigError as exc:
+            raise type(exc)(f"line {number}: {exc.problem}", exc.remedy) from None
+    private_key, foreign_peers = reader.finish()
+    managed = (_managed_peer(label, lines) for label, lines in splitter.blocks)
+    return ParsedConfig(
+        foreign=_join(splitter.gaps),
+        foreign_stripped=b"".join(reader.stripped),
+        private_key=private_key,
+        foreign_peers=foreign_peers,
+        managed_peers=(*(peer for peer in managed if peer is not None), *behind),
+        listen_port=reader.listen_port,
+        fwmark=reader.fwmark,
+    )
+
+
+def render(foreign: bytes, peers: Iterable[ManagedPeer]) -> bytes:
+    """Put our blocks behind foreign text, be it raw or stripped."""
+    return b"".join([foreign, *(peer.block for peer in peers)])
+
+
+def strip(text: bytes) -> bytes:
+    """Return the text for `wg syncconf`, as `wg-quick strip` would; raise InvalidConfigError."""
+    parsed = parse(text)
+    return render(parsed.foreign_stripped, parsed.managed_peers)
+
+
+def _take_off_blocks(text: bytes) -> tuple[bytes, list[ManagedPeer]]:
+    """Tell the foreign text from our blocks where the file is just as we write it.
+
+    It nearly always is, and then there is nothing to be looked at line by line. Where anything else stands
+    between or behind our blocks, all of the text is returned as it is.
+    """
+    peers: list[ManagedPeer] = []
+    start = position = text.find(b"\n" + _MARKER_START)
+    while 0 <= position < len(text):
+        block = _BLOCK.match(text, position)
+        if block is None:
+            return text, []
+        label, key, address, keepalive = block.groups()
+        try:
+            peer = ManagedPeer(
+                label.decode(),
+                WireGuardKey.parse_written(key.decode()),
+                IPv4Address(address.decode()),
+                None if keepalive is None else int(keepalive),
+            )
+        except ValueError:
+            return text, []
+        peers.append(peer)
+        position = block.end()
+    return (text[:start] if peers else text), peers
+
+
+def _compact(line: bytes) -> bytes:
+    """Return a line as `wg` sees it: without its comment and without any white space."""
+    return line.partition(b"#")[0].translate(None, _WHITESPACE)
+
+
+def _is_marker(line: bytes) -> bool:
+    return line.startswith(_MARKER_START) and _MARKER.fullmatch(line) is not None
+
+
+class _Splitter:
+    """Tells our blocks from foreign text.
+
+    A block starts at a marker line with a [Peer] line right below it, and takes every key that follows up
+    to the next section: a key that an operator added there would otherwise change its section when the
+    block moves. Comments and blank lines in it are foreign.
+    """
+
+    def __init__(self) -> None:
+        # The foreign text before, between and behind the blocks.
+        self.gaps: list[bytes] = []
+        # A block's label, and its key lines as `wg` sees them.
+        self.blocks: list[tuple[str, list[bytes]]] = []
+        # Number, raw and compact form of each foreign line that `wg` sees anything in.
+        self.foreign_lines: list[tuple[int, bytes, bytes]] = []
+
+    def split(self, text: bytes) -> None:
+        lines = text.split(b"\n")
+        gap: list[bytes] = []
+        block: list[bytes] | None = None
+        below_marker = False
+        for index, line in enumerate(lines):
+            if below_marker:
+                below_marker = False
+                continue
+            if _is_marker(line) and index + 1 < len(lines) and _compact(lines[index + 1]).lower() == _PEER:
+                self.gaps.append(_before_block(b"".join(gap), line))
+                gap, block, below_marker = [], [], True
+                self.blocks.append((line[len(_MARKER_START) :].decode().rstrip("\r"), block))
+                continue
+            compact = _compact(line)
+            if compact.startswith(b"["):
+                block = None
+            if compact and block is not None:
+                block.append(compact)
+                continue
+            if compact:
+                self.foreign_lines.append((index + 1, line, compact))
+                if gap and compact.lower() == _PEER and _is_marker(gap[-1].removesuffix(b"\n")):
+                    # They weren't neighbours: a key of ours stood between, or this would be a block.
+                    gap.append(b"\n")
+            gap.append(line + b"\n" if index + 1 < len(lines) else line)
+        self.gaps.append(b"".join(gap))
+
+
+def _before_block(gap: bytes, marker: bytes) -> bytes:
+    """Take off the newline that belongs to the block behind."""
+    return gap.removesuffix(b"\r\n" if marker.endswith(b"\r") and gap.endswith(b"\r\n") else b"\n")
+
+
+def _join(gaps: Iterable[bytes]) -> bytes:
+    """Put foreign text together again, without making one line or one of our blocks out of two parts."""
+    text = bytearray()
+    for gap in filter(None, gaps):
+        if text and not text.endswith(b"\n"):
+            text += b"\n"
+        if _is_marker(bytes(text[text.rfind(b"\n", 0, -1) + 1 : -1])) and (
+            _compact(gap.partition(b"\n")[0]).lower() == _PEER
+        ):
+            text += b"\n"
+        text += gap
+    return bytes(text)
+
+
+class _ForeignReader:
+    """Reads foreign lines as wg-quick and then `wg` would, and accepts what both accept.
+
+    The two don't agree on everything: `wg` takes `[ Interface ]` for a section, wg-quick doesn't, and
+    then hands on its own keys, which `wg` refuses. So both views of the section are kept.
+    """
+
+    def __init__(self) -> None:
+        self.stripped: list[bytes] = []
+        self._interface = InterfaceSection()
+        self._peers: list[PeerSection] = []
+        self._section: Section | None = None
+        self._quick_interface = False
+
+    def read(self, number: int, raw: bytes, compact: bytes) -> None:
+        """Take the next line; raise InvalidConfigError."""
+        key, _, value = raw.partition(b"#")[0].partition(b"=")
+        key = key.strip(_WHITESPACE).lower()
+        if compact.startswith(b"["):
+            self._quick_interface = key == _INTERFACE
+            self._section = self._open(number, compact.lower())
+        elif self._quick_interface and key in _QUICK_KEYS:
+            if key == b"saveconfig":
+                check_save_config(value.strip(_WHITESPACE).lower())
+            return
+        elif self._section is None:
+            raise InvalidConfigError("a key outside of any section")
+        else:
+            self._section.take(compact)
+        self.stripped.append(compact + b"\n")
+
+    @property
+    def listen_port(self) -> int | None:
+        """The port that the sections name, if they do."""
+        return self._interface.listen_port
+
+    @property
+    def fwmark(self) -> int:
+        """The mark that the sections name, 0 for none."""
+        return self._interface.fwmark
+
+    def finish(self) -> tuple[WireGuardPrivateKey, tuple[ForeignPeer, ...]]:
+        """Return what the sections add up to; raise InvalidConfigError."""
+        peers = []
+        for peer in self._peers:
+            if peer.public_key is None:
+                raise InvalidConfigError(
+                    f"line {peer.number}: the [Peer] section has no PublicKey",
+                    "Give it one, or take the section out",
+                )
+            peers.append(
+                ForeignPeer(
+                    peer.public_key,
+                    tuple(peer.allowed_ips),
+                    peer.preshared_key,
+                    peer.persistent_keepalive or 0,
+                )
+            )
+        if self._interface.private_key is None:
+            # `wg syncconf` would answer 0, take the hub's key away and choose another port.
+            raise HubKeyError("no [Interface] section has a PrivateKey")
+        return self._interface.private_key, tuple(peers)
+
+    def _open(self, number: int, header: bytes) -> Section:
+        if header == _INTERFACE:
+            return self._interface
+        if header == _PEER:
+            self._peers.append(PeerSection(number))
+            return self._peers[-1]
+        raise InvalidConfigError("a section other than [Interface] and [Peer]")
+
+
+def _managed_peer(label: str, lines: Iterable[bytes]) -> ManagedPeer | None:
+    """Read one of our blocks; None if it isn't one that we could have written."""
+    section = PeerSection(0)
+    try:
+        for line in lines:
+            section.take(line)
+        public_key = WireGuardKey.parse_written(section.public_key or "")
+    except ValueError:
+        return None
+    if len(section.allowed_ips) != 1:
+        return None
+    (network,) = section.allowed_ips
+    if not isinstance(network, IPv4Network) or network.num_addresses != 1:
+        return None
+    return ManagedPeer(label, public_key, network.network_address, section.persistent_keepalive)

@@ -1,0 +1,111 @@
+"""How an interface differs from the file that it is made from."""
+
+import socket
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network
+
+from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services.hub.config_text import ForeignPeer, ManagedPeer
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredInterface:
+    """What the file says. `listen_port` is None where it leaves the choice to `wg`, `fwmark` 0 for none."""
+
+    public_key: WireGuardKey
+    listen_port: int | None
+    fwmark: int
+    operators_peers: Collection[ForeignPeer]
+    managed_peers: Collection[ManagedPeer]
+
+    @property
+    def text_keys(self) -> set[str]:
+        """Every key that the file names."""
+        keys = {peer.public_key for peer in self.operators_peers}
+        keys.update(peer.public_key for peer in self.managed_peers)
+        return keys
+
+
+@dataclass(slots=True)
+class Drift:
+    """What differs: in words for the log, and as what `wg syncconf` may leave as it is."""
+
+    found: list[str] = field(default_factory=list)
+    fwmark: bool = False
+    preshared_keys: set[str] = field(default_factory=set)
+    keepalives: set[str] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.found)
+
+    def __str__(self) -> str:
+        return ", ".join(self.found)
+
+
+def compare(actual: InterfaceState, desired: DesiredInterface) -> Drift:
+    """Compare all of an interface with all of the file, but for the keys and for endpoints, which roam."""
+    drift = Drift()
+    if desired.listen_port is not None and actual.listen_port != desired.listen_port:
+        drift.found.append(f"ListenPort {actual.listen_port} instead of {desired.listen_port}")
+    if actual.fwmark != desired.fwmark:
+        drift.fwmark = desired.fwmark == 0
+        drift.found.append(f"FwMark {actual.fwmark:#x} instead of {desired.fwmark:#x}")
+    missing = changed = 0
+    wanted = _wanted(desired)
+    for key, peer in wanted.items():
+        present = actual.peers.get(key)
+        if present is None:
+            missing += 1
+        elif present != peer:
+            changed += 1
+            if peer.preshared_key is None and present.preshared_key is not None:
+                drift.preshared_keys.add(key)
+            if peer.persistent_keepalive == 0 and present.persistent_keepalive != 0:
+                drift.keepalives.add(key)
+    surplus = len(actual.peers.keys() - desired.text_keys)
+    for number, what in ((missing, "missing"), (changed, "changed"), (surplus, "not in the file")):
+        if number:
+            drift.found.append(f"{number} peer(s) {what}")
+    return drift
+
+
+def _wanted(desired: DesiredInterface) -> dict[str, InterfacePeer]:
+    """Return what `wg` would make of the file's peers, by key.
+
+    Left out is what depends on more than the file: a key that stands there twice takes some values of each
+    section, and the hub's own key is passed over.
+    """
+    peers: dict[str, InterfacePeer] = {
+        peer.public_key: InterfacePeer(
+            frozenset((f"{peer.address}/32",)), persistent_keepalive=peer.persistent_keepalive or 0
+        )
+        for peer in desired.managed_peers
+    }
+    if not desired.operators_peers:
+        return peers
+    named = Counter(peer.public_key for peer in desired.operators_peers)
+    # An address that several peers claim goes to the last of them, and ours are behind all others.
+    owners: dict[IPv4Network | IPv6Network, str] = {}
+    for operators in desired.operators_peers:
+        owners.update(dict.fromkeys(operators.allowed_ips, operators.public_key))
+    owners.update({IPv4Network(peer.address): peer.public_key for peer in desired.managed_peers})
+    for operators in desired.operators_peers:
+        key = operators.public_key
+        if named[key] > 1 or key in peers or key == desired.public_key:
+            continue
+        peers[key] = InterfacePeer(
+            frozenset(_cidr(network) for network in operators.allowed_ips if owners[network] == key),
+            operators.preshared_key,
+            operators.persistent_keepalive,
+        )
+    return peers
+
+
+def _cidr(network: IPv4Network | IPv6Network) -> str:
+    """Write a network as `wg` does, by inet_ntop(3): Python spells some IPv6 addresses in another way."""
+    if isinstance(network, IPv4Network):
+        return str(network)
+    return f"{socket.inet_ntop(socket.AF_INET6, network.network_address.packed)}/{network.prefixlen}"

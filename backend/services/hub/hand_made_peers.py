@@ -1,0 +1,62 @@
+"""What the peers hold that an operator wrote into wg0.conf by hand."""
+
+from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Address, IPv4Network
+
+from backend.errors import AddressTakenError, KeyTakenError, ProvisioningError
+from backend.models.wireguard.keys import WireGuardKey, canonical_spelling
+from backend.services.hub.peer_limit import PeerLimit
+from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.ports import Peer
+from backend.services.wireguard_config_manager import ForeignPeer
+
+
+class HandMadePeers:
+    """Keeps their addresses out of the pool, and says when a new peer would collide with one of them."""
+
+    def __init__(self, pool: IPPoolManager, limit: PeerLimit | None = None) -> None:
+        self._pool = pool
+        self._limit = limit or PeerLimit()
+        self._count = 0
+        # Canonical: another spelling would give the holder of one private key a second address.
+        self._keys: frozenset[str] = frozenset()
+        self._hub_key: WireGuardKey | None = None
+
+    def note(self, peers: Sequence[ForeignPeer], hub_key: WireGuardKey) -> None:
+        """Take over what the file says now."""
+        networks = (network for peer in peers for network in peer.allowed_ips)
+        self._pool.set_external(network for network in networks if isinstance(network, IPv4Network))
+        keys = {peer.public_key for peer in peers}
+        self._count = len(keys)
+        self._keys = frozenset(map(canonical_spelling, keys))
+        self._hub_key = hub_key
+
+    def require_room_beside(self, ours: int) -> None:
+        """Raise PeerLimitError where the interface takes no more than them and so many of our peers."""
+        self._limit.require_room(ours + self._count)
+
+    @property
+    def hub_key(self) -> WireGuardKey:
+        """The public half of the file's PrivateKey."""
+        if self._hub_key is None:
+            raise RuntimeError("the hub's config has not been read yet")
+        return self._hub_key
+
+    def hold(self, key: WireGuardKey) -> bool:
+        """Say whether one of them has this key, which is one that `parse` takes, in whichever spelling."""
+        return key in self._keys
+
+    def share(self, ours: Mapping[WireGuardKey, IPv4Address]) -> bool:
+        """Say whether one of them has the key or the address of one of these peers of ours, too."""
+        return any(
+            canonical_spelling(key) in self._keys or self._pool.is_external(address)
+            for key, address in ours.items()
+        )
+
+    def conflict(self, peer: Peer) -> ProvisioningError | None:
+        """Return why this peer can't be added beside them, or None."""
+        if self.hold(peer.wireguard_public_key):
+            return KeyTakenError(peer.node_id)
+        if self._pool.is_external(peer.address):
+            return AddressTakenError(str(peer.address))
+        return None

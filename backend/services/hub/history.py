@@ -1,0 +1,217 @@
+"""Holds the records against what this hub has reached, and has an operator decide where they don't fit.
+
+Records that were never written say nothing about a file that was: its peers are adopted. Records that are
+older than the hub pause the service. What an operator decides then is in the records, and is carried out
+here by the process that runs.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from ipaddress import IPv4Address, IPv4Network
+from typing import Final
+
+from backend.models.access.audit import AuditAction, AuditOutcome
+from backend.models.access.callers import SERVICE
+from backend.models.operator_commands import command
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services.hub.hub_mirror import HubMirror
+from backend.services.hub.mark import HubMark, Mark
+from backend.services.hub.removal_guard import HubPeer, RemovalGuard, fingerprint, stepped_back
+from backend.services.ports import Decision, Journal, NewGeneration, Peer, RecordedState
+
+log = logging.getLogger(__name__)
+
+# Stands for the libp2p key of a peer that is known from the hub alone.
+UNRECORDED_PUBLIC_KEY: Final = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """Peers that can be taken into the records, and those of which name, key or address stand in the way."""
+
+    peers: list[Peer]
+    refused: list[HubPeer]
+
+
+def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer], at: datetime) -> Adoption:
+    """Make records of peers of which only what the hub has is known.
+
+    One without a name of its own, or with another's, gets one that is made from its key. Of two that claim an
+    address the later has it, as on the interface.
+    """
+    names = {peer.node_id for peer in recorded}
+    addresses = {peer.address for peer in recorded}
+    adoption = Adoption([], [])
+    for peer in reversed(list(found)):
+        address = _only_address(peer)
+        try:
+            key = WireGuardKey.parse_written(peer.public_key)
+        except ValueError:
+            address = None
+        if address is None or address in addresses:
+            adoption.refused.append(peer)
+            continue
+        name = peer.label
+        if name is None or name in names:
+            name = f"adopted-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        names.add(name)
+        addresses.add(address)
+        adoption.peers.append(Peer(name, UNRECORDED_PUBLIC_KEY, key, address, at))
+    adoption.peers.reverse()
+    return adoption
+
+
+class HubHistory:
+    """Used by the committer's thread, and before that by the one that starts it."""
+
+    def __init__(self, journal: Journal, mirror: HubMirror, guard: RemovalGuard, mark: HubMark) -> None:
+        self._journal = journal
+        self._mirror = mirror
+        self._guard = guard
+        self._file = mark
+        self._mark = Mark()
+        # Whether the records have, or may have, a decision carried out that the service doesn't know yet.
+        self._decided = False
+        # What an operator should know, though the service works.
+        self.notices: tuple[str, ...] = ()
+
+    def load(self) -> RecordedState:
+        """Read the records; raise RecordsUnavailableError. The first thing to be called."""
+        self._mark = self._file.read()
+        state = self._journal.load()
+        if state.generation == 0 and not state.peers:
+            state = self._adopt_file(state)
+        else:
+            self._compare(state)
+        self.notices = self._journal.hub_status().notices
+        return state
+
+    def reach(self, generation: int) -> None:
+        """Note that the hub has reached a generation."""
+        self._raise_mark(generation, (self._mark.audit_sequence, self._mark.audit_hash))
+
+    def look(self, generation: int) -> RecordedState | None:
+        """See to what changes beside the peers; return the records where a decision has changed them.
+
+        `go_on` has to follow then. Raises RecordsUnavailableError and HubUpdateError: a decision is carried
+        out later then.
+        """
+        status = self._journal.hub_status()
+        self.notices = status.notices
+        if self._guard.paused and status.decision is not None:
+            self._carry_out(status.decision, status.basis)
+        if self._decided:
+            return self._journal.load()
+        if self._guard.paused:
+            return None
+        if self._journal.durable:
+            self._raise_mark(generation, status.audit_head)
+        if status.decision is not None:
+            # It was made for another moment than this.
+            self._journal.dismiss_decision()
+        return None
+
+    def go_on(self) -> None:
+        """End the pause: the service knows what the records have by an operator's decision."""
+        self._decided = False
+        self._guard.release()
+
+    def _raise_mark(self, generation: int, audit_head: tuple[int, str]) -> None:
+        self._mark = Mark(max(generation, self._mark.generation), *audit_head)
+        self._file.write(self._mark)
+
+    def _compare(self, state: RecordedState) -> None:
+        sequence = self._mark.audit_sequence
+        hash_there = self._journal.audit_hash(sequence) if sequence else None
+        reason = stepped_back(state, self._mark, hash_there)
+        if reason is not None:
+            self._guard.hold(reason)
+        if sequence and hash_there is None:
+            log.warning(
+                "audit_log_stepped_back",
+                extra={
+                    "reached": sequence,
+                    "consequence": "credentials that were revoked since work again; revoke them once more",
+                },
+            )
+
+    def _adopt_file(self, state: RecordedState) -> RecordedState:
+        adoption = adopt(self._mirror.found_in_file().peers, (), _now())
+        count = len(adoption.peers)
+        if count == 0 and self._mark.generation == 0:
+            return state
+        # Also without peers: whatever follows comes after what the hub has reached with other records.
+        if count:
+            log.warning("peers_adopted", extra={"peers": count, "reason": "the records were new"})
+        notice = (
+            f"{count} peers were taken from the config into records that were new; check that no records "
+            f"were lost, then run {command('reconcile --acknowledge')}"
+        )
+        self._add_generation(
+            AuditAction.PEERS_ADOPTED, f"{count} peers, from the config", adoption, notice if count else None
+        )
+        return self._journal.load()
+
+    def _carry_out(self, decision: Decision, basis: str | None) -> None:
+        recorded = self._journal.load()
+        keys = {peer.wireguard_public_key for peer in recorded.peers}
+        unknown = self._guard.unknown(self._mirror.found(), keys)
+        if basis not in {None, fingerprint(unknown)}:
+            reason = "the hub's unknown peers are others than those that were shown"
+            log.warning("decision_dismissed", extra={"decision": decision.value, "reason": reason})
+            self._journal.dismiss_decision()
+            return
+        if decision is Decision.ADOPT:
+            action, adoption = AuditAction.PEERS_ADOPTED, adopt(unknown, recorded.peers, _now())
+        else:
+            action, adoption = AuditAction.PEERS_REMOVED, Adoption([], unknown)
+        reason = f"{len(adoption.peers)} taken into the records, {len(adoption.refused)} off the hub"
+        log.warning("decision_carried_out", extra={"decision": decision.value, "result": reason})
+        # Before it's written: a commit may get no answer.
+        self._decided = True
+        self._add_generation(action, reason, adoption, None, recorded.generation)
+
+    def _add_generation(
+        self,
+        action: AuditAction,
+        reason: str,
+        adoption: Adoption,
+        notice: str | None,
+        generation: int = 0,
+    ) -> None:
+        """Write it under a generation that is higher than any that this hub has reached.
+
+        Records in memory go on from there: they leave no durable ones behind until something changes.
+        """
+        reached = max(generation, self._mark.generation) + (1 if self._journal.durable else 0)
+        self._journal.add_generation(
+            NewGeneration(
+                generation=reached,
+                peers=adoption.peers,
+                removed=[(peer.public_key, peer.label or "") for peer in adoption.refused],
+                event=SERVICE.event(datetime.now(UTC), action, AuditOutcome.NOTED, reason=reason),
+                notice=notice if self._journal.durable else None,
+            )
+        )
+        if self._journal.durable:
+            # From here on these are the records that the next ones are held against.
+            self._raise_mark(reached, self._journal.hub_status().audit_head)
+
+
+def _only_address(peer: HubPeer) -> IPv4Address | None:
+    """Return the one IPv4 address that a peer of ours has, or None."""
+    try:
+        networks = [IPv4Network(text) for text in peer.allowed_ips]
+    except ValueError:
+        return None
+    if len(networks) != 1 or networks[0].num_addresses != 1:
+        return None
+    return networks[0].network_address
+
+
+def _now() -> datetime:
+    """Return the time as records have it, in whole seconds."""
+    return datetime.now(UTC).replace(microsecond=0)

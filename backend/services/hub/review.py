@@ -1,0 +1,89 @@
+"""What an operator is shown before they decide about peers that the records don't know."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Self
+
+from backend.errors import HubUpdateError
+from backend.services.hub.history import Adoption, adopt
+from backend.services.hub.hub_mirror import HubMirror
+from backend.services.hub.mark import Mark
+from backend.services.hub.removal_guard import HubPeer, RemovalGuard, is_many, stepped_back
+from backend.services.ports import Journal, Peer
+
+
+@dataclass(frozen=True, slots=True)
+class HubReview:
+    """The records beside the hub. `unknown` are the hub's peers that the records have never known."""
+
+    generation: int
+    recorded: int
+    # The generation that the hub has reached, and how many of our peers it has.
+    reached: int
+    present: int
+    unknown: Sequence[HubPeer]
+    # Peers of the records that the hub doesn't have: either decision brings them to it.
+    missing: Sequence[Peer]
+    # What `reconcile --adopt` would do with them.
+    adoption: Adoption
+    # Why the service is paused, or would be at its start; None where it isn't.
+    paused: str | None
+    # True before the first peer: the next start takes the file's.
+    new_records: bool
+    # Why the interface could not be looked at, where that is so.
+    unseen: str | None
+    notices: Sequence[str]
+
+    @classmethod
+    def make(cls, journal: Journal, mirror: HubMirror, mark: Mark) -> Self:
+        """Look at records, file and interface, and change nothing; raise ProvisioningError."""
+        unseen = None
+        try:
+            found = mirror.found()
+        except HubUpdateError as exc:
+            # One that is about the file itself comes again.
+            found, unseen = mirror.found_in_file(), str(exc)
+        # After the hub: what comes to it meanwhile is in the records first.
+        state = journal.load()
+        keys = {peer.wireguard_public_key for peer in state.peers}
+        hash_there = journal.audit_hash(mark.audit_sequence) if mark.audit_sequence else None
+        paused = stepped_back(state, mark, hash_there)
+        guard = RemovalGuard(journal.removed_keys)
+        if paused is not None:
+            guard.hold(paused)
+        unknown = guard.unknown(found, keys)
+        if paused is None and is_many(len(unknown), len(found.peers)):
+            paused = "many peers on the hub are in no record"
+        present = found.keys
+        # Only what the config has is taken in without a decision.
+        new = state.generation == 0 and any(peer.label is not None for peer in unknown)
+        return cls(
+            generation=state.generation,
+            recorded=len(state.peers),
+            reached=mark.generation,
+            present=len(found.peers),
+            unknown=unknown,
+            missing=[peer for peer in state.peers if peer.wireguard_public_key not in present],
+            adoption=adopt(unknown, state.peers, datetime.now(UTC)),
+            paused=None if new else paused,
+            new_records=new,
+            unseen=unseen,
+            notices=journal.hub_status().notices,
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Say what the service does about it, and what the operator can do."""
+        count = len(self.unknown)
+        if self.new_records and count:
+            return f"the records are new: the next start takes the {count} peers of the config into them"
+        if self.paused is not None:
+            return (
+                f"the service pauses: {self.paused}. `--adopt` takes {len(self.adoption.peers)} of the "
+                f"{count} unknown peers into the records and the others off the hub; `--force` takes all of "
+                "them off the hub"
+            )
+        if count:
+            return f"the service takes the {count} unknown peers off the hub: they are few"
+        return "the records know every peer of ours on the hub; nothing is to be decided"
