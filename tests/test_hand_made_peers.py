@@ -7,9 +7,9 @@ import pytest
 
 from backend.errors import AddressTakenError, DuplicatePeerError
 from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import Peer
 from backend.services.hub.hand_made_peers import HandMadePeers
 from backend.services.ip_pool_manager import IPPoolManager
-from backend.services.ports import Peer
 from backend.services.wireguard_config_manager import ForeignPeer
 from tests.harness.requests import new_key, other_spelling
 

@@ -15,11 +15,12 @@ from backend.errors import PausedError
 from backend.models.access.audit import GENESIS, PRUNED
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from backend.models.wireguard.peer import Peer
 from backend.services.hub.config_text import ManagedPeer
 from backend.services.hub.history import adopt
 from backend.services.hub.mark import HubMark, Mark
 from backend.services.hub.removal_guard import FoundPeers, HubPeer, RemovalGuard, is_many, stepped_back
-from backend.services.ports import Peer, RecordedState
+from backend.services.ports import RecordedState
 from tests.harness.requests import new_key, other_spelling
 
 KEYS = [WireGuardPrivateKey(bytes([n] * 32)).public_key() for n in range(1, 41)]

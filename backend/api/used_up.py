@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect
 
 from backend.errors import UnauthenticatedError
 from backend.models.access.callers import Caller
-from backend.services.ports import Peer
+from backend.models.wireguard.peer import Peer
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 from backend.models.access.callers import Caller
 from backend.models.access.identity import NodeIdentity
+from backend.models.wireguard.peer import UNRECORDED_PUBLIC_KEY, Peer
 from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services.hub.history import UNRECORDED_PUBLIC_KEY
-from backend.services.ports import Peer
 
 
 def is_same(body: ProvisioningRequest, identity: NodeIdentity | None, peer: Peer) -> bool:

@@ -14,21 +14,9 @@ from backend.models.access.credentials import Credential
 from backend.models.access.nonces import Nonce
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import Peer
 from backend.models.wireguard.provisioning import ProvisioningRecord
 from backend.services.hub.drift import Drift
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """What memory keeps of a provisioned peer: enough for every answer, file and interface."""
-
-    node_id: str
-    public_key: str
-    wireguard_public_key: WireGuardKey
-    address: IPv4Address
-    provisioned_at: datetime
-    # The enrolment token that let the node in, if one did.
-    token_id: str | None = None
 
 
 class Action(StrEnum):

@@ -23,6 +23,7 @@ from backend.errors import (
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE, Caller
 from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import UNRECORDED_PUBLIC_KEY, Peer
 from backend.models.wireguard.provisioning import (
     PeerConfiguration,
     ProvisioningRecord,
@@ -32,12 +33,11 @@ from backend.services.access.door import Door
 from backend.services.access.idempotency import IdempotencyKey, RecentAnswers
 from backend.services.configurations import Configurations
 from backend.services.hub.hand_made_peers import HandMadePeers
-from backend.services.hub.history import UNRECORDED_PUBLIC_KEY
 from backend.services.hub.hub_committer import HubCommitter
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.known_peers import is_same, may_know_address
 from backend.services.outcomes import after, fail, pass_on, succeed
-from backend.services.ports import Action, Change, Peer
+from backend.services.ports import Action, Change
 from backend.services.readiness import Readiness
 
 __all__ = [

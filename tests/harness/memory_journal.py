@@ -3,17 +3,9 @@
 from collections.abc import Callable, Collection, Sequence
 
 from backend.models.access.audit import GENESIS
+from backend.models.wireguard.peer import Peer
 from backend.services.batches import run_sequence
-from backend.services.ports import (
-    Action,
-    Batch,
-    Decision,
-    HubStatus,
-    NewGeneration,
-    NextBatch,
-    Peer,
-    RecordedState,
-)
+from backend.services.ports import Action, Batch, Decision, HubStatus, NewGeneration, NextBatch, RecordedState
 
 
 class MemoryJournal:

@@ -30,8 +30,9 @@ from backend.errors import (
     StartRefusedError,
 )
 from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import Peer
 from backend.models.wireguard.provisioning import NodeCapabilities, ProvisioningRecord
-from backend.services.ports import Action, Batch, Change, Peer
+from backend.services.ports import Action, Batch, Change
 from tests.harness.requests import new_key
 from tests.harness.torture import tried
 

@@ -17,7 +17,8 @@ from backend.errors import (
     ProvisioningError,
 )
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.ports import Action, Batch, Change, Peer, RecordedState
+from backend.models.wireguard.peer import Peer
+from backend.services.ports import Action, Batch, Change, RecordedState
 
 NAMING: Final = {
     "pk": "pk_%(table_name)s",

@@ -5,9 +5,9 @@ from ipaddress import IPv4Address, IPv4Network
 
 from backend.errors import AddressTakenError, KeyTakenError, ProvisioningError
 from backend.models.wireguard.keys import WireGuardKey, canonical_spelling
+from backend.models.wireguard.peer import Peer
 from backend.services.hub.peer_limit import PeerLimit
 from backend.services.ip_pool_manager import IPPoolManager
-from backend.services.ports import Peer
 from backend.services.wireguard_config_manager import ForeignPeer
 
 

@@ -11,21 +11,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv4Network
-from typing import Final
 
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.models.operator_commands import command
 from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import UNRECORDED_PUBLIC_KEY, Peer
 from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.mark import HubMark, Mark
 from backend.services.hub.removal_guard import HubPeer, RemovalGuard, fingerprint, stepped_back
-from backend.services.ports import Decision, Journal, NewGeneration, Peer, RecordedState
+from backend.services.ports import Decision, Journal, NewGeneration, RecordedState
 
 log = logging.getLogger(__name__)
-
-# Stands for the libp2p key of a peer that is known from the hub alone.
-UNRECORDED_PUBLIC_KEY: Final = ""
 
 
 @dataclass(frozen=True, slots=True)

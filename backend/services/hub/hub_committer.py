@@ -16,12 +16,13 @@ from backend.errors import (
     ProvisioningError,
     RecordsUnavailableError,
 )
+from backend.models.wireguard.peer import Peer
 from backend.services.batches import settle
 from backend.services.hub.hand_made_peers import HandMadePeers
 from backend.services.hub.history import HubHistory
 from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.prepared_changes import PreparedChanges
-from backend.services.ports import Action, Batch, Change, Journal, Peer
+from backend.services.ports import Action, Batch, Change, Journal
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ from backend.models.access.audit import AuditAction
 from backend.models.operator_commands import bring_up, command, put_key_back
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import Peer
 from backend.services.hub.drift import Drift, compare
 from backend.services.hub.hand_made_peers import HandMadePeers
 from backend.services.hub.prepared_changes import PreparedChanges, managed
 from backend.services.hub.removal_guard import FoundPeers, RemovalGuard
-from backend.services.ports import Change, Hub, Peer
+from backend.services.ports import Change, Hub
 from backend.services.wireguard_config_manager import ManagedPeer, WireGuardConfigManager
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ from ipaddress import IPv4Address
 from typing import Self
 
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.ports import Action, Change, Peer
+from backend.models.wireguard.peer import Peer
+from backend.services.ports import Action, Change
 from backend.services.wireguard_config_manager import ManagedPeer, StagedConfig
 
 

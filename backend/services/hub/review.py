@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 from typing import Self
 
 from backend.errors import HubUpdateError
+from backend.models.wireguard.peer import Peer
 from backend.services.hub.history import Adoption, adopt
 from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.mark import Mark
 from backend.services.hub.removal_guard import HubPeer, RemovalGuard, is_many, stepped_back
-from backend.services.ports import Journal, Peer
+from backend.services.ports import Journal
 
 
 @dataclass(frozen=True, slots=True)

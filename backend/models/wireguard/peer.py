@@ -1,0 +1,48 @@
+"""The one shape of a peer inside the service, and what a change of one is.
+
+Requests, answers, rows of the records and blocks of wg0.conf are made from a `Peer` at the edges, each in
+one place.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from typing import Any, Final
+
+from backend.models.wireguard.keys import WireGuardKey
+
+# The libp2p key of a peer that was adopted from the hub: only its node knows it.
+UNRECORDED_PUBLIC_KEY: Final = ""
+
+
+class PeerState(StrEnum):
+    """How far a peer's newest change has come, as the records have it."""
+
+    # Committed, and not known to be on the hub.
+    PENDING = "pending"
+    ACTIVE = "active"
+    # Its removal is committed, and the hub is not known to have forgotten it.
+    REMOVING = "removing"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A provisioned node. `capabilities` and `metadata` are the JSON objects that the node sent."""
+
+    node_id: str
+    public_key: str
+    wireguard_public_key: WireGuardKey
+    address: IPv4Address
+    provisioned_at: datetime
+    # The enrolment token that the node was provisioned with, if it was one.
+    token_id: str | None = None
+    version: str = ""
+    capabilities: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    metadata: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    @property
+    def allowed_ips(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks that `wg` accepts from the peer and routes to it (wg(8), AllowedIPs)."""
+        return (IPv4Network(self.address),)
