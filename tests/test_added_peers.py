@@ -93,13 +93,13 @@ def test_adding_again_replaces_the_peer_whatever_its_form(
     manager.add_peer(_KEYS[0], ["10.0.0.2/32"])
     manager.add_peer(_KEYS[1], ["10.0.0.3/32"])
     add_site(manager)
-    assert [peer.public_key for peer in manager.managed_peers] == [_KEYS[1]]
+    assert [peer.public_key for peer in manager.blocks] == [_KEYS[1]]
     add_site(manager)
     text = path.read_text()
     assert text.startswith(_HUB + _SECTION)
     assert text.count(_KEYS[0]) == 1
     manager.add_peer(_KEYS[0], ["10.0.0.2/32"])
-    assert [peer.public_key for peer in manager.managed_peers] == [_KEYS[1], _KEYS[0]]
+    assert [peer.public_key for peer in manager.blocks] == [_KEYS[1], _KEYS[0]]
     assert [peer.public_key for peer in manager.foreign_peers] == [_KEYS[3]]
 
 

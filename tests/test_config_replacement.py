@@ -13,15 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from backend.services.wireguard_config_manager import ManagedPeer, WireGuardConfigManager
+from backend.models.wireguard.keys import WireGuardPrivateKey
+from backend.services.wireguard_config_manager import WireGuardConfigManager
+from tests.harness.peers import block
 from tests.harness.requests import new_key
 
 HEAD = f"[Interface]\nPrivateKey = {WireGuardPrivateKey.generate().reveal()}\nListenPort = 51820\n".encode()
-PEERS = [
-    ManagedPeer(f"node-{number}", WireGuardKey.parse(new_key()), IPv4Address("10.0.0.2") + number)
-    for number in range(200)
-]
+PEERS = [block(f"node-{number}", new_key(), IPv4Address("10.0.0.2") + number) for number in range(200)]
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def test_the_whole_file_is_synced_before_it_takes_the_old_ones_place(
             if sync.inode == new and sync.content == config.read_bytes() and sync.in_place != new
         ]
         assert complete, "the new file was not synced with all of its text before it was renamed"
-        assert config.read_bytes() == HEAD + b"".join(peer.block for peer in peers)
+        assert config.read_bytes() == HEAD + b"".join(peer.text for peer in peers)
 
 
 def test_the_directory_is_synced_after_the_rename(
@@ -139,7 +137,7 @@ def test_an_edit_in_the_tick_of_our_own_write_is_kept(
     after = edit(config, tick)
     assert manager.refresh()
     assert manager.write(PEERS[:2])
-    assert config.read_bytes() == after + PEERS[1].block
+    assert config.read_bytes() == after + PEERS[1].text
 
 
 def test_an_edit_in_the_tick_of_our_own_write_is_kept_where_times_can_not_be_set(
@@ -154,7 +152,7 @@ def test_an_edit_in_the_tick_of_our_own_write_is_kept_where_times_can_not_be_set
     after = edit(config, config.stat().st_mtime_ns)
     assert manager.refresh()
     assert manager.write(PEERS[:2])
-    assert config.read_bytes() == after + PEERS[1].block
+    assert config.read_bytes() == after + PEERS[1].text
 
 
 def test_an_edit_in_the_tick_of_our_own_write_is_kept_where_times_are_cut_off(
@@ -173,7 +171,7 @@ def test_an_edit_in_the_tick_of_our_own_write_is_kept_where_times_are_cut_off(
     after = edit(config, config.stat().st_mtime_ns)
     assert manager.refresh()
     assert manager.write(PEERS[:2])
-    assert config.read_bytes() == after + PEERS[1].block
+    assert config.read_bytes() == after + PEERS[1].text
 
 
 @pytest.mark.parametrize("age_ms", [-1000, 0, 40])

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.hub.config_text import ForeignPeer, ManagedPeer
+from backend.services.hub.config_text import ForeignPeer
 from backend.services.hub.drift import DesiredInterface, compare
+from tests.harness.peers import block
 
 HUB, FIRST, SECOND, THIRD = (WireGuardPrivateKey(bytes([n] * 32)).public_key() for n in range(1, 5))
 SECRET = WireGuardPrivateKey(bytes([9] * 32)).reveal()
@@ -70,7 +71,7 @@ def test_what_is_no_dump_is_refused(text: str) -> None:
         InterfaceState.parse(text)
 
 
-OURS = ManagedPeer("node-1", FIRST, IPv4Address("10.0.0.2"))
+OURS = block("node-1", FIRST, "10.0.0.2")
 OPERATORS = ForeignPeer(
     SECOND,
     (IPv4Network("10.0.0.200/32"), IPv6Network("fd00::/64"), IPv6Network("::ffff:1.2.3.4/128")),

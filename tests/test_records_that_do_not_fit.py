@@ -12,15 +12,14 @@ from backend import errors
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import TokenRequest
 from backend.models.access.identity import NodeIdentity
-from backend.models.wireguard.keys import WireGuardKey
 from backend.services.hub import hub_committer
 from backend.services.hub.mark import HubMark
 from backend.services.hub.removal_guard import fingerprint
 from backend.services.ports import Decision, Journal
-from backend.services.wireguard_config_manager import ManagedPeer
 from tests.harness.fakes import FakeHub
 from tests.harness.memory_journal import MemoryJournal
 from tests.harness.patience import eventually
+from tests.harness.peers import block
 from tests.harness.requests import new_key
 from tests.test_provisioning_service import WAIT, World, request
 
@@ -191,12 +190,12 @@ def test_blocks_of_ours_that_nothing_knows_are_removed_where_they_are_few(
 ) -> None:
     world, _ = eight
     strangers = [
-        ManagedPeer(f"stranger-{number}", WireGuardKey.parse(new_key()), address)
+        block(f"stranger-{number}", new_key(), address)
         for number, address in enumerate(list(world.pool.network.hosts())[100 : 100 + unknown])
     ]
     whole = world.text
     with world.path.open("ab") as file:
-        file.writelines(peer.block for peer in strangers)
+        file.writelines(peer.text for peer in strangers)
     if unknown == 5:
         eventually(lambda: world.text == whole)
         world.service.check()

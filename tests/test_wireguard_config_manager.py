@@ -18,7 +18,8 @@ from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services import wireguard_config_manager
 from backend.services.hub import config_text
 from backend.services.hub.config_text import InvalidConfigError, parse, render, strip
-from backend.services.wireguard_config_manager import ForeignPeer, ManagedPeer, WireGuardConfigManager
+from backend.services.wireguard_config_manager import ForeignPeer, PeerBlock, WireGuardConfigManager
+from tests.harness.peers import block, networks
 from tests.harness.requests import other_spelling
 from tests.harness.requirements import require
 from tests.harness.torture import tried
@@ -55,8 +56,8 @@ _FOREIGN_PEERS: Final = (
 )
 
 
-def _peer(number: int, keepalive: int | None = 25, label: str | None = None) -> ManagedPeer:
-    return ManagedPeer(label or f"node-{number}", _KEYS[number], IPv4Address("10.0.0.2") + number, keepalive)
+def _peer(number: int, keepalive: int | None = 25, label: str | None = None) -> PeerBlock:
+    return block(label or f"node-{number}", _KEYS[number], IPv4Address("10.0.0.2") + number, keepalive)
 
 
 def _block(number: int) -> bytes:
@@ -86,7 +87,7 @@ def test_operators_file_is_understood() -> None:
     parsed = parse(_OPERATORS)
     assert parsed.foreign == _OPERATORS
     assert parsed.foreign_peers == _FOREIGN_PEERS
-    assert parsed.managed_peers == ()
+    assert parsed.blocks == ()
     assert parsed.private_key.public_key() == _HUB
     assert parsed.foreign_stripped.decode().splitlines() == [
         "[interface]",
@@ -109,7 +110,7 @@ def test_operators_file_is_understood() -> None:
 def test_managed_block_has_exactly_the_documented_form() -> None:
     assert render(b"", [_peer(0)]) == _block(0)
     assert (
-        ManagedPeer("x_Y-9", _KEYS[1], IPv4Address("10.1.2.3")).block
+        block("x_Y-9", _KEYS[1], "10.1.2.3").text
         == (
             f"\n# wireguard-provisioning: managed peer x_Y-9\n[Peer]\nPublicKey = {_KEYS[1]}\n"
             "AllowedIPs = 10.1.2.3/32\n"
@@ -122,14 +123,14 @@ def test_managed_block_has_exactly_the_documented_form() -> None:
 )
 def test_label_that_could_reach_beyond_its_line_is_refused(label: str) -> None:
     with pytest.raises(ValueError, match="label is 1 to 128"):
-        ManagedPeer(label, _KEYS[0], IPv4Address("10.0.0.2"))
+        block(label, _KEYS[0], "10.0.0.2")
 
 
 def test_peer_that_was_not_parsed_is_refused() -> None:
     with pytest.raises(ValueError, match="canonical base64"):
-        ManagedPeer("a", WireGuardKey.trusted(_KEYS[0] + "\nx"), IPv4Address("10.0.0.2"))
+        PeerBlock.make("a", WireGuardKey.trusted(_KEYS[0] + "\nx"), networks("10.0.0.2"))
     with pytest.raises(ValueError, match="0 to 65535"):
-        ManagedPeer("a", _KEYS[0], IPv4Address("10.0.0.2"), 65_536)
+        block("a", _KEYS[0], "10.0.0.2", 65_536)
 
 
 @pytest.mark.parametrize(
@@ -140,15 +141,15 @@ def test_foreign_text_comes_back_exactly_with_and_without_its_last_newline(forei
     peers = (_peer(0), _peer(1, None), _peer(2, 0))
     parsed = parse(render(foreign, peers))
     assert parsed.foreign == foreign
-    assert parsed.managed_peers == peers
+    assert parsed.blocks == peers
 
 
 @pytest.mark.parametrize("edited", [b"", b"\n# by hand\n"])
 def test_a_block_of_ours_whose_key_is_a_second_spelling_is_still_ours(edited: bytes) -> None:
     """Earlier versions let such keys in. Taken for hand-made, it would never go again."""
-    peer = ManagedPeer("node-0", WireGuardKey.parse_written(other_spelling(_KEYS[0])), _peer(0).address)
+    peer = block("node-0", other_spelling(_KEYS[0]), "10.0.0.2")
     parsed = parse(render(_MINIMAL, [peer, _peer(1)]) + edited)
-    assert parsed.managed_peers == (peer, _peer(1))
+    assert parsed.blocks == (peer, _peer(1))
     assert parsed.foreign_peers == ()
 
 
@@ -157,7 +158,7 @@ def test_text_that_an_operator_put_behind_our_blocks_moves_before_them_in_order(
     second = f"# mine\n[Peer]\nPublicKey = {_KEYS[6]}".encode()
     parsed = parse(_MINIMAL[:-1] + _block(0) + first + _block(1) + second)
     assert parsed.foreign == _MINIMAL + first + second
-    assert parsed.managed_peers == (_peer(0), _peer(1))
+    assert parsed.blocks == (_peer(0), _peer(1))
     assert [peer.public_key for peer in parsed.foreign_peers] == [_KEYS[5], _KEYS[6]]
 
 
@@ -169,7 +170,7 @@ def test_keys_in_a_managed_block_are_ours_and_comments_in_it_are_the_operators()
     assert parsed.foreign == _MINIMAL + b"# asked by Ann\n\n# below\n"
     assert parsed.foreign_peers == ()
     # A line that `wg` would refuse makes the block one that we never wrote.
-    assert parsed.managed_peers == (_peer(1),)
+    assert parsed.blocks == (_peer(1),)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +189,8 @@ def test_keys_in_a_managed_block_are_ours_and_comments_in_it_are_the_operators()
 def test_damaged_block_is_no_peer_and_goes_with_the_next_write(config: Path, old: bytes, new: bytes) -> None:
     config.write_bytes(_MINIMAL + _block(0).replace(old, new) + _block(1))
     manager = WireGuardConfigManager(config)
-    assert manager.managed_peers == (_peer(1),)
-    assert manager.write(manager.managed_peers)
+    assert manager.blocks == (_peer(1),)
+    assert manager.write(manager.blocks)
     assert config.read_bytes().replace(b"#\n", b"").endswith(_block(1))
     assert b"node-0" not in config.read_bytes()
 
@@ -231,14 +232,14 @@ def test_removing_a_block_makes_no_marker_of_ours_out_of_an_operators_comment(be
     again = parse(render(parsed.foreign, [_peer(2)]))
     assert again.foreign == parsed.foreign
     assert again.foreign_peers == (ForeignPeer(_KEYS[7], ()),)
-    assert again.managed_peers == (_peer(2),)
+    assert again.blocks == (_peer(2),)
 
 
 def test_file_that_an_editor_gave_carriage_returns_keeps_our_peers_ours() -> None:
     text = render(_MINIMAL, [_peer(0), _peer(1)]).replace(b"\n", b"\r\n")
     parsed = parse(text)
     assert parsed.foreign == _MINIMAL.replace(b"\n", b"\r\n")
-    assert parsed.managed_peers == (_peer(0), _peer(1))
+    assert parsed.blocks == (_peer(0), _peer(1))
 
 
 @pytest.mark.parametrize("character", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028"])
@@ -553,12 +554,12 @@ def test_taking_apart_and_putting_together_changes_nothing_more(text: bytes, num
         once = parse(text)
     except InvalidConfigError:
         return
-    for peers in (once.managed_peers, tuple(map(_peer, numbers))):
+    for peers in (once.blocks, tuple(map(_peer, numbers))):
         again = parse(render(once.foreign, peers))
         assert again.foreign == once.foreign
         assert again.foreign_stripped == once.foreign_stripped
         assert again.foreign_peers == once.foreign_peers
-        assert again.managed_peers == peers
+        assert again.blocks == peers
         assert again.private_key.reveal() == once.private_key.reveal()
 
 
@@ -587,7 +588,7 @@ def test_blocks_that_are_taken_off_at_once_are_what_they_are_line_by_line(  # no
             found = parse(text)
         except InvalidConfigError as exc:
             return str(exc)
-        read = (found.foreign, found.foreign_stripped, found.foreign_peers, found.managed_peers)
+        read = (found.foreign, found.foreign_stripped, found.foreign_peers, found.blocks)
         return read, found.private_key.reveal()
 
     at_once = outcome()
@@ -612,7 +613,7 @@ def test_what_an_operator_wrote_comes_back_byte_for_byte(
         return
     parsed = parse(render(foreign, [peer]))
     assert parsed.foreign == foreign
-    assert parsed.managed_peers == (peer,)
+    assert parsed.blocks == (peer,)
 
 
 # The file
@@ -621,7 +622,7 @@ def test_what_an_operator_wrote_comes_back_byte_for_byte(
 def test_hundred_peers_come_and_go_and_the_operators_bytes_stay(
     config: Path, manager: WireGuardConfigManager
 ) -> None:
-    peers: dict[int, ManagedPeer] = {}
+    peers: dict[int, PeerBlock] = {}
     for step in range(100):
         number = step * 7 % 40
         if number in peers:
@@ -657,7 +658,7 @@ def test_stripped_text_is_the_one_that_strip_makes_of_the_file(
     stripped = manager.render_stripped(peers)
     assert stripped == strip(config.read_bytes())
     assert b"PostUp" not in stripped
-    assert manager.managed_peers == tuple(peers)
+    assert manager.blocks == tuple(peers)
 
 
 def test_first_look_is_taken_when_somebody_asks(config: Path, manager: WireGuardConfigManager) -> None:
@@ -683,7 +684,7 @@ def test_the_file_is_rendered_the_same_whatever_came_and_went(
         peers = list(map(_peer, sorted(numbers) if comes_to_the_end else numbers))
         manager.write(peers)
         assert config.read_bytes() == render(_OPERATORS, peers)
-        assert manager.managed_peers == tuple(peers)
+        assert manager.blocks == tuple(peers)
 
 
 @pytest.mark.parametrize("settle", [True, False])
@@ -709,7 +710,7 @@ def test_refresh_says_whether_the_operators_part_is_new(
     assert not manager.refresh()
     config.write_bytes(render(_OPERATORS, [_peer(0)]))
     assert not manager.refresh()
-    assert manager.managed_peers == (_peer(0),)
+    assert manager.blocks == (_peer(0),)
     other = WireGuardPrivateKey(bytes([99] * 32))
     config.write_bytes(_OPERATORS.replace(_PRIVATE.encode(), other.reveal().encode(), 1))
     assert manager.refresh()
@@ -880,7 +881,7 @@ def test_failed_replacement_leaves_the_old_file_and_nothing_else(
                 manager.write([_peer(0), _peer(1)])
     assert config.read_bytes() == _OPERATORS + _block(0)
     assert list(config.parent.iterdir()) == [config]
-    assert manager.managed_peers == (_peer(0),)
+    assert manager.blocks == (_peer(0),)
     assert manager.write([_peer(0), _peer(1)])
 
 
@@ -899,7 +900,7 @@ def test_directory_that_cannot_be_made_durable_is_said_and_the_file_is_known_to_
         patch.setattr(os, "fsync", fail_for_directory)
         with pytest.raises(HubUpdateError, match="Input/output error"):
             manager.write([_peer(0)])
-    assert manager.managed_peers == (_peer(0),)
+    assert manager.blocks == (_peer(0),)
     assert config.read_bytes() == _OPERATORS + _block(0)
 
 
@@ -957,7 +958,7 @@ def test_reader_sees_whole_files_only(config: Path, manager: WireGuardConfigMana
     def read() -> None:
         while not stop.is_set():
             try:
-                seen.add(len(parse(config.read_bytes()).managed_peers))
+                seen.add(len(parse(config.read_bytes()).blocks))
             except Exception as exc:  # noqa: BLE001 - whatever it is, it's what the test looks for
                 problems.append(exc)
 
@@ -1008,12 +1009,12 @@ def test_leftover_of_a_real_writer_has_the_name_that_is_looked_for(
 def test_peer_is_added_replaced_and_removed(config: Path, manager: WireGuardConfigManager) -> None:
     manager.add_peer(_KEYS[0], ["10.0.0.2/32"])
     manager.add_peer(_KEYS[1], ["10.0.0.3"], None, 25, label="node-1")
-    assert manager.managed_peers == (
-        ManagedPeer("manual", _KEYS[0], IPv4Address("10.0.0.2")),
+    assert manager.blocks == (
+        block("manual", _KEYS[0], "10.0.0.2"),
         _peer(1),
     )
     manager.add_peer(_KEYS[0], ["10.0.0.9/32"], persistent_keepalive=0)
-    assert [str(peer.address) for peer in manager.managed_peers] == ["10.0.0.3", "10.0.0.9"]
+    assert [peer.allowed_ips for peer in manager.blocks] == [networks("10.0.0.3"), networks("10.0.0.9")]
     assert manager.remove_peer(_KEYS[0])
     assert not manager.remove_peer(_KEYS[0])
     assert not manager.remove_peer(_KEYS[30])

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from ipaddress import IPv4Address
 from typing import Protocol
 
 from backend.errors import ProvisioningError
@@ -13,7 +12,6 @@ from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
 from backend.models.access.nonces import Nonce
 from backend.models.wireguard.interface_state import InterfaceState
-from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.peer import Peer
 from backend.models.wireguard.provisioning import ProvisioningRecord
 from backend.services.hub.drift import Drift
@@ -228,13 +226,11 @@ class Hub(Protocol):
     def live(self) -> bool:
         """False where only the file is kept, so that nothing is said about an interface."""
 
-    def change(
-        self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
-    ) -> Callable[[], None]:
-        """Begin to bring peers in, each with its one address, and to take others out; touch nothing else.
+    def change(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], None]:
+        """Start to add peers with their AllowedIPs, and to remove others; change nothing else.
 
-        It may be asked for what is so already. What is returned waits for the end, and has to be called once;
-        it and this raise HubUpdateError.
+        A peer that is added may be there already, one that is removed may be gone. Returns a function that
+        waits for the end and has to be called once. Both raise HubUpdateError.
         """
 
     def close(self) -> None:

@@ -25,8 +25,8 @@ from backend.services.hub.config_text import (
     ForeignPeer,
     HubKeyError,
     InvalidConfigError,
-    ManagedPeer,
     ParsedConfig,
+    PeerBlock,
     parse,
     render,
 )
@@ -39,7 +39,7 @@ from backend.services.hub.staged_file import (
     try_directory,
 )
 
-__all__ = ["ForeignPeer", "ManagedPeer", "WireGuardConfigManager"]
+__all__ = ["ForeignPeer", "PeerBlock", "WireGuardConfigManager"]
 
 _ATTEMPTS: Final = 5
 # What a batch may add to the file, and a block for the directory.
@@ -69,7 +69,7 @@ class _Version:
 class StagedConfig:
     """What the file is to hold, and the text that it was rendered from; nothing is replaced yet."""
 
-    peers: tuple[ManagedPeer, ...]
+    peers: tuple[PeerBlock, ...]
     text: bytes = field(repr=False)
     before: bytes = field(repr=False)
     # None where the file has that text already.
@@ -133,9 +133,9 @@ class WireGuardConfigManager:
         return self._known().config.foreign_peers
 
     @property
-    def managed_peers(self) -> tuple[ManagedPeer, ...]:
+    def blocks(self) -> tuple[PeerBlock, ...]:
         """Our peers, as last found or written; a damaged block is none."""
-        return self._known().config.managed_peers
+        return self._known().config.blocks
 
     @property
     def foreign_stripped(self) -> bytes:
@@ -152,7 +152,7 @@ class WireGuardConfigManager:
             config.listen_port,
             config.fwmark,
             config.foreign_peers,
-            config.managed_peers,
+            config.blocks,
         )
 
     @property
@@ -175,7 +175,7 @@ class WireGuardConfigManager:
             after = self._refresh()
         return before is None or after.config.foreign != before.config.foreign
 
-    def write(self, peers: Collection[ManagedPeer]) -> bool:
+    def write(self, peers: Collection[PeerBlock]) -> bool:
         """Make the file hold these peers of ours; return whether it had to be replaced.
 
         Raises ConfigFileError if an operator has to mend the file first, HubUpdateError if it can't be
@@ -184,7 +184,7 @@ class WireGuardConfigManager:
         with self._lock:
             return self._write(tuple(peers))
 
-    def stage(self, peers: Collection[ManagedPeer], executor: Executor | None = None) -> StagedConfig:
+    def stage(self, peers: Collection[PeerBlock], executor: Executor | None = None) -> StagedConfig:
         """Write and sync, beside the file, what is to replace it; raise ConfigFileError or HubUpdateError.
 
         The file is what it was. Either `put_in_place` or `discard` has to follow. With an executor it is
@@ -215,7 +215,7 @@ class WireGuardConfigManager:
         except OSError as exc:
             raise self._not_replaced(exc) from exc
 
-    def render_stripped(self, peers: Collection[ManagedPeer]) -> bytes:
+    def render_stripped(self, peers: Collection[PeerBlock]) -> bytes:
         """Return the text for `wg syncconf`: the foreign part as last found, and these peers of ours."""
         return render(self._known().config.foreign_stripped, peers)
 
@@ -262,7 +262,7 @@ class WireGuardConfigManager:
             )
         with self._lock:
             config = self._refresh().config
-            self._reload(render(config.foreign_stripped, config.managed_peers))
+            self._reload(render(config.foreign_stripped, config.blocks))
         return True
 
     def validate_config(self) -> Literal[True]:
@@ -334,13 +334,13 @@ class WireGuardConfigManager:
                     raise self._not_replaced(exc) from exc
             raise self._never_still()
 
-    def _write(self, peers: tuple[ManagedPeer, ...]) -> bool:
+    def _write(self, peers: tuple[PeerBlock, ...]) -> bool:
         replaced = self._put_in_place(self._stage(peers))
         if replaced:
             self.sync_directory()
         return replaced
 
-    def _stage(self, peers: tuple[ManagedPeer, ...], executor: Executor | None = None) -> StagedConfig:
+    def _stage(self, peers: tuple[PeerBlock, ...], executor: Executor | None = None) -> StagedConfig:
         for _ in range(_ATTEMPTS):
             known = self._refresh()
             text = _rendered(known, peers)
@@ -376,7 +376,7 @@ class WireGuardConfigManager:
 
     def _note_replaced(self, known: _Version, staged: StagedConfig, file: StagedFile) -> None:
         # Before the directory is made durable: the file is the new one from here on.
-        config = replace(known.config, managed_peers=staged.peers)
+        config = replace(known.config, blocks=staged.peers)
         self._version = _Version(
             staged.text, file.identity, file.settled, config, known.hub_public_key, as_rendered=True
         )
@@ -389,16 +389,16 @@ class WireGuardConfigManager:
         return HubUpdateError(f"{self.path} could not be replaced: another program keeps changing it")
 
 
-def _rendered(known: _Version, peers: tuple[ManagedPeer, ...]) -> bytes:
+def _rendered(known: _Version, peers: tuple[PeerBlock, ...]) -> bytes:
     """Return the file's text with these peers of ours; by what is there, where some only came or one went."""
-    before = known.config.managed_peers
+    before = known.config.blocks
     if known.as_rendered and peers[: len(before)] == before:
-        return b"".join([known.text, *(peer.block for peer in peers[len(before) :])])
+        return b"".join([known.text, *(peer.text for peer in peers[len(before) :])])
     if known.as_rendered and len(peers) == len(before) - 1:
         # Up to the one that went they are the same, and from there on none is.
         gone = bisect_left(range(len(peers)), 1, key=lambda n: peers[n] is not before[n])
         if peers[:gone] == before[:gone] and peers[gone:] == before[gone + 1 :]:
-            return known.text.replace(before[gone].block, b"", 1)
+            return known.text.replace(before[gone].text, b"", 1)
     return render(known.config.foreign, peers)
 
 

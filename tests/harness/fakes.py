@@ -1,17 +1,17 @@
 """Doubles with behaviour, for unit tests; each satisfies the Protocol that the real thing does."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from ipaddress import IPv4Address
 
 from backend.errors import HubUpdateError, OvertakenError, RecordsUnavailableError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
-from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from backend.models.wireguard.keys import WireGuardPrivateKey
+from backend.models.wireguard.peer import Peer
 from backend.services.hub.drift import Drift
 from backend.services.ports import (
     AccessStore,
@@ -54,16 +54,15 @@ class FakeHub:
         """Make the interface anew, without peers."""
         self._up, self.table, self._index = True, {}, self._index + 1
 
-    def change(
-        self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
-    ) -> Callable[[], None]:
+    def change(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], None]:
         self.changes += 1
         self._fail_if_it_must()
 
         def end() -> None:
-            self.table = {key: allowed for key, allowed in self.table.items() if key not in set(removed)}
-            for key, address in added.items():
-                self._give(key, frozenset({f"{address}/32"}))
+            for peer in removed:
+                self.table.pop(peer.wireguard_public_key, None)
+            for peer in added:
+                self._give(peer.wireguard_public_key, frozenset(map(str, peer.allowed_ips)))
             if self.takes_it_but_fails:
                 raise HubUpdateError("killed")
 

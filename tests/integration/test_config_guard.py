@@ -10,10 +10,11 @@ import pytest
 
 from backend.adapters.host.config_guard import ConfigGuard
 from backend.errors import ConfigFileError, InUseError
-from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from backend.services.wireguard_config_manager import ManagedPeer, WireGuardConfigManager
+from backend.models.wireguard.keys import WireGuardPrivateKey
+from backend.services.wireguard_config_manager import PeerBlock, WireGuardConfigManager
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
+from tests.harness.peers import block
 from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import in_file
@@ -25,8 +26,8 @@ StartService = Callable[..., ServiceProcess]
 STRANGER = 54321
 
 
-def peer(number: int) -> ManagedPeer:
-    return ManagedPeer(f"node-{number}", WireGuardKey.parse(new_key()), IPv4Address("10.0.0.2") + number)
+def peer(number: int) -> PeerBlock:
+    return block(f"node-{number}", new_key(), IPv4Address("10.0.0.2") + number)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +21,8 @@ from backend.adapters.wireguard import link
 from backend.adapters.wireguard.link import InterfaceState
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.wireguard_config_manager import ManagedPeer, WireGuardConfigManager
+from backend.services.wireguard_config_manager import WireGuardConfigManager
+from tests.harness.peers import block
 from tests.harness.requests import new_key
 from tests.harness.wireguard import HubInterface
 
@@ -148,7 +149,7 @@ def test_init_says_why_it_could_not_write(tmp_path: Path) -> None:
 def test_up_makes_an_interface_with_the_configs_key_port_and_peers(hub: Hub) -> None:
     manager = WireGuardConfigManager(hub.config_path)
     key = WireGuardKey.parse(new_key())
-    manager.write([ManagedPeer("node-1", key, hub.address.ip + 1)])
+    manager.write([block("node-1", key, hub.address.ip + 1)])
     raised = link.up(hub.config_path, hub.address)
     assert raised.created
     assert wg(hub.name, "public-key") == manager.hub_public_key
@@ -294,7 +295,7 @@ def test_show_tells_what_the_file_and_the_interface_have(hub: Hub) -> None:
     assert (down.state, down.listen_port, down.peers_on_interface) == (InterfaceState.ABSENT, None, None)
     link.up(hub.config_path, hub.address)
     manager = WireGuardConfigManager(hub.config_path)
-    manager.write([ManagedPeer("node-1", WireGuardKey.parse(new_key()), IPv4Address("10.66.0.2"))])
+    manager.write([block("node-1", new_key(), "10.66.0.2")])
     up = link.show(hub.config_path)
     assert (up.state, up.listen_port) == (InterfaceState.OURS, hub.port)
     assert (up.peers_in_file, up.peers_on_interface) == (1, 0)

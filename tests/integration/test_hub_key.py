@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Interface
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,10 @@ from backend.adapters.wireguard import hub_key, link
 from backend.adapters.wireguard.hub_key import Consent
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
-from backend.services.wireguard_config_manager import ManagedPeer, WireGuardConfigManager
+from backend.services.wireguard_config_manager import WireGuardConfigManager
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
+from tests.harness.peers import block
 from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
@@ -218,7 +219,7 @@ def test_key_is_not_given_to_an_interface_with_none_of_the_hubs_peers(hub_interf
     theirs, ours = new_key(), WireGuardKey.parse(new_key())
     hub_interface.configure(f"{hub_interface.interface_section}[Peer]\nPublicKey = {theirs}\n")
     manager = WireGuardConfigManager(hub_interface.config_path)
-    manager.write([ManagedPeer("node-1", ours, IPv4Address("10.0.0.2"))])
+    manager.write([block("node-1", ours, "10.0.0.2")])
     with pytest.raises(HubUpdateError, match=r"none of those in .* isn't this hub's"):
         hub_key.replace(hub_interface.config_path, WireGuardKey.parse(public))
     assert hub_interface.show("private-key") == hub_interface.private_key

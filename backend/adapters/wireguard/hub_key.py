@@ -102,7 +102,7 @@ def replace(config_path: Path, stated_key: WireGuardKey | None) -> Replaced | No
     if old == new:
         return None
     peers = set(_show(name, "peers").split())
-    ours: set[str] = {peer.public_key for peer in manager.managed_peers}
+    ours: set[str] = {peer.public_key for peer in manager.blocks}
     ours.update(peer.public_key for peer in manager.foreign_peers)
     if peers and not peers & ours:
         raise HubUpdateError(

@@ -126,7 +126,7 @@ def up(config_path: Path, address: IPv4Interface, stated_key: WireGuardKey | Non
     routes = list(_foreign_routes(ip, name))
     state = _state(name, manager.hub_public_key)
     if state is InterfaceState.NEW:
-        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.render_stripped(manager.managed_peers))
+        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.render_stripped(manager.blocks))
         state = InterfaceState.OURS
     if state is InterfaceState.OURS:
         _set_up(ip, name)
@@ -141,7 +141,7 @@ def up(config_path: Path, address: IPv4Interface, stated_key: WireGuardKey | Non
     _require_free_port(config_path)
     _make_interface(ip, name)
     try:
-        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.render_stripped(manager.managed_peers))
+        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.render_stripped(manager.blocks))
         _set_up(ip, name)
         warnings = _give_address(ip, name, address, routes)
     except BaseException:
@@ -198,7 +198,7 @@ def show(
         public_key=manager.hub_public_key,
         state=state,
         listen_port=port,
-        peers_in_file=len(manager.managed_peers) + len(manager.foreign_peers),
+        peers_in_file=len(manager.blocks) + len(manager.foreign_peers),
         peers_on_interface=peers,
         problems=tuple(problems),
     )

@@ -1,6 +1,6 @@
 """The live interface, by `wg` (wg(8)); and the stand-in for where only the file is kept."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from ipaddress import IPv4Address
 from typing import Final
@@ -10,7 +10,7 @@ from backend.adapters.wireguard.host_link import HostLinks
 from backend.errors import HubUpdateError
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.interface_state import InterfaceState
-from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import Peer
 from backend.services.hub.drift import Drift
 
 # A batch may need three of them before it is given up: together less than a request waits for its answer.
@@ -35,22 +35,20 @@ class WgInterface:
         self._waiting: Future[programs.Running | None] | None = None
         self._executor = ThreadPoolExecutor(1, "hub-wg")
 
-    def change(
-        self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
-    ) -> Callable[[], None]:
-        """Bring peers in by `wg addconf`, or start one `wg set` where some go. No other peer notices it.
+    def change(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], None]:
+        """Add peers by `wg addconf`, or start one `wg set` where some are removed. No other peer notices it.
 
-        To start a program takes longer than what it does, so the next `wg addconf` waits for its input
-        already. It has touched nothing by then, and ends with this process.
+        A program takes longer to start than to do this, so the next `wg addconf` is started ahead and waits
+        for its input. It has changed nothing by then, and ends with this process.
         """
         waiting = None if removed else self._take_waiting()
         if waiting is None:
             running = self._start_set(added, removed)
         else:
             running = waiting
-            blocks = [f"[Peer]\nPublicKey={key}\nAllowedIPs={ip}/32\n" for key, ip in added.items()]
+            lines = (f"[Peer]\nPublicKey={p.wireguard_public_key}\nAllowedIPs={_allowed(p)}\n" for p in added)
             try:
-                running.feed("".join(blocks).encode("ascii"))
+                running.feed("".join(lines).encode("ascii"))
             except HubUpdateError:
                 running.kill()
                 running = self._start_set(added, removed)
@@ -78,14 +76,12 @@ class WgInterface:
         except HubUpdateError:
             return None  # `wg set` does it as well
 
-    def _start_set(
-        self, added: Mapping[WireGuardKey, IPv4Address], removed: Collection[WireGuardKey]
-    ) -> programs.Running:
+    def _start_set(self, added: Sequence[Peer], removed: Sequence[Peer]) -> programs.Running:
         arguments: list[str] = []
-        for key in removed:
-            arguments += ["peer", key, "remove"]
-        for key, address in added.items():
-            arguments += ["peer", key, "allowed-ips", f"{address}/32"]
+        for peer in removed:
+            arguments += ["peer", peer.wireguard_public_key, "remove"]
+        for peer in added:
+            arguments += ["peer", peer.wireguard_public_key, "allowed-ips", _allowed(peer)]
         return programs.start([self._wg, "set", self._name, *arguments], timeout=_TIMEOUT_SECONDS)
 
     def sync(self, stripped: bytes) -> None:
@@ -131,6 +127,10 @@ def _end(running: programs.Running) -> None:
     running.output()
 
 
+def _allowed(peer: Peer) -> str:
+    return ",".join(map(str, peer.allowed_ips))
+
+
 class FileOnly:
     """No interface at all, for WIREGUARD_RELOAD=off."""
 
@@ -138,8 +138,8 @@ class FileOnly:
 
     def change(
         self,
-        added: Mapping[WireGuardKey, IPv4Address],  # noqa: ARG002 - the port's
-        removed: Collection[WireGuardKey],  # noqa: ARG002 - the port's
+        added: Sequence[Peer],  # noqa: ARG002 - the port's
+        removed: Sequence[Peer],  # noqa: ARG002 - the port's
     ) -> Callable[[], None]:
         """Do nothing: only the file is kept."""
         return lambda: None

@@ -4,7 +4,7 @@ Requests, answers, rows of the records and blocks of wg0.conf are made from a `P
 one place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -45,4 +45,15 @@ class Peer:
     @property
     def allowed_ips(self) -> tuple[IPv4Network | IPv6Network, ...]:
         """The networks that `wg` accepts from the peer and routes to it (wg(8), AllowedIPs)."""
-        return (IPv4Network(self.address),)
+        # By its number: ipaddress would write an address out and read it again.
+        return (IPv4Network(int(self.address)),)
+
+
+def only_address(allowed_ips: Sequence[IPv4Network | IPv6Network]) -> IPv4Address | None:
+    """Return the address of a peer that has these AllowedIPs; None if no `Peer` can have them."""
+    if len(allowed_ips) != 1:
+        return None
+    (network,) = allowed_ips
+    if not isinstance(network, IPv4Network) or network.prefixlen != network.max_prefixlen:
+        return None
+    return network.network_address

@@ -16,21 +16,21 @@ of them, in a section that the service keeps like an operator's and hands out no
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network
 from typing import Final, Self
 
 from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, canonical_spelling
-from backend.services.hub.config_text import InvalidConfigError, ManagedPeer, ParsedConfig, parse
+from backend.models.wireguard.peer import only_address
+from backend.services.hub.config_text import InvalidConfigError, ParsedConfig, PeerBlock, parse
 from backend.services.hub.config_values import allowed_ip, check_endpoint
 
-_ADDRESS_BITS: Final = 32
 _SECTION: Final = (
     rb"\n# wireguard-provisioning: added peer [A-Za-z0-9_-]{1,128}\n\[Peer\]\nPublicKey = %s\n"
     rb"AllowedIPs = [0-9A-Fa-f:./, ]+\n(?:Endpoint = [^\n]+\n)?(?:PersistentKeepalive = [0-9]+\n)?"
 )
 
 # The foreign text and the blocks of ours that a file is to hold.
-Content = tuple[bytes, tuple[ManagedPeer, ...]]
+Content = tuple[bytes, tuple[PeerBlock, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +60,15 @@ class NewPeer:
             check_endpoint(endpoint.encode())
         key = WireGuardKey.parse(public_key)
         # A block of ours checks label and keepalive.
-        ManagedPeer(label, key, IPv4Address(0), persistent_keepalive)
+        PeerBlock.make(label, key, (), persistent_keepalive)
         return cls(label, key, tuple(networks), endpoint, persistent_keepalive)
 
     @property
-    def managed(self) -> ManagedPeer | None:
+    def block(self) -> PeerBlock | None:
         """The same as a block of ours, if it can be one."""
-        network = self.allowed_ips[0]
-        if self.endpoint is not None or len(self.allowed_ips) > 1:
+        if self.endpoint is not None or only_address(self.allowed_ips) is None:
             return None
-        if not isinstance(network, IPv4Network) or network.prefixlen != _ADDRESS_BITS:
-            return None
-        return ManagedPeer(self.label, self.public_key, network.network_address, self.persistent_keepalive)
+        return PeerBlock.make(self.label, self.public_key, self.allowed_ips, self.persistent_keepalive)
 
     @property
     def section(self) -> bytes:
@@ -98,26 +95,26 @@ def with_peer(config: ParsedConfig, hub_public_key: WireGuardKey, peer: NewPeer)
     """
     if peer.public_key == hub_public_key:
         raise ValueError("that is the hub's own key: `wg` would leave the peer out without a word")
-    foreign, managed = without_peer(config, peer.public_key) or (config.foreign, config.managed_peers)
+    foreign, managed = without_peer(config, peer.public_key) or (config.foreign, config.blocks)
     others = config.foreign_peers if foreign == config.foreign else parse(foreign).foreign_peers
     if any(canonical_spelling(other.public_key) == peer.public_key for other in others):
         raise ValueError("a hand-made peer has that key")
-    held: set[IPv4Network | IPv6Network] = {IPv4Network(other.address) for other in managed}
+    held = {network for block in managed for network in block.allowed_ips}
     held.update(network for other in others for network in other.allowed_ips)
     for network in peer.allowed_ips:
         if network in held:
             raise ValueError(f"{network} belongs to another peer")
-    ours = peer.managed
-    if ours is not None:
-        return foreign, (*managed, ours)
+    block = peer.block
+    if block is not None:
+        return foreign, (*managed, block)
     return foreign + peer.section, managed
 
 
 def without_peer(config: ParsedConfig, public_key: str) -> Content | None:
     """Return what the file holds without a peer that was added or is ours; None if there is none."""
-    left = tuple(peer for peer in config.managed_peers if peer.public_key != public_key)
+    left = tuple(peer for peer in config.blocks if peer.public_key != public_key)
     foreign = _without_section(config, public_key)
-    if foreign is None and len(left) == len(config.managed_peers):
+    if foreign is None and len(left) == len(config.blocks):
         return None
     return config.foreign if foreign is None else foreign, left
 

@@ -19,10 +19,11 @@ peers claim one address `wg` gives it to the later one, which has to be ours.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
-from typing import Final
+from ipaddress import IPv4Network, IPv6Network
+from typing import Final, NamedTuple, Self
 
 from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, WireGuardPrivateKey
+from backend.models.wireguard.peer import Peer, only_address
 from backend.services.hub.config_sections import InterfaceSection, PeerSection, Section
 from backend.services.hub.config_values import (
     UINT16_MAX,
@@ -35,8 +36,8 @@ __all__ = [
     "ForeignPeer",
     "HubKeyError",
     "InvalidConfigError",
-    "ManagedPeer",
     "ParsedConfig",
+    "PeerBlock",
     "parse",
     "render",
     "strip",
@@ -51,7 +52,7 @@ _MARKER: Final = re.compile(re.escape(_MARKER_START) + rb"([A-Za-z0-9_-]{1,128})
 _LABEL: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _KEY: Final = re.compile(KEY_PATTERN)
 _BLOCK: Final = re.compile(
-    rb"\n%s([A-Za-z0-9_-]{1,128})\n\[Peer\]\nPublicKey = (%s)\nAllowedIPs = ([0-9.]{7,15})/32\n"
+    rb"\n%s([A-Za-z0-9_-]{1,128})\n\[Peer\]\nPublicKey = (%s)\nAllowedIPs = ([0-9.]{7,15}/[0-9]{2})\n"
     rb"(?:PersistentKeepalive = (0|[1-9][0-9]{0,4})\n)?"
     % (re.escape(_MARKER_START), KEY_PATTERN[1:-1].encode())
 )
@@ -61,35 +62,44 @@ _QUICK_KEYS: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ManagedPeer:
-    """One of our peers. `persistent_keepalive` is in seconds, 0 to 65535."""
+class PeerBlock(NamedTuple):
+    """One of our blocks. `persistent_keepalive` is in seconds, 0 to 65535."""
 
     label: str
     public_key: WireGuardKey
-    address: IPv4Address
-    persistent_keepalive: int | None = None
-    # Rendered once: a file of ten thousand peers is written for each that comes or goes.
-    block: bytes = field(init=False, repr=False, compare=False)
+    allowed_ips: tuple[IPv4Network | IPv6Network, ...]
+    persistent_keepalive: int | None
+    # Rendered once: the file of ten thousand peers is written each time one of them is added or removed.
+    text: bytes
 
-    def __post_init__(self) -> None:
+    @classmethod
+    def of(cls, peer: Peer) -> Self:
+        """Make the block of a peer. Without keepalive: a node behind NAT sends them itself."""
+        return cls.make(peer.node_id, peer.wireguard_public_key, peer.allowed_ips)
+
+    @classmethod
+    def make(
+        cls,
+        label: str,
+        public_key: WireGuardKey,
+        allowed_ips: tuple[IPv4Network | IPv6Network, ...],
+        persistent_keepalive: int | None = None,
+    ) -> Self:
+        """Check every value and render the block; raise ValueError."""
         # A newline that reaches the file is a hook that wg-quick runs as root, so nothing is taken on trust.
-        if _LABEL.fullmatch(self.label) is None:
+        if _LABEL.fullmatch(label) is None:
             raise ValueError("a managed peer's label is 1 to 128 letters, digits, underscores and hyphens")
-        if _KEY.fullmatch(self.public_key) is None:
+        if _KEY.fullmatch(public_key) is None:
             raise ValueError("a managed peer's key is not the canonical base64 of 32 bytes")
-        lines = [
-            "",
-            f"# wireguard-provisioning: managed peer {self.label}",
-            "[Peer]",
-            f"PublicKey = {self.public_key}",
-            f"AllowedIPs = {self.address}/32",
-        ]
-        if self.persistent_keepalive is not None:
-            if not 0 <= self.persistent_keepalive <= UINT16_MAX:
+        text = (
+            f"\n# wireguard-provisioning: managed peer {label}\n[Peer]\nPublicKey = {public_key}\n"
+            f"AllowedIPs = {', '.join(map(str, allowed_ips))}\n"
+        )
+        if persistent_keepalive is not None:
+            if not 0 <= persistent_keepalive <= UINT16_MAX:
                 raise ValueError(f"PersistentKeepalive is 0 to {UINT16_MAX} seconds")
-            lines.append(f"PersistentKeepalive = {self.persistent_keepalive:d}")
-        object.__setattr__(self, "block", "\n".join([*lines, ""]).encode())
+            text += f"PersistentKeepalive = {persistent_keepalive:d}\n"
+        return cls(label, public_key, allowed_ips, persistent_keepalive, text.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +122,7 @@ class ParsedConfig:
     private_key: WireGuardPrivateKey
     foreign_peers: tuple[ForeignPeer, ...]
     # Without blocks that somebody has damaged.
-    managed_peers: tuple[ManagedPeer, ...]
+    blocks: tuple[PeerBlock, ...]
     # None where the file names no port, so that `wg` takes any.
     listen_port: int | None = None
     # 0 for none.
@@ -145,46 +155,45 @@ def parse(text: bytes) -> ParsedConfig:
         foreign_stripped=b"".join(reader.stripped),
         private_key=private_key,
         foreign_peers=foreign_peers,
-        managed_peers=(*(peer for peer in managed if peer is not None), *behind),
+        blocks=(*(peer for peer in managed if peer is not None), *behind),
         listen_port=reader.listen_port,
         fwmark=reader.fwmark,
     )
 
 
-def render(foreign: bytes, peers: Iterable[ManagedPeer]) -> bytes:
+def render(foreign: bytes, peers: Iterable[PeerBlock]) -> bytes:
     """Put our blocks behind foreign text, be it raw or stripped."""
-    return b"".join([foreign, *(peer.block for peer in peers)])
+    return b"".join([foreign, *(peer.text for peer in peers)])
 
 
 def strip(text: bytes) -> bytes:
     """Return the text for `wg syncconf`, as `wg-quick strip` would; raise InvalidConfigError."""
     parsed = parse(text)
-    return render(parsed.foreign_stripped, parsed.managed_peers)
+    return render(parsed.foreign_stripped, parsed.blocks)
 
 
-def _take_off_blocks(text: bytes) -> tuple[bytes, list[ManagedPeer]]:
+def _take_off_blocks(text: bytes) -> tuple[bytes, list[PeerBlock]]:
     """Tell the foreign text from our blocks where the file is just as we write it.
 
     It nearly always is, and then there is nothing to be looked at line by line. Where anything else stands
     between or behind our blocks, all of the text is returned as it is.
     """
-    peers: list[ManagedPeer] = []
+    peers: list[PeerBlock] = []
     start = position = text.find(b"\n" + _MARKER_START)
     while 0 <= position < len(text):
         block = _BLOCK.match(text, position)
         if block is None:
             return text, []
-        label, key, address, keepalive = block.groups()
+        label, key, network, keepalive = block.groups()
         try:
-            peer = ManagedPeer(
-                label.decode(),
-                WireGuardKey.parse_written(key.decode()),
-                IPv4Address(address.decode()),
-                None if keepalive is None else int(keepalive),
-            )
+            allowed_ips = (IPv4Network(network.decode()),)
+            parsed = WireGuardKey.parse_written(key.decode())
         except ValueError:
             return text, []
-        peers.append(peer)
+        seconds = None if keepalive is None else int(keepalive)
+        if only_address(allowed_ips) is None or (seconds or 0) > UINT16_MAX:
+            return text, []
+        peers.append(PeerBlock(label.decode(), parsed, allowed_ips, seconds, block[0]))
         position = block.end()
     return (text[:start] if peers else text), peers
 
@@ -334,7 +343,7 @@ class _ForeignReader:
         raise InvalidConfigError("a section other than [Interface] and [Peer]")
 
 
-def _managed_peer(label: str, lines: Iterable[bytes]) -> ManagedPeer | None:
+def _managed_peer(label: str, lines: Iterable[bytes]) -> PeerBlock | None:
     """Read one of our blocks; None if it isn't one that we could have written."""
     section = PeerSection(0)
     try:
@@ -343,9 +352,6 @@ def _managed_peer(label: str, lines: Iterable[bytes]) -> ManagedPeer | None:
         public_key = WireGuardKey.parse_written(section.public_key or "")
     except ValueError:
         return None
-    if len(section.allowed_ips) != 1:
+    if only_address(section.allowed_ips) is None:
         return None
-    (network,) = section.allowed_ips
-    if not isinstance(network, IPv4Network) or network.num_addresses != 1:
-        return None
-    return ManagedPeer(label, public_key, network.network_address, section.persistent_keepalive)
+    return PeerBlock.make(label, public_key, tuple(section.allowed_ips), section.persistent_keepalive)

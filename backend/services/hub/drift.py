@@ -8,7 +8,7 @@ from ipaddress import IPv4Network, IPv6Network
 
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.hub.config_text import ForeignPeer, ManagedPeer
+from backend.services.hub.config_text import ForeignPeer, PeerBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +19,13 @@ class DesiredInterface:
     listen_port: int | None
     fwmark: int
     operators_peers: Collection[ForeignPeer]
-    managed_peers: Collection[ManagedPeer]
+    blocks: Collection[PeerBlock]
 
     @property
     def text_keys(self) -> set[str]:
         """Every key that the file names."""
         keys = {peer.public_key for peer in self.operators_peers}
-        keys.update(peer.public_key for peer in self.managed_peers)
+        keys.update(peer.public_key for peer in self.blocks)
         return keys
 
 
@@ -80,9 +80,9 @@ def _wanted(desired: DesiredInterface) -> dict[str, InterfacePeer]:
     """
     peers: dict[str, InterfacePeer] = {
         peer.public_key: InterfacePeer(
-            frozenset((f"{peer.address}/32",)), persistent_keepalive=peer.persistent_keepalive or 0
+            frozenset(map(_cidr, peer.allowed_ips)), persistent_keepalive=peer.persistent_keepalive or 0
         )
-        for peer in desired.managed_peers
+        for peer in desired.blocks
     }
     if not desired.operators_peers:
         return peers
@@ -91,7 +91,8 @@ def _wanted(desired: DesiredInterface) -> dict[str, InterfacePeer]:
     owners: dict[IPv4Network | IPv6Network, str] = {}
     for operators in desired.operators_peers:
         owners.update(dict.fromkeys(operators.allowed_ips, operators.public_key))
-    owners.update({IPv4Network(peer.address): peer.public_key for peer in desired.managed_peers})
+    for peer in desired.blocks:
+        owners.update(dict.fromkeys(peer.allowed_ips, peer.public_key))
     for operators in desired.operators_peers:
         key = operators.public_key
         if named[key] > 1 or key in peers or key == desired.public_key:

@@ -1,7 +1,7 @@
 """What the peers hold that an operator wrote into wg0.conf by hand."""
 
-from collections.abc import Mapping, Sequence
-from ipaddress import IPv4Address, IPv4Network
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Network
 
 from backend.errors import AddressTakenError, KeyTakenError, ProvisioningError
 from backend.models.wireguard.keys import WireGuardKey, canonical_spelling
@@ -46,11 +46,12 @@ class HandMadePeers:
         """Say whether one of them has this key, which is one that `parse` takes, in whichever spelling."""
         return key in self._keys
 
-    def share(self, ours: Mapping[WireGuardKey, IPv4Address]) -> bool:
+    def share(self, ours: Iterable[Peer]) -> bool:
         """Say whether one of them has the key or the address of one of these peers of ours, too."""
         return any(
-            canonical_spelling(key) in self._keys or self._pool.is_external(address)
-            for key, address in ours.items()
+            canonical_spelling(peer.wireguard_public_key) in self._keys
+            or self._pool.is_external(peer.address)
+            for peer in ours
         )
 
     def conflict(self, peer: Peer) -> ProvisioningError | None:

@@ -10,13 +10,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from ipaddress import IPv4Address, IPv4Network
 
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.models.operator_commands import command
 from backend.models.wireguard.keys import WireGuardKey
-from backend.models.wireguard.peer import UNRECORDED_PUBLIC_KEY, Peer
+from backend.models.wireguard.peer import UNRECORDED_PUBLIC_KEY, Peer, only_address
 from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.mark import HubMark, Mark
 from backend.services.hub.removal_guard import HubPeer, RemovalGuard, fingerprint, stepped_back
@@ -43,7 +42,7 @@ def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer], at: datetime) -> A
     addresses = {peer.address for peer in recorded}
     adoption = Adoption([], [])
     for peer in reversed(list(found)):
-        address = _only_address(peer)
+        address = only_address(peer.allowed_ips)
         try:
             key = WireGuardKey.parse_written(peer.public_key)
         except ValueError:
@@ -196,17 +195,6 @@ class HubHistory:
         if self._journal.durable:
             # From here on these are the records that the next ones are held against.
             self._raise_mark(reached, self._journal.hub_status().audit_head)
-
-
-def _only_address(peer: HubPeer) -> IPv4Address | None:
-    """Return the one IPv4 address that a peer of ours has, or None."""
-    try:
-        networks = [IPv4Network(text) for text in peer.allowed_ips]
-    except ValueError:
-        return None
-    if len(networks) != 1 or networks[0].num_addresses != 1:
-        return None
-    return networks[0].network_address
 
 
 def _now() -> datetime:

@@ -2,12 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import IPv4Address
 from threading import Lock
 from typing import Final
 
@@ -15,14 +14,13 @@ from backend.errors import HubUpdateError, RecordsUnavailableError
 from backend.models.access.audit import AuditAction
 from backend.models.operator_commands import bring_up, command, put_key_back
 from backend.models.wireguard.interface_state import InterfaceState
-from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.peer import Peer
 from backend.services.hub.drift import Drift, compare
 from backend.services.hub.hand_made_peers import HandMadePeers
-from backend.services.hub.prepared_changes import PreparedChanges, managed
+from backend.services.hub.prepared_changes import PreparedChanges
 from backend.services.hub.removal_guard import FoundPeers, RemovalGuard
 from backend.services.ports import Change, Hub
-from backend.services.wireguard_config_manager import ManagedPeer, WireGuardConfigManager
+from backend.services.wireguard_config_manager import PeerBlock, WireGuardConfigManager
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +44,6 @@ def _told(end: Callable[[], None]) -> bool:
 def _not_told(exc: HubUpdateError) -> bool:
     log.warning("change_failed", extra={"reason": str(exc), "next": "syncconf"})
     return False
-
-
-_NONE: Final[Mapping[WireGuardKey, IPv4Address]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +80,7 @@ class HubMirror:
         self._noted_foreign: bytes | None = None
         # Guards _peers and orders everything that is done to file and interface. Held across their I/O.
         self._lock = Lock()
-        self._peers: dict[str, ManagedPeer] = {}
+        self._peers: dict[str, PeerBlock] = {}
         # The interface that is known to equal _peers and the rest of the file, or None while there is none.
         self._confirmed: _Seen | None = None
         # When the interface was last compared with all of the file, how long that took, and whether it was
@@ -117,7 +112,7 @@ class HubMirror:
     def assume(self, peers: Iterable[Peer]) -> None:
         """Take these peers as the truth from here on."""
         with self._lock:
-            self._peers = {peer.node_id: managed(peer) for peer in peers}
+            self._peers = {peer.node_id: PeerBlock.of(peer) for peer in peers}
             self._confirmed = None
             # Known before the first request, whatever becomes of the reconciliation.
             self._note_foreign()
@@ -229,7 +224,7 @@ class HubMirror:
         with self._lock:
             try:
                 self._config.refresh()
-                if self._config.managed_peers != tuple(self._peers.values()):
+                if self._config.blocks != tuple(self._peers.values()):
                     self._notice(AuditAction.CONFIG_EDITED, "our own blocks")
                     return False
                 if not self._hub.live:
@@ -271,11 +266,11 @@ class HubMirror:
         if unseen is not None:
             # The file is right all the same: the hub boots from it.
             raise unseen
-        self._finish(_NONE, _NONE, replaced=replaced, inspected=actual is not None)
+        self._finish((), (), replaced=replaced, inspected=actual is not None)
 
     def _found(self, actual: InterfaceState | None) -> FoundPeers:
         operators_keys = {peer.public_key for peer in self._config.foreign_peers}
-        return FoundPeers.of(self._config.managed_peers, actual, operators_keys)
+        return FoundPeers.of(self._config.blocks, actual, operators_keys)
 
     def _inspect(self) -> InterfaceState | None:
         """Return what the interface has, None where there is none; raise HubUpdateError for another's."""
@@ -296,8 +291,8 @@ class HubMirror:
 
     def _finish(
         self,
-        added: Mapping[WireGuardKey, IPv4Address],
-        removed: Mapping[WireGuardKey, IPv4Address],
+        added: Sequence[Peer],
+        removed: Sequence[Peer],
         *,
         replaced: bool,
         inspected: bool = False,
@@ -328,9 +323,7 @@ class HubMirror:
         self._sync()
         self._confirmed = present
 
-    def _change(
-        self, added: Mapping[WireGuardKey, IPv4Address], removed: Mapping[WireGuardKey, IPv4Address]
-    ) -> Callable[[], bool]:
+    def _change(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], bool]:
         """Start `wg set` for these changes, where they are all that the interface lacks.
 
         It runs while the directory is synced. Returns a function that waits for it, and then returns False
@@ -345,7 +338,7 @@ class HubMirror:
             return lambda: True
         self._changed_since = True
         try:
-            end = self._hub.change(added, removed.keys())
+            end = self._hub.change(added, removed)
         except HubUpdateError as exc:
             return partial(_not_told, exc)
         return partial(_told, end)
@@ -372,12 +365,12 @@ class HubMirror:
         self._changed_since = False
         return drift
 
-    def _put_back(self, before: dict[str, ManagedPeer]) -> None:
+    def _put_back(self, before: dict[str, PeerBlock]) -> None:
         self._peers = before
         try:
             self._confirmed = None
             replaced = self._config.put_in_place(self._config.stage(before.values()))
-            self._finish(_NONE, _NONE, replaced=replaced)
+            self._finish((), (), replaced=replaced)
         except HubUpdateError as exc:
             # Not lost: heal() goes on trying, and nothing is acknowledged before it has succeeded.
             self._note_problem(str(exc))

@@ -7,13 +7,14 @@ peers were removed. What was removed on the record is known: the records keep a 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Final, Self
 
 from backend.errors import PausedError
 from backend.models.access.audit import PRUNED
 from backend.models.operator_commands import command
 from backend.models.wireguard.interface_state import InterfaceState
-from backend.services.hub.config_text import ManagedPeer
+from backend.services.hub.config_text import PeerBlock
 from backend.services.hub.mark import Mark
 from backend.services.ports import RecordedState
 
@@ -28,7 +29,7 @@ class HubPeer:
 
     public_key: str
     label: str | None
-    allowed_ips: frozenset[str]
+    allowed_ips: tuple[IPv4Network | IPv6Network, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +41,18 @@ class FoundPeers:
     @classmethod
     def of(
         cls,
-        managed: Sequence[ManagedPeer],
+        blocks: Sequence[PeerBlock],
         interface: InterfaceState | None,
         operators_keys: Collection[str],
     ) -> Self:
         """Take them from the file and, where there is one, the interface."""
         found: dict[str, HubPeer] = {
-            peer.public_key: HubPeer(peer.public_key, peer.label, frozenset({f"{peer.address}/32"}))
-            for peer in managed
+            peer.public_key: HubPeer(peer.public_key, peer.label, peer.allowed_ips) for peer in blocks
         }
         if interface is not None:
             for key, peer in interface.peers.items():
                 if key not in operators_keys and key not in found:
-                    found[key] = HubPeer(key, None, peer.allowed_ips)
+                    found[key] = HubPeer(key, None, tuple(map(ip_network, sorted(peer.allowed_ips))))
         return cls(tuple(found.values()))
 
     @property
