@@ -38,11 +38,11 @@ from backend.services.access.clerk import Clerk
 from backend.services.access.door import Door
 from backend.services.access.proving import ProofVerifier
 from backend.services.configurations import Configurations
-from backend.services.hub.hand_made_peers import HandMadePeers
 from backend.services.hub.history import HubHistory
 from backend.services.hub.hub_committer import HubCommitter
 from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.mark import HubMark
+from backend.services.hub.operator_peers import HandMadePeers
 from backend.services.hub.peer_limit import PeerLimit
 from backend.services.hub.quick_keys import require_address
 from backend.services.hub.removal_guard import RemovalGuard

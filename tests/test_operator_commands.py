@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from backend.models.operator_commands import VARIABLE, bring_up, command, put_key_back
-from backend.services.hub.hand_made_peers import HandMadePeers
 from backend.services.hub.hub_mirror import HubMirror
+from backend.services.hub.operator_peers import HandMadePeers
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from tests.harness.fakes import FakeHub

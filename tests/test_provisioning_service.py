@@ -22,11 +22,11 @@ from backend.services.access.clerk import Clerk
 from backend.services.access.door import Door
 from backend.services.configurations import Configurations
 from backend.services.hub import hub_committer, hub_mirror
-from backend.services.hub.hand_made_peers import HandMadePeers
 from backend.services.hub.history import HubHistory
 from backend.services.hub.hub_committer import HubCommitter
 from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.mark import HubMark
+from backend.services.hub.operator_peers import HandMadePeers
 from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.ports import Batch, Hub, Journal

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from backend.errors import RecordsUnavailableError
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.hub.hand_made_peers import HandMadePeers
 from backend.services.hub.hub_mirror import HubMirror
+from backend.services.hub.operator_peers import HandMadePeers
 from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.wireguard_config_manager import WireGuardConfigManager

@@ -8,7 +8,7 @@ from typing import Final
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.peer import Peer
 from backend.models.wireguard.provisioning import PERSISTENT_KEEPALIVE_SECONDS, PeerConfiguration
-from backend.services.hub.hand_made_peers import HandMadePeers
+from backend.services.hub.operator_peers import HandMadePeers
 
 # So many take well under a millisecond: whoever renders thousands lets others go on in between.
 _CHUNK: Final = 250

@@ -32,8 +32,8 @@ from backend.models.wireguard.provisioning import (
 from backend.services.access.door import Door
 from backend.services.access.idempotency import IdempotencyKey, RecentAnswers
 from backend.services.configurations import Configurations
-from backend.services.hub.hand_made_peers import HandMadePeers
 from backend.services.hub.hub_committer import HubCommitter
+from backend.services.hub.operator_peers import HandMadePeers
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.known_peers import is_same, may_know_address
 from backend.services.outcomes import after, fail, pass_on, succeed

@@ -18,9 +18,9 @@ from backend.errors import (
 )
 from backend.models.wireguard.peer import Peer
 from backend.services.batches import settle
-from backend.services.hub.hand_made_peers import HandMadePeers
 from backend.services.hub.history import HubHistory
 from backend.services.hub.hub_mirror import HubMirror
+from backend.services.hub.operator_peers import HandMadePeers
 from backend.services.hub.prepared_changes import PreparedChanges
 from backend.services.ports import Action, Batch, Change, Journal
 

@@ -16,7 +16,7 @@ from backend.models.operator_commands import bring_up, command, put_key_back
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.peer import Peer
 from backend.services.hub.drift import Drift, compare
-from backend.services.hub.hand_made_peers import HandMadePeers
+from backend.services.hub.operator_peers import HandMadePeers
 from backend.services.hub.prepared_changes import PreparedChanges
 from backend.services.hub.removal_guard import FoundPeers, RemovalGuard
 from backend.services.ports import Change, Hub

@@ -6,7 +6,7 @@ import pytest
 
 from backend.errors import AddressTakenError, DuplicatePeerError
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.hub.hand_made_peers import HandMadePeers
+from backend.services.hub.operator_peers import HandMadePeers
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.wireguard_config_manager import ForeignPeer
 from tests.harness.peers import peer
