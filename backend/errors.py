@@ -7,7 +7,7 @@
     ├── PeerNotFoundError           nobody of that name
     ├── IPPoolExhaustedError        no address is left
     │   └── PeerLimitError          the interface takes no more peers, however many addresses there are
-    ├── AddressTakenError           an operator's hand-made peer took the address meanwhile
+    ├── AddressTakenError           an operator's peer took the address meanwhile
     ├── HubUpdateError              wg0.conf or the interface could not be brought up to date
     │   ├── ConfigFileError         wg0.conf itself is unusable, and only an operator can mend it
     │   └── PausedError             the records don't fit the hub, and an operator has to decide

@@ -42,7 +42,7 @@ from backend.services.hub.history import HubHistory
 from backend.services.hub.hub_committer import HubCommitter
 from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.mark import HubMark
-from backend.services.hub.operator_peers import HandMadePeers
+from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.peer_limit import PeerLimit
 from backend.services.hub.quick_keys import require_address
 from backend.services.hub.removal_guard import RemovalGuard
@@ -73,7 +73,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
             stack.callback(InterfaceLock(settings.interface).acquire().release)
         config = _config(settings, hub, guard)
         pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
-        hand_made = HandMadePeers(pool, _peer_limit(settings, pool))
+        hand_made = OperatorPeers(pool, _peer_limit(settings, pool))
         database = _database(settings)
         stack.callback(database.close)
         journal = _journal(settings, database)
@@ -164,7 +164,7 @@ def _config(settings: Settings, hub: Hub, guard: ConfigGuard) -> WireGuardConfig
     config.remove_stale_temporaries()
     try:
         config.refresh()
-        require_address(config.path, config.foreign, settings.wireguard_hub_ip)
+        require_address(config.path, config.operator_text, settings.wireguard_hub_ip)
     except ConfigFileError as exc:
         raise StartRefusedError(str(exc)) from exc
     return config
@@ -184,7 +184,7 @@ def _hub(settings: Settings) -> Hub:
         raise StartRefusedError(f"{exc}, or set WIREGUARD_RELOAD=off for the file alone") from exc
 
 
-def _configurations(settings: Settings, hand_made: HandMadePeers) -> Configurations:
+def _configurations(settings: Settings, hand_made: OperatorPeers) -> Configurations:
     return Configurations(
         settings.wireguard_ip_pool, settings.wireguard_hub_endpoint, settings.wireguard_hub_ip, hand_made
     )
@@ -263,7 +263,7 @@ def open_hub_decisions(settings: Settings) -> Iterator[HubDecisions]:
     pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
     database = open_beside(settings.database_url, settings.state_directory)
     hub = _hub(settings)
-    mirror = HubMirror(config, hub, HandMadePeers(pool))
+    mirror = HubMirror(config, hub, OperatorPeers(pool))
     try:
         yield HubDecisions(database, mirror, HubMark(config.path))
     finally:

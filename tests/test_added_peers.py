@@ -53,7 +53,7 @@ def test_peer_with_networks_and_an_endpoint_stands_in_the_file_as_given(
     add_site(manager)
     assert path.read_text() == _HUB + _SECTION
     assert manager.validate_config() is True
-    assert [list(map(str, peer.allowed_ips)) for peer in manager.foreign_peers] == [
+    assert [list(map(str, peer.allowed_ips)) for peer in manager.operator_peers] == [
         ["172.16.0.0/24"],
         _NETWORKS,
     ]
@@ -100,7 +100,7 @@ def test_adding_again_replaces_the_peer_whatever_its_form(
     assert text.count(_KEYS[0]) == 1
     manager.add_peer(_KEYS[0], ["10.0.0.2/32"])
     assert [peer.public_key for peer in manager.blocks] == [_KEYS[1], _KEYS[0]]
-    assert [peer.public_key for peer in manager.foreign_peers] == [_KEYS[3]]
+    assert [peer.public_key for peer in manager.operator_peers] == [_KEYS[3]]
 
 
 def test_networks_of_another_peer_are_not_taken_away_from_it(
@@ -115,7 +115,7 @@ def test_networks_of_another_peer_are_not_taken_away_from_it(
         (_KEYS[2], ["172.16.0.0/24"]),
         (_KEYS[3], ["10.0.0.9/32", "10.0.0.10/32"]),
     ):
-        with pytest.raises(ValueError, match=r"another peer|hand-made"):
+        with pytest.raises(ValueError, match=r"another peer|an operator's"):
             manager.add_peer(key, networks)
     assert path.read_bytes() == before
     assert not manager.remove_peer(_KEYS[3])
@@ -140,11 +140,11 @@ def test_what_an_operator_wrote_behind_it_stays(
     add_site(manager)
     manager.add_peer(_KEYS[1], ["10.0.0.3/32"])
     path.write_text(_HUB + _SECTION + behind)
-    others = [peer for peer in parse(path.read_bytes()).foreign_peers if peer.public_key != _KEYS[0]]
+    others = [peer for peer in parse(path.read_bytes()).operator_peers if peer.public_key != _KEYS[0]]
     assert manager.remove_peer(_KEYS[0])
     assert path.read_text().startswith(_HUB)
     assert path.read_text().endswith(behind)
-    assert list(manager.foreign_peers) == others
+    assert list(manager.operator_peers) == others
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_key_of_the_operators_peer_is_refused_in_its_canonical_spelling_too(
     path.write_text(_HUB.replace(_KEYS[3], other_spelling(_KEYS[3])))
     before = path.read_text()
     for key, said in (
-        (_KEYS[3], "a hand-made peer has that key"),
+        (_KEYS[3], "an operator's peer has that key"),
         (other_spelling(_KEYS[0]), "second spelling"),
     ):
         with pytest.raises(ValueError, match=said):

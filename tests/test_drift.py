@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.hub.config_text import ForeignPeer
+from backend.services.hub.config_text import OperatorPeer
 from backend.services.hub.drift import DesiredInterface, compare
 from tests.harness.peers import block
 
@@ -72,7 +72,7 @@ def test_what_is_no_dump_is_refused(text: str) -> None:
 
 
 OURS = block("node-1", FIRST, "10.0.0.2")
-OPERATORS = ForeignPeer(
+OPERATORS = OperatorPeer(
     SECOND,
     (IPv4Network("10.0.0.200/32"), IPv6Network("fd00::/64"), IPv6Network("::ffff:1.2.3.4/128")),
     SECRET,
@@ -123,8 +123,8 @@ def test_what_a_sync_does_not_clear_is_told_apart() -> None:
 
 
 def test_an_address_that_several_peers_claim_belongs_to_the_last_and_ours_are_last() -> None:
-    first = ForeignPeer(SECOND, (IPv4Network("10.0.0.2/32"), IPv4Network("10.0.0.9/32")))
-    second = ForeignPeer(THIRD, (IPv4Network("10.0.0.9/32"),))
+    first = OperatorPeer(SECOND, (IPv4Network("10.0.0.2/32"), IPv4Network("10.0.0.9/32")))
+    second = OperatorPeer(THIRD, (IPv4Network("10.0.0.9/32"),))
     state = InterfaceState(
         HUB,
         51820,
@@ -139,8 +139,8 @@ def test_an_address_that_several_peers_claim_belongs_to_the_last_and_ours_are_la
 
 
 def test_the_hubs_own_key_as_a_peer_and_a_key_that_stands_twice_are_not_judged() -> None:
-    own = ForeignPeer(HUB, (IPv4Network("10.0.0.9/32"),))
-    twice = [ForeignPeer(SECOND, (IPv4Network(f"10.0.0.{n}/32"),), None, n) for n in (7, 8)]
+    own = OperatorPeer(HUB, (IPv4Network("10.0.0.9/32"),))
+    twice = [OperatorPeer(SECOND, (IPv4Network(f"10.0.0.{n}/32"),), None, n) for n in (7, 8)]
     desired = DesiredInterface(HUB, 51820, 0, (own, *twice), ())
     state = InterfaceState(HUB, 51820, 0, {SECOND: InterfacePeer(frozenset({"10.0.0.8/32"}), None, 8)})
     assert not compare(state, desired)

@@ -113,7 +113,7 @@ def test_each_size_of_network_has_its_first_and_its_last_address_kept_back(prefi
     size = pool.network.num_addresses
     assert _stats(pool) == (size - 2, 0, 0, size - 2)
     assert pool.allocate_ip("first") == "10.0.0.1"
-    # Everything but the last usable address is taken by hand-made peers.
+    # Everything but the last usable address is taken by the operator's peers.
     pool.set_external(pool.network.address_exclude(IPv4Network((pool.network.broadcast_address - 1, 32))))
     if prefix < 30:
         assert pool.allocate_ip("last") == str(pool.network.broadcast_address - 1)
@@ -152,7 +152,7 @@ def test_recorded_address_that_the_pool_could_not_give_is_kept_and_not_counted(a
     assert _stats(pool) == (254, 0, 1, 253)
 
 
-def test_hand_made_peers_keep_their_networks_until_they_go() -> None:
+def test_operators_peers_keep_their_networks_until_they_go() -> None:
     pool = IPPoolManager("10.0.0.0/28", ["10.0.0.1"])
     pool.set_external(_networks("10.0.0.2/31", "10.0.0.4/32", "10.0.0.3/32", "192.168.0.0/16"))
     assert [pool.is_external(IPv4Address(f"10.0.0.{last}")) for last in range(1, 6)] == [

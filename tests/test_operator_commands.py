@@ -7,7 +7,7 @@ import pytest
 
 from backend.models.operator_commands import VARIABLE, bring_up, command, put_key_back
 from backend.services.hub.hub_mirror import HubMirror
-from backend.services.hub.operator_peers import HandMadePeers
+from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from tests.harness.fakes import FakeHub
@@ -24,7 +24,7 @@ def missing(tmp_path: Path) -> HubMirror:
     path.write_text(CONFIG)
     hub = FakeHub()
     hub.vanish()
-    return HubMirror(WireGuardConfigManager(path), hub, HandMadePeers(IPPoolManager("10.0.0.0/24")))
+    return HubMirror(WireGuardConfigManager(path), hub, OperatorPeers(IPPoolManager("10.0.0.0/24")))
 
 
 def test_missing_interface_is_brought_up_by_whoever_made_it(missing: HubMirror) -> None:

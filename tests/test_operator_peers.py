@@ -1,4 +1,4 @@
-"""What the peers hold that an operator wrote by hand, and when one of ours would collide with them."""
+"""The operator's peers: what they hold, and when a peer of ours would collide with them."""
 
 from ipaddress import IPv4Network, IPv6Network
 
@@ -6,9 +6,9 @@ import pytest
 
 from backend.errors import AddressTakenError, DuplicatePeerError
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.hub.operator_peers import HandMadePeers
+from backend.services.hub.config_text import OperatorPeer
+from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.ip_pool_manager import IPPoolManager
-from backend.services.wireguard_config_manager import ForeignPeer
 from tests.harness.peers import peer
 from tests.harness.requests import new_key, other_spelling
 
@@ -23,67 +23,67 @@ def pool() -> IPPoolManager:
 
 
 @pytest.fixture
-def hand_made(pool: IPPoolManager) -> HandMadePeers:
-    hand_made = HandMadePeers(pool)
+def operator_peers(pool: IPPoolManager) -> OperatorPeers:
+    operator_peers = OperatorPeers(pool)
     networks = (IPv4Network("10.0.0.8/30"), IPv6Network("fd00::8/128"), IPv4Network("0.0.0.0/0"))
-    hand_made.note([ForeignPeer(THEIRS, networks), ForeignPeer(new_key(), ())], HUB)
-    return hand_made
+    operator_peers.note([OperatorPeer(THEIRS, networks), OperatorPeer(new_key(), ())], HUB)
+    return operator_peers
 
 
 @pytest.mark.parametrize("address", ["10.0.0.8", "10.0.0.9", "10.0.0.11"])
 def test_an_address_of_theirs_is_shared_wherever_it_lies_in_their_network(
-    hand_made: HandMadePeers, address: str
+    operator_peers: OperatorPeers, address: str
 ) -> None:
-    assert hand_made.share([peer("node-1", OURS, address)])
-    assert isinstance(hand_made.conflict(peer("node-1", OURS, address)), AddressTakenError)
+    assert operator_peers.share([peer("node-1", OURS, address)])
+    assert isinstance(operator_peers.conflict(peer("node-1", OURS, address)), AddressTakenError)
 
 
-def test_a_key_of_theirs_is_shared(hand_made: HandMadePeers) -> None:
-    assert hand_made.hold(THEIRS)
-    assert hand_made.share([peer("node-1", THEIRS, "10.0.0.2")])
-    conflict = hand_made.conflict(peer("node-1", THEIRS, "10.0.0.2"))
+def test_a_key_of_theirs_is_shared(operator_peers: OperatorPeers) -> None:
+    assert operator_peers.hold(THEIRS)
+    assert operator_peers.share([peer("node-1", THEIRS, "10.0.0.2")])
+    conflict = operator_peers.conflict(peer("node-1", THEIRS, "10.0.0.2"))
     assert isinstance(conflict, DuplicatePeerError)
     # Not a word about whose it is.
     assert conflict.existing_config == {}
 
 
-def test_a_key_of_theirs_in_another_spelling_is_shared_too(hand_made: HandMadePeers) -> None:
-    hand_made.note([ForeignPeer(other_spelling(OURS), ())], HUB)
-    assert hand_made.hold(OURS)
-    assert hand_made.share([peer("node-1", OURS, "10.0.0.2")])
-    assert isinstance(hand_made.conflict(peer("node-1", OURS, "10.0.0.2")), DuplicatePeerError)
+def test_a_key_of_theirs_in_another_spelling_is_shared_too(operator_peers: OperatorPeers) -> None:
+    operator_peers.note([OperatorPeer(other_spelling(OURS), ())], HUB)
+    assert operator_peers.hold(OURS)
+    assert operator_peers.share([peer("node-1", OURS, "10.0.0.2")])
+    assert isinstance(operator_peers.conflict(peer("node-1", OURS, "10.0.0.2")), DuplicatePeerError)
 
 
 @pytest.mark.parametrize("address", ["10.0.0.7", "10.0.0.12", "10.1.0.8"])
-def test_whatever_else_is_ours_alone(hand_made: HandMadePeers, address: str) -> None:
-    assert not hand_made.hold(OURS)
-    assert not hand_made.share([peer("node-1", OURS, address)])
-    assert not hand_made.share([])
-    assert hand_made.conflict(peer("node-1", OURS, address)) is None
+def test_whatever_else_is_ours_alone(operator_peers: OperatorPeers, address: str) -> None:
+    assert not operator_peers.hold(OURS)
+    assert not operator_peers.share([peer("node-1", OURS, address)])
+    assert not operator_peers.share([])
+    assert operator_peers.conflict(peer("node-1", OURS, address)) is None
 
 
-def test_one_that_is_shared_among_many_is_enough(hand_made: HandMadePeers) -> None:
+def test_one_that_is_shared_among_many_is_enough(operator_peers: OperatorPeers) -> None:
     many = [peer(f"node-{last}", new_key(), f"10.0.0.{last}") for last in range(20, 30)]
-    assert not hand_made.share(many)
-    assert hand_made.share([*many, peer("node-1", THEIRS, "10.0.0.30")])
-    assert hand_made.share([*many, peer("node-1", OURS, "10.0.0.9")])
+    assert not operator_peers.share(many)
+    assert operator_peers.share([*many, peer("node-1", THEIRS, "10.0.0.30")])
+    assert operator_peers.share([*many, peer("node-1", OURS, "10.0.0.9")])
 
 
 def test_their_addresses_are_handed_out_to_nobody_until_they_go(
-    hand_made: HandMadePeers, pool: IPPoolManager
+    operator_peers: OperatorPeers, pool: IPPoolManager
 ) -> None:
     given = {pool.allocate_ip(f"node-{number}") for number in range(8)}
     assert not given & {f"10.0.0.{last}" for last in (8, 9, 10, 11)}
-    hand_made.note([], HUB)
-    assert not hand_made.hold(THEIRS)
-    assert not hand_made.share([peer("node-1", THEIRS, "10.0.0.8")])
+    operator_peers.note([], HUB)
+    assert not operator_peers.hold(THEIRS)
+    assert not operator_peers.share([peer("node-1", THEIRS, "10.0.0.8")])
     assert pool.allocate_ip("node-8") == "10.0.0.8"
 
 
-def test_the_hubs_key_is_the_files(pool: IPPoolManager, hand_made: HandMadePeers) -> None:
-    assert hand_made.hub_key == HUB
+def test_the_hubs_key_is_the_files(pool: IPPoolManager, operator_peers: OperatorPeers) -> None:
+    assert operator_peers.hub_key == HUB
     other = WireGuardKey.parse(new_key())
-    hand_made.note([], other)
-    assert hand_made.hub_key == other
+    operator_peers.note([], other)
+    assert operator_peers.hub_key == other
     with pytest.raises(RuntimeError, match="not been read yet"):
-        _ = HandMadePeers(pool).hub_key
+        _ = OperatorPeers(pool).hub_key

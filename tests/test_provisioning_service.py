@@ -26,7 +26,7 @@ from backend.services.hub.history import HubHistory
 from backend.services.hub.hub_committer import HubCommitter
 from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.mark import HubMark
-from backend.services.hub.operator_peers import HandMadePeers
+from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.ports import Batch, Hub, Journal
@@ -55,7 +55,7 @@ class World:
             self.path.write_text(f"[Interface]\nPrivateKey = {self.hub_key.reveal()}\nListenPort = 51820\n")
             self.path.chmod(0o600)
         self.pool = IPPoolManager(network, ["10.0.0.1"])
-        hand_made = HandMadePeers(self.pool)
+        hand_made = OperatorPeers(self.pool)
         guard = RemovalGuard(journal.removed_keys)
         self.config = WireGuardConfigManager(self.path)
         store = FakeAccessStore()

@@ -6,7 +6,7 @@ from pathlib import Path
 from backend.errors import RecordsUnavailableError
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.services.hub.hub_mirror import HubMirror
-from backend.services.hub.operator_peers import HandMadePeers
+from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.wireguard_config_manager import WireGuardConfigManager
@@ -29,7 +29,7 @@ def test_records_that_do_not_say_who_was_removed_stop_a_reconciliation_and_no_mo
     config.add_peer(keys[1].public_key(), ["10.0.0.2/32"])
     before = path.read_bytes()
     pool = IPPoolManager("10.0.0.0/24")
-    mirror = HubMirror(config, FakeHub(), HandMadePeers(pool), guard=RemovalGuard(removed_keys))
+    mirror = HubMirror(config, FakeHub(), OperatorPeers(pool), guard=RemovalGuard(removed_keys))
     mirror.assume(())
     assert mirror.reconcile() == "the records can't be read"
     assert mirror.problem == "the records can't be read"

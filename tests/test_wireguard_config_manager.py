@@ -18,7 +18,7 @@ from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services import wireguard_config_manager
 from backend.services.hub import config_text
 from backend.services.hub.config_text import InvalidConfigError, parse, render, strip
-from backend.services.wireguard_config_manager import ForeignPeer, PeerBlock, WireGuardConfigManager
+from backend.services.wireguard_config_manager import OperatorPeer, PeerBlock, WireGuardConfigManager
 from tests.harness.peers import block, networks
 from tests.harness.requests import other_spelling
 from tests.harness.requirements import require
@@ -29,7 +29,7 @@ _HUB: Final = WireGuardPrivateKey.parse(_PRIVATE).public_key()
 _KEYS: Final = tuple(WireGuardPrivateKey(bytes([number + 1] * 32)).public_key() for number in range(40))
 _ZERO: Final = "A" * 43 + "="
 _MINIMAL: Final = f"[Interface]\nPrivateKey = {_PRIVATE}\n".encode()
-# What an operator's file may look like: hooks, comments, odd spacing, CRLF, Latin-1, hand-made peers.
+# What an operator's file may look like: hooks, comments, odd spacing, CRLF, Latin-1, peers of their own.
 _OPERATORS: Final = (
     b"# H\xf4tel de ville, r\xe9seau\r\n"
     b"  [interface]   # the hub\r\n"
@@ -47,12 +47,12 @@ _OPERATORS: Final = (
     b"[Interface]\nPostUp = echo second\nFwMark = 0xca6c\n"
     b"# the end"
 )
-_FOREIGN_PEERS: Final = (
-    ForeignPeer(
+_OPERATOR_PEERS: Final = (
+    OperatorPeer(
         _KEYS[30],
         (IPv4Network("10.0.0.200/32"), IPv4Network("192.168.7.0/24"), IPv6Network("fd00::200/128")),
     ),
-    ForeignPeer(_KEYS[31], (), preshared_key=_PRIVATE),
+    OperatorPeer(_KEYS[31], (), preshared_key=_PRIVATE),
 )
 
 
@@ -85,11 +85,11 @@ def manager(config: Path) -> WireGuardConfigManager:
 
 def test_operators_file_is_understood() -> None:
     parsed = parse(_OPERATORS)
-    assert parsed.foreign == _OPERATORS
-    assert parsed.foreign_peers == _FOREIGN_PEERS
+    assert parsed.operator_text == _OPERATORS
+    assert parsed.operator_peers == _OPERATOR_PEERS
     assert parsed.blocks == ()
     assert parsed.private_key.public_key() == _HUB
-    assert parsed.foreign_stripped.decode().splitlines() == [
+    assert parsed.operator_stripped.decode().splitlines() == [
         "[interface]",
         "listenport=51820",
         f"PrivateKey={_PRIVATE}",
@@ -134,32 +134,32 @@ def test_peer_that_was_not_parsed_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "foreign",
+    "operator_text",
     [_OPERATORS, _OPERATORS + b"\n", _OPERATORS + b"\r\n", _MINIMAL, _MINIMAL[:-1], _MINIMAL + b"\n\n"],
 )
-def test_foreign_text_comes_back_exactly_with_and_without_its_last_newline(foreign: bytes) -> None:
+def test_operators_text_comes_back_exactly_with_and_without_its_last_newline(operator_text: bytes) -> None:
     peers = (_peer(0), _peer(1, None), _peer(2, 0))
-    parsed = parse(render(foreign, peers))
-    assert parsed.foreign == foreign
+    parsed = parse(render(operator_text, peers))
+    assert parsed.operator_text == operator_text
     assert parsed.blocks == peers
 
 
 @pytest.mark.parametrize("edited", [b"", b"\n# by hand\n"])
 def test_a_block_of_ours_whose_key_is_a_second_spelling_is_still_ours(edited: bytes) -> None:
-    """Earlier versions let such keys in. Taken for hand-made, it would never go again."""
+    """Earlier versions let such keys in. Taken for the operator's, it would never go again."""
     peer = block("node-0", other_spelling(_KEYS[0]), "10.0.0.2")
     parsed = parse(render(_MINIMAL, [peer, _peer(1)]) + edited)
     assert parsed.blocks == (peer, _peer(1))
-    assert parsed.foreign_peers == ()
+    assert parsed.operator_peers == ()
 
 
 def test_text_that_an_operator_put_behind_our_blocks_moves_before_them_in_order() -> None:
     first = f"[Peer]\nPublicKey = {_KEYS[5]}\n".encode()
     second = f"# mine\n[Peer]\nPublicKey = {_KEYS[6]}".encode()
     parsed = parse(_MINIMAL[:-1] + _block(0) + first + _block(1) + second)
-    assert parsed.foreign == _MINIMAL + first + second
+    assert parsed.operator_text == _MINIMAL + first + second
     assert parsed.blocks == (_peer(0), _peer(1))
-    assert [peer.public_key for peer in parsed.foreign_peers] == [_KEYS[5], _KEYS[6]]
+    assert [peer.public_key for peer in parsed.operator_peers] == [_KEYS[5], _KEYS[6]]
 
 
 def test_keys_in_a_managed_block_are_ours_and_comments_in_it_are_the_operators() -> None:
@@ -167,8 +167,8 @@ def test_keys_in_a_managed_block_are_ours_and_comments_in_it_are_the_operators()
         b"AllowedIPs", b"# asked by Ann\nEndpoint = 192.0.2.1:7\n\nnonsense\nAllowedIPs"
     )
     parsed = parse(_MINIMAL + edited + b"PresharedKey = " + _PRIVATE.encode() + b"\n# below\n" + _block(1))
-    assert parsed.foreign == _MINIMAL + b"# asked by Ann\n\n# below\n"
-    assert parsed.foreign_peers == ()
+    assert parsed.operator_text == _MINIMAL + b"# asked by Ann\n\n# below\n"
+    assert parsed.operator_peers == ()
     # A line that `wg` would refuse makes the block one that we never wrote.
     assert parsed.blocks == (_peer(1),)
 
@@ -210,8 +210,8 @@ def test_damaged_block_is_no_peer_and_goes_with_the_next_write(config: Path, old
 def test_comment_that_is_not_exactly_a_marker_above_a_peer_is_the_operators(line: bytes) -> None:
     between = b"\n" if line.endswith(b"node-1") and line.startswith(b"# ") else b""
     text = _MINIMAL + line + b"\n" + between + f"[Peer]\nPublicKey = {_KEYS[1]}\n".encode()
-    assert parse(text).foreign == text
-    assert parse(render(text, [_peer(0)])).foreign == text
+    assert parse(text).operator_text == text
+    assert parse(render(text, [_peer(0)])).operator_text == text
 
 
 _COMMENT_LIKE_A_MARKER: Final = b"# wireguard-provisioning: managed peer mine\n"
@@ -226,19 +226,19 @@ _COMMENT_LIKE_A_MARKER: Final = b"# wireguard-provisioning: managed peer mine\n"
     ],
 )
 def test_removing_a_block_makes_no_marker_of_ours_out_of_an_operators_comment(before: bytes) -> None:
-    hand_made = f"[Peer]\nPublicKey = {_KEYS[7]}\n".encode()
-    parsed = parse(_MINIMAL + before + hand_made)
-    assert parsed.foreign == _MINIMAL + _COMMENT_LIKE_A_MARKER + b"\n" + hand_made
-    again = parse(render(parsed.foreign, [_peer(2)]))
-    assert again.foreign == parsed.foreign
-    assert again.foreign_peers == (ForeignPeer(_KEYS[7], ()),)
+    operator_peers = f"[Peer]\nPublicKey = {_KEYS[7]}\n".encode()
+    parsed = parse(_MINIMAL + before + operator_peers)
+    assert parsed.operator_text == _MINIMAL + _COMMENT_LIKE_A_MARKER + b"\n" + operator_peers
+    again = parse(render(parsed.operator_text, [_peer(2)]))
+    assert again.operator_text == parsed.operator_text
+    assert again.operator_peers == (OperatorPeer(_KEYS[7], ()),)
     assert again.blocks == (_peer(2),)
 
 
 def test_file_that_an_editor_gave_carriage_returns_keeps_our_peers_ours() -> None:
     text = render(_MINIMAL, [_peer(0), _peer(1)]).replace(b"\n", b"\r\n")
     parsed = parse(text)
-    assert parsed.foreign == _MINIMAL.replace(b"\n", b"\r\n")
+    assert parsed.operator_text == _MINIMAL.replace(b"\n", b"\r\n")
     assert parsed.blocks == (_peer(0), _peer(1))
 
 
@@ -246,8 +246,8 @@ def test_file_that_an_editor_gave_carriage_returns_keeps_our_peers_ours() -> Non
 def test_only_a_newline_ends_a_line(character: str) -> None:
     comment = f"# a{character}PostUp = id{character}[Peer]{character}nonsense\n".encode()
     parsed = parse(_MINIMAL + comment)
-    assert parsed.foreign == _MINIMAL + comment
-    assert b"PostUp" not in parsed.foreign_stripped
+    assert parsed.operator_text == _MINIMAL + comment
+    assert b"PostUp" not in parsed.operator_stripped
 
 
 _HIDDEN: Final = "c2VjcmV0IHRoYXQgbm9ib2R5IG1heSBzZWUgZXZlciE="
@@ -544,7 +544,7 @@ def test_what_we_accept_is_never_refused_after_wg_quick(
     assert wg_accepts(wg_quick_strip(render(text, [_peer(9)])))
     compact = wg_quick_strip(text).split(b"\n")
     lines = (line.partition(b"#")[0].translate(None, b" \t\r\v\f") for line in compact)
-    assert b"".join(line + b"\n" for line in lines if line) == parsed.foreign_stripped
+    assert b"".join(line + b"\n" for line in lines if line) == parsed.operator_stripped
 
 
 @tried(150, HealthCheck.filter_too_much)
@@ -555,10 +555,10 @@ def test_taking_apart_and_putting_together_changes_nothing_more(text: bytes, num
     except InvalidConfigError:
         return
     for peers in (once.blocks, tuple(map(_peer, numbers))):
-        again = parse(render(once.foreign, peers))
-        assert again.foreign == once.foreign
-        assert again.foreign_stripped == once.foreign_stripped
-        assert again.foreign_peers == once.foreign_peers
+        again = parse(render(once.operator_text, peers))
+        assert again.operator_text == once.operator_text
+        assert again.operator_stripped == once.operator_stripped
+        assert again.operator_peers == once.operator_peers
         assert again.blocks == peers
         assert again.private_key.reveal() == once.private_key.reveal()
 
@@ -588,7 +588,7 @@ def test_blocks_that_are_taken_off_at_once_are_what_they_are_line_by_line(  # no
             found = parse(text)
         except InvalidConfigError as exc:
             return str(exc)
-        read = (found.foreign, found.foreign_stripped, found.foreign_peers, found.blocks)
+        read = (found.operator_text, found.operator_stripped, found.operator_peers, found.blocks)
         return read, found.private_key.reveal()
 
     at_once = outcome()
@@ -599,20 +599,20 @@ def test_blocks_that_are_taken_off_at_once_are_what_they_are_line_by_line(  # no
 
 @tried(100, HealthCheck.filter_too_much)
 @given(
-    foreign=_texts().filter(lambda text: b"managed peer" not in text),
+    operator_text=_texts().filter(lambda text: b"managed peer" not in text),
     keepalive=st.one_of(st.none(), st.integers(0, 65_535)),
     label=st.from_regex(r"[A-Za-z0-9_-]{1,128}", fullmatch=True),
 )
 def test_what_an_operator_wrote_comes_back_byte_for_byte(
-    foreign: bytes, keepalive: int | None, label: str
+    operator_text: bytes, keepalive: int | None, label: str
 ) -> None:
     peer = _peer(0, keepalive, label)
     try:
-        parse(foreign)
+        parse(operator_text)
     except InvalidConfigError:
         return
-    parsed = parse(render(foreign, [peer]))
-    assert parsed.foreign == foreign
+    parsed = parse(render(operator_text, [peer]))
+    assert parsed.operator_text == operator_text
     assert parsed.blocks == (peer,)
 
 
@@ -631,7 +631,7 @@ def test_hundred_peers_come_and_go_and_the_operators_bytes_stay(
             peers[number] = _peer(number)
         assert manager.write(peers.values())
         assert config.read_bytes() == _OPERATORS + b"".join(map(_block, peers))
-    assert manager.foreign_peers == _FOREIGN_PEERS
+    assert manager.operator_peers == _OPERATOR_PEERS
     assert manager.write([])
     assert config.read_bytes() == _OPERATORS
 
@@ -745,7 +745,7 @@ def test_broken_file_is_refused_until_it_is_mended(config: Path, manager: WireGu
         with pytest.raises(ConfigFileError):
             manager.validate_config()
     assert config.read_bytes() == broken
-    assert manager.foreign_peers == _FOREIGN_PEERS
+    assert manager.operator_peers == _OPERATOR_PEERS
     config.write_bytes(_OPERATORS)
     assert manager.validate_config() is True
     assert manager.write([_peer(1)])
@@ -925,7 +925,7 @@ def test_edit_that_is_quicker_than_our_replacement_is_kept(
     assert manager.write([_peer(0)])
     assert config.read_bytes() == _OPERATORS + b"\n# quick\n" + _block(0)
     assert config.stat().st_mode & 0o777 == 0o640
-    assert manager.foreign_peers == _FOREIGN_PEERS
+    assert manager.operator_peers == _OPERATOR_PEERS
 
 
 def test_file_that_never_holds_still_is_not_replaced(
@@ -1080,8 +1080,8 @@ def test_reload_without_a_way_to_do_it_says_so(manager: WireGuardConfigManager) 
         manager.reload_config()
 
 
-def test_foreign_networks_are_those_that_wg_would_make() -> None:
+def test_operators_networks_are_those_that_wg_would_make() -> None:
     text = _MINIMAL + f"[Peer]\nPublicKey={_KEYS[0]}\nAllowedIPs=10.1.2.3/8,fd00::1:2/112\n".encode()
-    assert parse(text).foreign_peers == (
-        ForeignPeer(_KEYS[0], (IPv4Network("10.0.0.0/8"), IPv6Network("fd00::1:0/112"))),
+    assert parse(text).operator_peers == (
+        OperatorPeer(_KEYS[0], (IPv4Network("10.0.0.0/8"), IPv6Network("fd00::1:0/112"))),
     )

@@ -8,7 +8,7 @@ from typing import Final
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.peer import Peer
 from backend.models.wireguard.provisioning import PERSISTENT_KEEPALIVE_SECONDS, PeerConfiguration
-from backend.services.hub.operator_peers import HandMadePeers
+from backend.services.hub.operator_peers import OperatorPeers
 
 # So many take well under a millisecond: whoever renders thousands lets others go on in between.
 _CHUNK: Final = 250
@@ -18,7 +18,7 @@ class Configurations:
     """Makes the configurations of one hub's peers: all but three of their fields are the hub's."""
 
     def __init__(
-        self, network: IPv4Network, hub_endpoint: str, dns_server: IPv4Address, hand_made: HandMadePeers
+        self, network: IPv4Network, hub_endpoint: str, dns_server: IPv4Address, hand_made: OperatorPeers
     ) -> None:
         self._network = network
         self._hub_endpoint = hub_endpoint

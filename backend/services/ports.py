@@ -251,7 +251,7 @@ class Hub(Protocol):
     def link_problem(self) -> str | None:
         """Say why peers can't reach the hub's address through the interface, or return None."""
 
-    def incarnation(self) -> int | None:
+    def ifindex(self) -> int | None:
         """Return a number that is another one whenever the interface was made anew; None if there is none."""
 
 

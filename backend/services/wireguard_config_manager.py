@@ -22,9 +22,9 @@ from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services.hub.config_changes import Content, NewPeer, with_peer, without_peer
 from backend.services.hub.config_reader import ConfigReader, FileIdentity
 from backend.services.hub.config_text import (
-    ForeignPeer,
     HubKeyError,
     InvalidConfigError,
+    OperatorPeer,
     ParsedConfig,
     PeerBlock,
     parse,
@@ -39,7 +39,7 @@ from backend.services.hub.staged_file import (
     try_directory,
 )
 
-__all__ = ["ForeignPeer", "PeerBlock", "WireGuardConfigManager"]
+__all__ = ["OperatorPeer", "PeerBlock", "WireGuardConfigManager"]
 
 _ATTEMPTS: Final = 5
 # What a batch may add to the file, and a block for the directory.
@@ -61,7 +61,7 @@ class _Version:
     settled: bool
     config: ParsedConfig
     hub_public_key: WireGuardKey
-    # Whether the text is the config's foreign part and its peers of ours, and nothing else.
+    # Whether the text is the operator's text and our blocks as they are rendered, and nothing else.
     as_rendered: bool = False
 
 
@@ -123,14 +123,14 @@ class WireGuardConfigManager:
             ) from None
 
     @property
-    def foreign(self) -> bytes:
+    def operator_text(self) -> bytes:
         """Everything in the file that isn't ours, as last found."""
-        return self._known().config.foreign
+        return self._known().config.operator_text
 
     @property
-    def foreign_peers(self) -> tuple[ForeignPeer, ...]:
+    def operator_peers(self) -> tuple[OperatorPeer, ...]:
         """The operator's peers, as last found."""
-        return self._known().config.foreign_peers
+        return self._known().config.operator_peers
 
     @property
     def blocks(self) -> tuple[PeerBlock, ...]:
@@ -138,9 +138,9 @@ class WireGuardConfigManager:
         return self._known().config.blocks
 
     @property
-    def foreign_stripped(self) -> bytes:
+    def operator_stripped(self) -> bytes:
         """What `wg` is told of everything in the file that isn't ours, as last found."""
-        return self._known().config.foreign_stripped
+        return self._known().config.operator_stripped
 
     @property
     def desired_interface(self) -> DesiredInterface:
@@ -151,7 +151,7 @@ class WireGuardConfigManager:
             version.hub_public_key,
             config.listen_port,
             config.fwmark,
-            config.foreign_peers,
+            config.operator_peers,
             config.blocks,
         )
 
@@ -166,14 +166,14 @@ class WireGuardConfigManager:
         return self._known().config.private_key
 
     def refresh(self) -> bool:
-        """Read the file if somebody changed it; return whether what is foreign in it is new.
+        """Read the file if somebody changed it; return whether the operator's text is new.
 
         Raises ConfigFileError on every call for as long as the file can't be used.
         """
         with self._lock:
             before = self._version
             after = self._refresh()
-        return before is None or after.config.foreign != before.config.foreign
+        return before is None or after.config.operator_text != before.config.operator_text
 
     def write(self, peers: Collection[PeerBlock]) -> bool:
         """Make the file hold these peers of ours; return whether it had to be replaced.
@@ -216,8 +216,8 @@ class WireGuardConfigManager:
             raise self._not_replaced(exc) from exc
 
     def render_stripped(self, peers: Collection[PeerBlock]) -> bytes:
-        """Return the text for `wg syncconf`: the foreign part as last found, and these peers of ours."""
-        return render(self._known().config.foreign_stripped, peers)
+        """Return the text for `wg syncconf`: the operator's part as last found, and these peers of ours."""
+        return render(self._known().config.operator_stripped, peers)
 
     def remove_stale_temporaries(self) -> None:
         """Remove what a killed process has left of its writing. Only while no other process writes."""
@@ -262,7 +262,7 @@ class WireGuardConfigManager:
             )
         with self._lock:
             config = self._refresh().config
-            self._reload(render(config.foreign_stripped, config.blocks))
+            self._reload(render(config.operator_stripped, config.blocks))
         return True
 
     def validate_config(self) -> Literal[True]:
@@ -399,7 +399,7 @@ def _rendered(known: _Version, peers: tuple[PeerBlock, ...]) -> bytes:
         gone = bisect_left(range(len(peers)), 1, key=lambda n: peers[n] is not before[n])
         if peers[:gone] == before[:gone] and peers[gone:] == before[gone + 1 :]:
             return known.text.replace(before[gone].text, b"", 1)
-    return render(known.config.foreign, peers)
+    return render(known.config.operator_text, peers)
 
 
 def _reason(exc: OSError) -> str:

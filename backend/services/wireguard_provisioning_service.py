@@ -33,7 +33,7 @@ from backend.services.access.door import Door
 from backend.services.access.idempotency import IdempotencyKey, RecentAnswers
 from backend.services.configurations import Configurations
 from backend.services.hub.hub_committer import HubCommitter
-from backend.services.hub.operator_peers import HandMadePeers
+from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.known_peers import is_same, may_know_address
 from backend.services.outcomes import after, fail, pass_on, succeed
@@ -96,7 +96,7 @@ class WireGuardProvisioningService:
         self,
         *,
         pool: IPPoolManager,
-        hand_made: HandMadePeers,
+        hand_made: OperatorPeers,
         committer: HubCommitter,
         configurations: Configurations,
         door: Door,

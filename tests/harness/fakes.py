@@ -113,7 +113,7 @@ class FakeHub:
     def link_problem(self) -> str | None:
         return None
 
-    def incarnation(self) -> int | None:
+    def ifindex(self) -> int | None:
         return self._index if self._up else None
 
 

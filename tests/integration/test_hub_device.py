@@ -18,7 +18,7 @@ import pytest
 
 from backend.adapters.host import programs
 from backend.adapters.wireguard import link
-from backend.adapters.wireguard.link import InterfaceState
+from backend.adapters.wireguard.link import LinkState
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.wireguard_config_manager import WireGuardConfigManager
@@ -199,7 +199,7 @@ def test_a_foreign_wireguard_interface_of_the_name_is_refused_and_untouched(
     assert ip("-details", "address", "show", "dev", hub_interface.name) == before
     assert wg(hub_interface.name, "public-key") == hub_interface.public_key
     assert wg(hub_interface.name, "listen-port") == str(hub_interface.listen_port)
-    assert link.show(ours).state is InterfaceState.FOREIGN
+    assert link.show(ours).state is LinkState.ANOTHERS
 
 
 def test_an_interface_that_is_not_wireguard_is_refused_and_untouched(
@@ -292,12 +292,12 @@ def test_forwarding_is_hinted_at_and_not_changed(hub: Hub) -> None:
 
 def test_show_tells_what_the_file_and_the_interface_have(hub: Hub) -> None:
     down = link.show(hub.config_path)
-    assert (down.state, down.listen_port, down.peers_on_interface) == (InterfaceState.ABSENT, None, None)
+    assert (down.state, down.listen_port, down.peers_on_interface) == (LinkState.ABSENT, None, None)
     link.up(hub.config_path, hub.address)
     manager = WireGuardConfigManager(hub.config_path)
     manager.write([block("node-1", new_key(), "10.66.0.2")])
     up = link.show(hub.config_path)
-    assert (up.state, up.listen_port) == (InterfaceState.OURS, hub.port)
+    assert (up.state, up.listen_port) == (LinkState.OURS, hub.port)
     assert (up.peers_in_file, up.peers_on_interface) == (1, 0)
     private_key = hub.config_path.read_text().splitlines()[1].removeprefix("PrivateKey = ")
     assert private_key not in repr(up)

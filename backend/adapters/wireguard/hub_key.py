@@ -103,7 +103,7 @@ def replace(config_path: Path, stated_key: WireGuardKey | None) -> Replaced | No
         return None
     peers = set(_show(name, "peers").split())
     ours: set[str] = {peer.public_key for peer in manager.blocks}
-    ours.update(peer.public_key for peer in manager.foreign_peers)
+    ours.update(peer.public_key for peer in manager.operator_peers)
     if peers and not peers & ours:
         raise HubUpdateError(
             f"interface {name} has {len(peers)} peer(s) and none of those in {config_path}, so it isn't this "

@@ -33,14 +33,14 @@ _DEFAULT_ROUTE_PREFIX: Final = 1
 _IP_FORWARD: Final = Path("/proc/sys/net/ipv4/ip_forward")
 
 
-class InterfaceState(StrEnum):
+class LinkState(StrEnum):
     """What there is under the hub's interface name."""
 
     ABSENT = "absent"
     OURS = "up"
     # It has neither key nor peers yet, so no other program uses it.
     NEW = "there, without a key"
-    FOREIGN = "another one of that name, which isn't this hub's"
+    ANOTHERS = "another one of that name, which isn't this hub's"
     UNKNOWN = "unknown"
 
 
@@ -51,7 +51,7 @@ class HubState:
     config_path: Path
     interface: str
     public_key: WireGuardKey
-    state: InterfaceState
+    state: LinkState
     listen_port: int | None
     peers_in_file: int
     peers_on_interface: int | None
@@ -120,19 +120,19 @@ def up(config_path: Path, address: IPv4Interface, stated_key: WireGuardKey | Non
     """
     require_trusted_file(config_path, "WIREGUARD_CONFIG_PATH")
     manager = _read(config_path, stated_key)
-    require_address(config_path, manager.foreign, address.ip)
+    require_address(config_path, manager.operator_text, address.ip)
     name = manager.interface
     ip, wg = find("ip"), find("wg")
-    routes = list(_foreign_routes(ip, name))
+    routes = list(_other_routes(ip, name))
     state = _state(name, manager.hub_public_key)
-    if state is InterfaceState.NEW:
+    if state is LinkState.NEW:
         run([wg, "setconf", name, "/dev/stdin"], stdin=manager.render_stripped(manager.blocks))
-        state = InterfaceState.OURS
-    if state is InterfaceState.OURS:
+        state = LinkState.OURS
+    if state is LinkState.OURS:
         _set_up(ip, name)
         warnings = _give_address(ip, name, address, routes)
         return Raised(created=False, warnings=(*warnings, *_forwarding_hint()))
-    if state is not InterfaceState.ABSENT:
+    if state is not LinkState.ABSENT:
         raise HubUpdateError(
             f"interface {name} exists and isn't this hub's, whose key is {manager.hub_public_key}; it was "
             f"left alone. If only the file has another key by now: {put_key_back(name)}. If the interface is "
@@ -156,9 +156,9 @@ def down(config_path: Path) -> bool:
     manager = _read(config_path)
     name = manager.interface
     state = _state(name, manager.hub_public_key)
-    if state is InterfaceState.ABSENT:
+    if state is LinkState.ABSENT:
         return False
-    if state is not InterfaceState.OURS:
+    if state is not LinkState.OURS:
         raise HubUpdateError(
             f"interface {name} hasn't the key of {config_path}, so it isn't this hub's; it was left alone"
         )
@@ -179,17 +179,17 @@ def show(
     port = peers = None
     try:
         state = _state(name, manager.hub_public_key)
-        if state is InterfaceState.OURS:
+        if state is LinkState.OURS:
             wg = find("wg")
             port = int(run([wg, "show", name, "listen-port"]))
             peers = len(run([wg, "show", name, "peers"]).split())
     except HubUpdateError:
-        state = InterfaceState.UNKNOWN
+        state = LinkState.UNKNOWN
     problems = []
     try:
         _read(config_path, stated_key)
         if hub_ip is not None:
-            require_address(config_path, manager.foreign, hub_ip)
+            require_address(config_path, manager.operator_text, hub_ip)
     except ConfigFileError as exc:
         problems.append(str(exc))
     return HubState(
@@ -198,7 +198,7 @@ def show(
         public_key=manager.hub_public_key,
         state=state,
         listen_port=port,
-        peers_in_file=len(manager.blocks) + len(manager.foreign_peers),
+        peers_in_file=len(manager.blocks) + len(manager.operator_peers),
         peers_on_interface=peers,
         problems=tuple(problems),
     )
@@ -242,18 +242,18 @@ def _read(config_path: Path, stated_key: WireGuardKey | None = None) -> WireGuar
     return manager
 
 
-def _state(name: InterfaceName, public_key: WireGuardKey) -> InterfaceState:
+def _state(name: InterfaceName, public_key: WireGuardKey) -> LinkState:
     if not interface_exists(name):
-        return InterfaceState.ABSENT
+        return LinkState.ABSENT
     try:
         found = run([find("wg"), "show", name, "public-key"]).strip()
     except ToolRefusedError as exc:
         if exc.not_permitted:
             raise
-        return InterfaceState.FOREIGN  # not a WireGuard interface at all
+        return LinkState.ANOTHERS  # not a WireGuard interface at all
     if found == "(none)" and not run([find("wg"), "show", name, "peers"]).strip():
-        return InterfaceState.NEW
-    return InterfaceState.OURS if found == public_key else InterfaceState.FOREIGN
+        return LinkState.NEW
+    return LinkState.OURS if found == public_key else LinkState.ANOTHERS
 
 
 def _make_interface(ip: str, name: InterfaceName) -> None:
@@ -344,7 +344,7 @@ def _free_pool(routes: Sequence[_Route]) -> IPv4Network:
     return next(free, IPv4Network("172.30.77.0/24"))
 
 
-def _foreign_routes(ip: str, name: str) -> Iterator[_Route]:
+def _other_routes(ip: str, name: str) -> Iterator[_Route]:
     """Return the host's IPv4 routes, of whatever table, that don't lead through the hub's interface."""
     for entry in query([ip, "-json", "-4", "route", "show", "table", "all"]):
         kind = entry.get("type", "unicast")

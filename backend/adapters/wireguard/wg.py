@@ -115,7 +115,7 @@ class WgInterface:
         """Ask the kernel (netdevice(7)) whether the link is up and has the hub's address."""
         return self._links.problem(self._name, self._address)
 
-    def incarnation(self) -> int | None:
+    def ifindex(self) -> int | None:
         """Return the interface's index (netdevice(7)): a new interface has a new one."""
         return self._links.index(self._name)
 
@@ -161,6 +161,6 @@ class FileOnly:
         """Return nothing: there is no interface to look at."""
         return None
 
-    def incarnation(self) -> int | None:
+    def ifindex(self) -> int | None:
         """Return nothing: there is no interface to look at."""
         return None

@@ -29,7 +29,7 @@ _SECTION: Final = (
     rb"AllowedIPs = [0-9A-Fa-f:./, ]+\n(?:Endpoint = [^\n]+\n)?(?:PersistentKeepalive = [0-9]+\n)?"
 )
 
-# The foreign text and the blocks of ours that a file is to hold.
+# The operator's text and the blocks of ours that a file is to hold.
 Content = tuple[bytes, tuple[PeerBlock, ...]]
 
 
@@ -95,10 +95,10 @@ def with_peer(config: ParsedConfig, hub_public_key: WireGuardKey, peer: NewPeer)
     """
     if peer.public_key == hub_public_key:
         raise ValueError("that is the hub's own key: `wg` would leave the peer out without a word")
-    foreign, managed = without_peer(config, peer.public_key) or (config.foreign, config.blocks)
-    others = config.foreign_peers if foreign == config.foreign else parse(foreign).foreign_peers
+    operator_text, managed = without_peer(config, peer.public_key) or (config.operator_text, config.blocks)
+    others = (config if operator_text == config.operator_text else parse(operator_text)).operator_peers
     if any(canonical_spelling(other.public_key) == peer.public_key for other in others):
-        raise ValueError("a hand-made peer has that key")
+        raise ValueError("an operator's peer has that key")
     held = {network for block in managed for network in block.allowed_ips}
     held.update(network for other in others for network in other.allowed_ips)
     for network in peer.allowed_ips:
@@ -106,32 +106,32 @@ def with_peer(config: ParsedConfig, hub_public_key: WireGuardKey, peer: NewPeer)
             raise ValueError(f"{network} belongs to another peer")
     block = peer.block
     if block is not None:
-        return foreign, (*managed, block)
-    return foreign + peer.section, managed
+        return operator_text, (*managed, block)
+    return operator_text + peer.section, managed
 
 
 def without_peer(config: ParsedConfig, public_key: str) -> Content | None:
     """Return what the file holds without a peer that was added or is ours; None if there is none."""
     left = tuple(peer for peer in config.blocks if peer.public_key != public_key)
-    foreign = _without_section(config, public_key)
-    if foreign is None and len(left) == len(config.blocks):
+    operator_text = _without_section(config, public_key)
+    if operator_text is None and len(left) == len(config.blocks):
         return None
-    return config.foreign if foreign is None else foreign, left
+    return config.operator_text if operator_text is None else operator_text, left
 
 
 def _without_section(config: ParsedConfig, public_key: str) -> bytes | None:
     if re.fullmatch(KEY_PATTERN[1:-1], public_key) is None:
         return None
-    found = re.search(_SECTION % re.escape(public_key.encode()), config.foreign)
+    found = re.search(_SECTION % re.escape(public_key.encode()), config.operator_text)
     if found is None:
         return None
-    head, tail = config.foreign[: found.start()], config.foreign[found.end() :]
+    head, tail = config.operator_text[: found.start()], config.operator_text[found.end() :]
     if head and tail and not head.endswith(b"\n") and not tail.startswith(b"\n"):
         head += b"\n"
-    left = tuple(peer for peer in config.foreign_peers if peer.public_key != public_key)
+    left = tuple(peer for peer in config.operator_peers if peer.public_key != public_key)
     try:
         # A key that an operator has written below would fall to another section.
-        whole = parse(head + tail).foreign_peers == left
+        whole = parse(head + tail).operator_peers == left
     except InvalidConfigError:
         whole = False
     if not whole:

@@ -33,9 +33,9 @@ from backend.services.hub.config_values import (
 )
 
 __all__ = [
-    "ForeignPeer",
     "HubKeyError",
     "InvalidConfigError",
+    "OperatorPeer",
     "ParsedConfig",
     "PeerBlock",
     "parse",
@@ -103,7 +103,7 @@ class PeerBlock(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ForeignPeer:
+class OperatorPeer:
     """A peer that an operator wrote by hand. `persistent_keepalive` is in seconds, 0 for off."""
 
     public_key: str
@@ -116,11 +116,11 @@ class ForeignPeer:
 class ParsedConfig:
     """A file, taken apart."""
 
-    foreign: bytes = field(repr=False)
+    operator_text: bytes = field(repr=False)
     # The foreign lines as `wg` reads them: without wg-quick's keys, comments and white space.
-    foreign_stripped: bytes = field(repr=False)
+    operator_stripped: bytes = field(repr=False)
     private_key: WireGuardPrivateKey
-    foreign_peers: tuple[ForeignPeer, ...]
+    operator_peers: tuple[OperatorPeer, ...]
     # Without blocks that somebody has damaged.
     blocks: tuple[PeerBlock, ...]
     # None where the file names no port, so that `wg` takes any.
@@ -130,9 +130,9 @@ class ParsedConfig:
 
 
 def parse(text: bytes) -> ParsedConfig:
-    """Take a file apart and check what is foreign in it; raise InvalidConfigError.
+    """Take a file apart and check the operator's text; raise InvalidConfigError.
 
-    Foreign text that stands between or behind our blocks follows, in order, on what stands before them.
+    Operator text that stands between or behind our blocks follows, in order, on what stands before them.
     What stands in a block is ours to replace, so damage there is no error.
     """
     nul = text.find(b"\0")
@@ -142,38 +142,38 @@ def parse(text: bytes) -> ParsedConfig:
     head, behind = _take_off_blocks(text)
     splitter = _Splitter()
     splitter.split(head)
-    reader = _ForeignReader()
-    for number, raw, compact in splitter.foreign_lines:
+    reader = _OperatorTextReader()
+    for number, raw, compact in splitter.operator_lines:
         try:
             reader.read(number, raw, compact)
         except InvalidConfigError as exc:
             raise type(exc)(f"line {number}: {exc.problem}", exc.remedy) from None
-    private_key, foreign_peers = reader.finish()
+    private_key, operator_peers = reader.finish()
     managed = (_managed_peer(label, lines) for label, lines in splitter.blocks)
     return ParsedConfig(
-        foreign=_join(splitter.gaps),
-        foreign_stripped=b"".join(reader.stripped),
+        operator_text=_join(splitter.gaps),
+        operator_stripped=b"".join(reader.stripped),
         private_key=private_key,
-        foreign_peers=foreign_peers,
+        operator_peers=operator_peers,
         blocks=(*(peer for peer in managed if peer is not None), *behind),
         listen_port=reader.listen_port,
         fwmark=reader.fwmark,
     )
 
 
-def render(foreign: bytes, peers: Iterable[PeerBlock]) -> bytes:
-    """Put our blocks behind foreign text, be it raw or stripped."""
-    return b"".join([foreign, *(peer.text for peer in peers)])
+def render(operator_text: bytes, peers: Iterable[PeerBlock]) -> bytes:
+    """Put our blocks behind the operator's text, raw or stripped."""
+    return b"".join([operator_text, *(peer.text for peer in peers)])
 
 
 def strip(text: bytes) -> bytes:
     """Return the text for `wg syncconf`, as `wg-quick strip` would; raise InvalidConfigError."""
     parsed = parse(text)
-    return render(parsed.foreign_stripped, parsed.blocks)
+    return render(parsed.operator_stripped, parsed.blocks)
 
 
 def _take_off_blocks(text: bytes) -> tuple[bytes, list[PeerBlock]]:
-    """Tell the foreign text from our blocks where the file is just as we write it.
+    """Tell the operator's text from our blocks where the file is just as we write it.
 
     It nearly always is, and then there is nothing to be looked at line by line. Where anything else stands
     between or behind our blocks, all of the text is returned as it is.
@@ -208,20 +208,20 @@ def _is_marker(line: bytes) -> bool:
 
 
 class _Splitter:
-    """Tells our blocks from foreign text.
+    """Tells our blocks from the operator's text.
 
     A block starts at a marker line with a [Peer] line right below it, and takes every key that follows up
     to the next section: a key that an operator added there would otherwise change its section when the
-    block moves. Comments and blank lines in it are foreign.
+    block moves. Comments and blank lines in it are the operator's.
     """
 
     def __init__(self) -> None:
-        # The foreign text before, between and behind the blocks.
+        # The operator's text before, between and behind the blocks.
         self.gaps: list[bytes] = []
         # A block's label, and its key lines as `wg` sees them.
         self.blocks: list[tuple[str, list[bytes]]] = []
-        # Number, raw and compact form of each foreign line that `wg` sees anything in.
-        self.foreign_lines: list[tuple[int, bytes, bytes]] = []
+        # Number, raw and compact form of each line of the operator's that `wg` sees anything in.
+        self.operator_lines: list[tuple[int, bytes, bytes]] = []
 
     def split(self, text: bytes) -> None:
         lines = text.split(b"\n")
@@ -244,7 +244,7 @@ class _Splitter:
                 block.append(compact)
                 continue
             if compact:
-                self.foreign_lines.append((index + 1, line, compact))
+                self.operator_lines.append((index + 1, line, compact))
                 if gap and compact.lower() == _PEER and _is_marker(gap[-1].removesuffix(b"\n")):
                     # They weren't neighbours: a key of ours stood between, or this would be a block.
                     gap.append(b"\n")
@@ -258,7 +258,7 @@ def _before_block(gap: bytes, marker: bytes) -> bytes:
 
 
 def _join(gaps: Iterable[bytes]) -> bytes:
-    """Put foreign text together again, without making one line or one of our blocks out of two parts."""
+    """Put the operator's text together, without making one line or a block of ours out of two parts."""
     text = bytearray()
     for gap in filter(None, gaps):
         if text and not text.endswith(b"\n"):
@@ -271,8 +271,8 @@ def _join(gaps: Iterable[bytes]) -> bytes:
     return bytes(text)
 
 
-class _ForeignReader:
-    """Reads foreign lines as wg-quick and then `wg` would, and accepts what both accept.
+class _OperatorTextReader:
+    """Reads the operator's lines as wg-quick and then `wg` would, and accepts what both accept.
 
     The two don't agree on everything: `wg` takes `[ Interface ]` for a section, wg-quick doesn't, and
     then hands on its own keys, which `wg` refuses. So both views of the section are kept.
@@ -312,7 +312,7 @@ class _ForeignReader:
         """The mark that the sections name, 0 for none."""
         return self._interface.fwmark
 
-    def finish(self) -> tuple[WireGuardPrivateKey, tuple[ForeignPeer, ...]]:
+    def finish(self) -> tuple[WireGuardPrivateKey, tuple[OperatorPeer, ...]]:
         """Return what the sections add up to; raise InvalidConfigError."""
         peers = []
         for peer in self._peers:
@@ -322,7 +322,7 @@ class _ForeignReader:
                     "Give it one, or take the section out",
                 )
             peers.append(
-                ForeignPeer(
+                OperatorPeer(
                     peer.public_key,
                     tuple(peer.allowed_ips),
                     peer.preshared_key,

@@ -8,7 +8,7 @@ from ipaddress import IPv4Network, IPv6Network
 
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
-from backend.services.hub.config_text import ForeignPeer, PeerBlock
+from backend.services.hub.config_text import OperatorPeer, PeerBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +18,13 @@ class DesiredInterface:
     public_key: WireGuardKey
     listen_port: int | None
     fwmark: int
-    operators_peers: Collection[ForeignPeer]
+    operator_peers: Collection[OperatorPeer]
     blocks: Collection[PeerBlock]
 
     @property
     def text_keys(self) -> set[str]:
         """Every key that the file names."""
-        keys = {peer.public_key for peer in self.operators_peers}
+        keys = {peer.public_key for peer in self.operator_peers}
         keys.update(peer.public_key for peer in self.blocks)
         return keys
 
@@ -84,16 +84,16 @@ def _wanted(desired: DesiredInterface) -> dict[str, InterfacePeer]:
         )
         for peer in desired.blocks
     }
-    if not desired.operators_peers:
+    if not desired.operator_peers:
         return peers
-    named = Counter(peer.public_key for peer in desired.operators_peers)
+    named = Counter(peer.public_key for peer in desired.operator_peers)
     # An address that several peers claim goes to the last of them, and ours are behind all others.
     owners: dict[IPv4Network | IPv6Network, str] = {}
-    for operators in desired.operators_peers:
+    for operators in desired.operator_peers:
         owners.update(dict.fromkeys(operators.allowed_ips, operators.public_key))
     for peer in desired.blocks:
         owners.update(dict.fromkeys(peer.allowed_ips, peer.public_key))
-    for operators in desired.operators_peers:
+    for operators in desired.operator_peers:
         key = operators.public_key
         if named[key] > 1 or key in peers or key == desired.public_key:
             continue

@@ -20,7 +20,7 @@ from backend.models.wireguard.peer import Peer
 from backend.services.batches import settle
 from backend.services.hub.history import HubHistory
 from backend.services.hub.hub_mirror import HubMirror
-from backend.services.hub.operator_peers import HandMadePeers
+from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.prepared_changes import PreparedChanges
 from backend.services.ports import Action, Batch, Change, Journal
 
@@ -51,7 +51,7 @@ class HubCommitter:
     """
 
     def __init__(
-        self, journal: Journal, mirror: HubMirror, hand_made: HandMadePeers, history: HubHistory
+        self, journal: Journal, mirror: HubMirror, hand_made: OperatorPeers, history: HubHistory
     ) -> None:
         self._journal = journal
         self._mirror = mirror

@@ -16,7 +16,7 @@ from backend.models.operator_commands import bring_up, command, put_key_back
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.peer import Peer
 from backend.services.hub.drift import Drift, compare
-from backend.services.hub.operator_peers import HandMadePeers
+from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.prepared_changes import PreparedChanges
 from backend.services.hub.removal_guard import FoundPeers, RemovalGuard
 from backend.services.ports import Change, Hub
@@ -50,7 +50,7 @@ def _not_told(exc: HubUpdateError) -> bool:
 class _Seen:
     """An interface, and what of the file apart from our peers it was told."""
 
-    incarnation: int | None
+    ifindex: int | None
     foreign: bytes = field(repr=False)
 
 
@@ -64,7 +64,7 @@ class HubMirror:
         self,
         config: WireGuardConfigManager,
         hub: Hub,
-        hand_made: HandMadePeers,
+        hand_made: OperatorPeers,
         *,
         notice: Callable[[AuditAction, str | None], None] = lambda _action, _reason: None,
         guard: RemovalGuard | None = None,
@@ -229,7 +229,7 @@ class HubMirror:
                     return False
                 if not self._hub.live:
                     return True
-                present = _Seen(self._hub.incarnation(), self._config.foreign_stripped)
+                present = _Seen(self._hub.ifindex(), self._config.operator_stripped)
                 if self._confirmed != present:
                     return False
                 if not self._verification_is_due(idle=idle):
@@ -269,12 +269,12 @@ class HubMirror:
         self._finish((), (), replaced=replaced, inspected=actual is not None)
 
     def _found(self, actual: InterfaceState | None) -> FoundPeers:
-        operators_keys = {peer.public_key for peer in self._config.foreign_peers}
+        operators_keys = {peer.public_key for peer in self._config.operator_peers}
         return FoundPeers.of(self._config.blocks, actual, operators_keys)
 
     def _inspect(self) -> InterfaceState | None:
         """Return what the interface has, None where there is none; raise HubUpdateError for another's."""
-        if not self._hub.live or self._hub.incarnation() is None:
+        if not self._hub.live or self._hub.ifindex() is None:
             return None
         state = self._hub.state()
         new = state.public_key is None and not state.peers
@@ -311,10 +311,10 @@ class HubMirror:
         self._note_foreign()
         if not self._hub.live:
             return
-        incarnation = self._hub.incarnation()
-        if incarnation is None:
+        ifindex = self._hub.ifindex()
+        if ifindex is None:
             raise self._no_interface()
-        present = _Seen(incarnation, self._config.foreign_stripped)
+        present = _Seen(ifindex, self._config.operator_stripped)
         if told and self._confirmed == present:
             return
         self._confirmed = None
@@ -379,10 +379,10 @@ class HubMirror:
 
     def _is_known(self) -> bool:
         """Say whether the interface is the one that was brought up to the config last."""
-        return self._confirmed is not None and self._confirmed.incarnation == self._hub.incarnation()
+        return self._confirmed is not None and self._confirmed.ifindex == self._hub.ifindex()
 
     def _require_interface(self) -> None:
-        if self._hub.live and self._hub.incarnation() is None:
+        if self._hub.live and self._hub.ifindex() is None:
             raise self._no_interface()
 
     def _no_interface(self) -> HubUpdateError:
@@ -390,12 +390,12 @@ class HubMirror:
         return HubUpdateError(f"interface {name} does not exist; bring it up with {bring_up(name)}")
 
     def _note_foreign(self) -> None:
-        foreign = self._config.foreign
+        foreign = self._config.operator_text
         if foreign != self._noted_foreign:
             if self._noted_foreign is not None:
                 self._notice(AuditAction.CONFIG_EDITED, None)
             self._noted_foreign = foreign
-            self._hand_made.note(self._config.foreign_peers, self._config.hub_public_key)
+            self._hand_made.note(self._config.operator_peers, self._config.hub_public_key)
 
     def _note_problem(self, problem: str | None) -> None:
         if problem != self._problem:

@@ -1,4 +1,4 @@
-"""What the peers hold that an operator wrote into wg0.conf by hand."""
+"""The operator's peers: the [Peer] blocks that a person wrote into wg0.conf."""
 
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network
@@ -6,13 +6,13 @@ from ipaddress import IPv4Network
 from backend.errors import AddressTakenError, KeyTakenError, ProvisioningError
 from backend.models.wireguard.keys import WireGuardKey, canonical_spelling
 from backend.models.wireguard.peer import Peer
+from backend.services.hub.config_text import OperatorPeer
 from backend.services.hub.peer_limit import PeerLimit
 from backend.services.ip_pool_manager import IPPoolManager
-from backend.services.wireguard_config_manager import ForeignPeer
 
 
-class HandMadePeers:
-    """Keeps their addresses out of the pool, and says when a new peer would collide with one of them."""
+class OperatorPeers:
+    """Keeps their addresses out of the pool, and says when a peer of ours would collide with one of them."""
 
     def __init__(self, pool: IPPoolManager, limit: PeerLimit | None = None) -> None:
         self._pool = pool
@@ -22,8 +22,8 @@ class HandMadePeers:
         self._keys: frozenset[str] = frozenset()
         self._hub_key: WireGuardKey | None = None
 
-    def note(self, peers: Sequence[ForeignPeer], hub_key: WireGuardKey) -> None:
-        """Take over what the file says now."""
+    def note(self, peers: Sequence[OperatorPeer], hub_key: WireGuardKey) -> None:
+        """Replace what is known of them by what the file says now."""
         networks = (network for peer in peers for network in peer.allowed_ips)
         self._pool.set_external(network for network in networks if isinstance(network, IPv4Network))
         keys = {peer.public_key for peer in peers}
@@ -32,7 +32,7 @@ class HandMadePeers:
         self._hub_key = hub_key
 
     def require_room_beside(self, ours: int) -> None:
-        """Raise PeerLimitError where the interface takes no more than them and so many of our peers."""
+        """Raise PeerLimitError if the interface has no room for one more peer than them and `ours`."""
         self._limit.require_room(ours + self._count)
 
     @property
@@ -43,11 +43,11 @@ class HandMadePeers:
         return self._hub_key
 
     def hold(self, key: WireGuardKey) -> bool:
-        """Say whether one of them has this key, which is one that `parse` takes, in whichever spelling."""
+        """Return whether one of them has this key, in any spelling; `key` is as `wg pubkey` prints it."""
         return key in self._keys
 
     def share(self, ours: Iterable[Peer]) -> bool:
-        """Say whether one of them has the key or the address of one of these peers of ours, too."""
+        """Return whether one of them has the key or the address of a peer in `ours`."""
         return any(
             canonical_spelling(peer.wireguard_public_key) in self._keys
             or self._pool.is_external(peer.address)

@@ -1,4 +1,4 @@
-"""How many peers the hub's interface takes: asked before anything is written, so that `wg` needn't fail."""
+"""How many peers the hub's interface takes: checked before anything is written, so that `wg` doesn't fail."""
 
 from collections.abc import Callable
 
@@ -11,16 +11,16 @@ class PeerLimit:
     def __init__(
         self, interface: str = "", most: Callable[[], int | None] = lambda: None, fewest: int = 0
     ) -> None:
-        """Ask `most` at each look, since the interface may be made anew; None is no limit.
+        """`most` returns the limit, None for none. It is called each time: the interface may be replaced.
 
-        Not for fewer than `fewest` peers, which any interface takes: a look costs each provision.
+        It is not called for fewer than `fewest` peers, which every interface takes.
         """
         self._interface = interface
         self._most = most
         self._fewest = fewest
 
     def require_room(self, peers: int) -> None:
-        """Raise PeerLimitError unless there may be more than `peers` of them."""
+        """Raise PeerLimitError unless the interface takes one more than `peers`."""
         if peers < self._fewest:
             return
         most = self._most()
