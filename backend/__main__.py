@@ -252,7 +252,8 @@ def _serve(
     from backend.adapters.http.certificate import Certificate
     from backend.adapters.http.http_protocol import answering_when_cancelled
     from backend.adapters.logs import configure_logging
-    from backend.main import create_app, running_service
+    from backend.composition import running_service
+    from backend.main import create_app
 
     configure_logging(settings.log_level)
     certificate = None if tls is None else Certificate(*tls)

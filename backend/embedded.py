@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from backend.main import running_service
+from backend.composition import running_service
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 from backend.settings import load_settings
 

@@ -6,8 +6,8 @@ from typing import Final
 
 import pytest
 
+from backend.composition import running_service
 from backend.errors import DuplicatePeerError
-from backend.main import running_service
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
 from backend.services.hub.config_text import parse, strip

@@ -17,8 +17,10 @@ from typing import Final
 
 from fastapi import FastAPI, HTTPException, Request
 
+from backend.composition import running_service
 from backend.errors import StartRefusedError
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
+from backend.settings import Settings, load_settings
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,22 @@ async def _service_elsewhere(app: FastAPI, request: Request) -> object:
     return getattr(app.state, "provisioning_service", None)
 
 
+@asynccontextmanager
+async def provide_service(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
+    """Run the service for as long as the app lives. Starting and stopping block, so they get a thread."""
+    running = running_service(settings)
+    service = app.state.provisioning_service = await asyncio.to_thread(running.__enter__)
+    try:
+        yield
+    finally:
+        # Not deleted: a late request would start it anew.
+        app.state.provisioning_service = None
+        try:
+            await service.door.leave_loop()
+        finally:
+            await asyncio.to_thread(running.__exit__, None, None, None)
+
+
 def _has_its_own(app: FastAPI) -> bool:
     started = getattr(app.state, "provisioning_service", None) is not None
     return started or provisioning_service in getattr(app, "dependency_overrides", ())
@@ -79,10 +97,6 @@ async def service_of_the_app(app: FastAPI) -> AsyncIterator[None]:
     """
     async with AsyncExitStack() as stack:
         if not _has_its_own(app):
-            # The one arrow that points outwards: such an app has no other composition.
-            from backend.main import provide_service  # noqa: PLC0415 - at the top it would be a circle
-            from backend.settings import load_settings  # noqa: PLC0415 - belongs to it
-
             try:
                 settings = getattr(app.state, "provisioning_settings", None) or load_settings()
                 await stack.enter_async_context(provide_service(app, settings))

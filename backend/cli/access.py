@@ -137,7 +137,7 @@ def one_sentence() -> Iterator[None]:
 @contextmanager
 def open_store() -> "Iterator[SqlAccessStore]":
     """Open the records beside the service, or without it."""
-    from backend.main import open_access
+    from backend.composition import open_access
     from backend.settings import load_settings
 
     with open_access(load_settings()) as store:

@@ -48,7 +48,7 @@ def reconcile(
 @contextmanager
 def _decisions() -> "Iterator[HubDecisions]":
     from backend.cli.quickstart import beside_run
-    from backend.main import open_hub_decisions
+    from backend.composition import open_hub_decisions
     from backend.settings import load_settings
 
     with open_hub_decisions(beside_run(load_settings())) as decisions:

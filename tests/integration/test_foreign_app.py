@@ -19,10 +19,12 @@ from fastapi import FastAPI, Request
 
 from backend.api import dependencies
 from backend.api.dependencies import provisioning_service
+from backend.api.embedding import provide_service
 from backend.api.v1.endpoints.wireguard_provisioning import router
 from backend.client import Client, Node
+from backend.composition import running_service
 from backend.errors import OutcomeUnknownError
-from backend.main import create_app, provide_service, running_service
+from backend.main import create_app
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.settings import load_settings
 from tests.harness.patience import eventually

@@ -15,8 +15,8 @@ from alembic import command
 from alembic.config import Config
 
 from backend.adapters.records.database import _MIGRATIONS, Database, open_beside
+from backend.composition import open_access, open_hub_decisions
 from backend.errors import StartRefusedError
-from backend.main import open_access, open_hub_decisions
 from backend.setting_values import ReloadMode
 from backend.settings import Settings
 from tests.harness.requests import new_key

@@ -1,0 +1,223 @@
+"""Builds the parts of the service, and starts and stops them in one visible order."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from functools import partial
+
+from backend.adapters.dbos_journal import DbosJournal
+from backend.adapters.host.admin_header import NAME as ADMIN_HEADER
+from backend.adapters.host.admin_header import admin_header
+from backend.adapters.host.config_guard import ConfigGuard
+from backend.adapters.host.lock_file import InterfaceLock
+from backend.adapters.host.trusted_paths import require_trusted, require_trusted_file
+from backend.adapters.rate_limits import RateLimits
+from backend.adapters.records.access_store import SqlAccessStore
+from backend.adapters.records.database import IN_MEMORY, Database, open_beside
+from backend.adapters.records.hub_decisions import HubDecisions
+from backend.adapters.records.sql_journal import SqlJournal
+from backend.adapters.wireguard.interface_kind import WIREGUARD_GO_PEERS, most_peers
+from backend.adapters.wireguard.wg import FileOnly, WgInterface
+from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
+from backend.models.access.callers import SERVICE
+from backend.models.access.credentials import Credential, KeyRequest, Role
+from backend.models.access.proof import WireGuardChallenges
+from backend.models.operator_commands import command
+from backend.services.access.clerk import Clerk
+from backend.services.access.door import Door
+from backend.services.access.proving import ProofVerifier
+from backend.services.configurations import Configurations
+from backend.services.hub.history import HubHistory
+from backend.services.hub.hub_committer import HubCommitter
+from backend.services.hub.hub_mirror import HubMirror
+from backend.services.hub.mark import HubMark
+from backend.services.hub.operator_peers import OperatorPeers
+from backend.services.hub.peer_limit import PeerLimit
+from backend.services.hub.quick_keys import require_address
+from backend.services.hub.removal_guard import RemovalGuard
+from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.ports import Hub
+from backend.services.wireguard_config_manager import WireGuardConfigManager
+from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
+from backend.setting_values import AuthMode, ReloadMode
+from backend.settings import Settings, unknown_settings
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService]:
+    """Start the service that the settings describe, and stop it at the end; raise StartRefusedError."""
+    with ExitStack() as stack:
+        stack.callback(log.info, "service_stopped")
+        path = settings.wireguard_config_path
+        # Before anything is made in them.
+        require_trusted(settings.state_directory, "STATE_DIRECTORY")
+        require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
+        _warn_of_unknown_settings()
+        hub = _hub(settings)
+        stack.callback(hub.close)
+        guard = stack.enter_context(ConfigGuard(path))
+        if hub.live:
+            stack.callback(InterfaceLock(settings.interface).acquire().release)
+        config = _config(settings, hub, guard)
+        pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
+        hand_made = OperatorPeers(pool, _peer_limit(settings, pool))
+        database = _database(settings)
+        stack.callback(database.close)
+        journal = _journal(settings, database)
+        stack.callback(journal.close)
+        clerk = Clerk(SqlAccessStore(database), settings.audit_keep)
+        local, secret = KeyRequest(role=Role.ADMIN).make(SERVICE.name, datetime.now(UTC))
+        removals = RemovalGuard(journal.removed_keys)
+        mirror = HubMirror(config, hub, hand_made, notice=clerk.notice, guard=removals)
+        history = HubHistory(journal, mirror, removals, HubMark(config.path))
+        service = WireGuardProvisioningService(
+            pool=pool,
+            hand_made=hand_made,
+            committer=HubCommitter(journal, mirror, hand_made, history),
+            configurations=_configurations(settings, hand_made),
+            door=_door(settings, SqlAccessStore(database), clerk, local),
+        )
+        # Before the start, which may be refused halfway: the clerk works by then.
+        stack.callback(service.close)
+        service.start()
+        if service.door.asks:
+            stack.enter_context(admin_header(settings.state_directory, secret))
+        _log_start(settings, service)
+        yield service
+
+
+def _config(settings: Settings, hub: Hub, guard: ConfigGuard) -> WireGuardConfigManager:
+    """Read the hub's config, and refuse to start on one that can't be used."""
+    config = WireGuardConfigManager(
+        settings.wireguard_config_path,
+        hub.sync,
+        stated_key=settings.wireguard_hub_public_key,
+        admit=guard.admit,
+    )
+    config.remove_stale_temporaries()
+    try:
+        config.refresh()
+        require_address(config.path, config.operator_text, settings.wireguard_hub_ip)
+    except ConfigFileError as exc:
+        raise StartRefusedError(str(exc)) from exc
+    return config
+
+
+def _warn_of_unknown_settings() -> None:
+    for name, nearest in unknown_settings().items():
+        log.warning("unknown_setting", extra={"setting": name} | ({"nearest": nearest} if nearest else {}))
+
+
+def _hub(settings: Settings) -> Hub:
+    if settings.wireguard_reload is ReloadMode.OFF:
+        return FileOnly()
+    try:
+        return WgInterface(settings.interface, settings.wireguard_hub_ip)
+    except HubUpdateError as exc:
+        raise StartRefusedError(f"{exc}, or set WIREGUARD_RELOAD=off for the file alone") from exc
+
+
+def _configurations(settings: Settings, hand_made: OperatorPeers) -> Configurations:
+    return Configurations(
+        settings.wireguard_ip_pool, settings.wireguard_hub_endpoint, settings.wireguard_hub_ip, hand_made
+    )
+
+
+def _door(settings: Settings, store: SqlAccessStore, clerk: Clerk, local: Credential) -> Door:
+    return Door(
+        store,
+        clerk,
+        RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage),
+        ProofVerifier(WireGuardChallenges()) if settings.wireguard_require_proof else None,
+        local=local,
+        asks=settings.wireguard_auth is AuthMode.REQUIRED,
+        proxies=settings.wireguard_trusted_proxies,
+    )
+
+
+def _log_start(settings: Settings, service: WireGuardProvisioningService) -> None:
+    if not service.door.asks:
+        log.warning("authentication_off", extra={"consequence": service.door.notices[0]})
+    log.info(
+        "service_started",
+        extra={"interface": settings.interface, "reload": str(settings.wireguard_reload)},
+    )
+    if not service.live:
+        log.warning("reload_off", extra={"consequence": "wg0.conf is kept, no interface is told"})
+
+
+def _peer_limit(settings: Settings, pool: IPPoolManager) -> PeerLimit:
+    if settings.wireguard_reload is ReloadMode.OFF:
+        return PeerLimit()
+    name = settings.interface
+    most = most_peers(name)
+    if pool.available_count() > most:
+        log.warning(
+            "pool_larger_than_interface",
+            extra={
+                "pool": pool.network,
+                "interface": name,
+                "consequence": f"when there are {most} peers, the next one gets a 503",
+            },
+        )
+    return PeerLimit(name, partial(most_peers, name), fewest=WIREGUARD_GO_PEERS)
+
+
+def _database(settings: Settings) -> Database:
+    if not settings.enable_dbos:
+        log.warning("records_in_memory", extra={"consequence": "a restart forgets all but the file"})
+    database = Database(
+        settings.database_url if settings.enable_dbos else IN_MEMORY, copies=settings.state_directory
+    )
+    try:
+        database.migrate()
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _journal(settings: Settings, database: Database) -> SqlJournal:
+    return DbosJournal(database, settings.interface) if settings.enable_dbos else SqlJournal(database)
+
+
+@contextmanager
+def open_hub_decisions(settings: Settings) -> Iterator[HubDecisions]:
+    """Open the records beside the hub for a command, whether the service runs or not."""
+    if not settings.enable_dbos:
+        raise StartRefusedError(
+            "with ENABLE_DBOS=false the records live in the service's memory: restart it, and it takes the "
+            "peers of the config into them; peers that only the interface has go with "
+            f"{command('hub down')} and {command('hub up')}"
+        )
+    path = settings.wireguard_config_path
+    require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
+    config = WireGuardConfigManager(path)
+    pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
+    database = open_beside(settings.database_url, settings.state_directory)
+    hub = _hub(settings)
+    mirror = HubMirror(config, hub, OperatorPeers(pool))
+    try:
+        yield HubDecisions(database, mirror, HubMark(config.path))
+    finally:
+        mirror.close()
+        hub.close()
+        database.close()
+
+
+@contextmanager
+def open_access(settings: Settings) -> Iterator[SqlAccessStore]:
+    """Open credentials and audit log for a command, whether the service runs or not."""
+    if not settings.enable_dbos:
+        raise StartRefusedError(
+            "with ENABLE_DBOS=false credentials live in the service's memory; make them over HTTP, by POST "
+            f"/api/v1/wireguard/keys or /tokens with curl -H @{settings.state_directory / ADMIN_HEADER}"
+        )
+    database = open_beside(settings.database_url, settings.state_directory)
+    try:
+        yield SqlAccessStore(database)
+    finally:
+        database.close()
