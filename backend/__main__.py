@@ -89,7 +89,7 @@ def serve(
 ) -> None:
     """Run the service."""
     with one_sentence():
-        from backend.adapters.wireguard.unix_socket import listening_at
+        from backend.adapters.http.unix_socket import listening_at
         from backend.settings import load_settings
 
         if unix_socket is not None and (host, port) != (_HOST, _PORT):

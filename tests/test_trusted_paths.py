@@ -17,7 +17,7 @@ from backend.adapters.host.trusted_paths import (
     require_trusted,
     require_trusted_file,
 )
-from backend.adapters.wireguard.unix_socket import listening_at
+from backend.adapters.http.unix_socket import listening_at
 from backend.errors import StartRefusedError
 
 SOMEBODY = 4711

@@ -12,7 +12,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from backend.adapters.http.http_protocol import BoundedProtocol, answering_when_cancelled
-from backend.adapters.wireguard.unix_socket import listening_at
+from backend.adapters.http.unix_socket import listening_at
 from tests.harness.patience import eventually
 from tests.harness.requests import provision_body
 from tests.harness.service import ServiceProcess

@@ -17,9 +17,9 @@ import pytest
 from backend.adapters.host.descriptors import Descriptors
 from backend.adapters.http.connections import Connections
 from backend.adapters.http.http_protocol import MAX_AHEAD, BoundedProtocol
+from backend.adapters.http.unix_socket import listening_at
 from backend.adapters.wireguard import link
 from backend.adapters.wireguard.host_link import HostLinks
-from backend.adapters.wireguard.unix_socket import listening_at
 from backend.errors import HubUpdateError
 from tests.harness.patience import eventually
 from tests.harness.requests import provision_body

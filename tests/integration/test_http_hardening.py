@@ -19,7 +19,7 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.types import Message
 
 from backend.adapters.http.http_protocol import MAX_HEAD_BYTES, BoundedProtocol
-from backend.adapters.wireguard.unix_socket import listening_at
+from backend.adapters.http.unix_socket import listening_at
 from backend.api.errors import MAX_BODY_BYTES, DomainErrorRoute
 from backend.errors import StartRefusedError
 from backend.models.wireguard.keys import WireGuardPrivateKey
