@@ -1,39 +1,21 @@
-"""The command line: `python -m backend --help`."""
+"""The command line: `python -m backend --help`. Each file of cli/ has a group of commands."""
 
-import gc
-import logging
 import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
+from typing import Annotated
 
 import typer
 
 from backend import __version__
 from backend.adapters.host.process_memory import keep_private
-from backend.cli import access, audit, reconcile
-from backend.cli.access import one_sentence
-from backend.errors import StartRefusedError
-
-# Everything heavier is imported by the command that needs it, so that `--help` answers at once.
-if TYPE_CHECKING:
-    import socket
-
-    import uvicorn
-    from starlette.types import ASGIApp
-
-    from backend.adapters.http.certificate import Certificate
-    from backend.settings import Settings
-
-_SHUTDOWN_SECONDS: Final = 5
-_HOST: Final = "127.0.0.1"
-_PORT: Final = 8000
+from backend.cli.access import key, token
+from backend.cli.audit import audit
+from backend.cli.common import Commands
+from backend.cli.hub import hub
+from backend.cli.reconcile import reconcile
+from backend.cli.serve import run, serve
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -41,24 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Gives swarm nodes what they need to join a WireGuard hub.",
 )
-hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The hub's config and interface.")
-app.add_typer(hub, name="hub")
-app.add_typer(access.token, name="token")
-app.add_typer(access.key, name="key")
-app.add_typer(audit.audit, name="audit")
-app.command()(reconcile.reconcile)
-
-Host = Annotated[str, typer.Option(help="The address to listen on.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="The TCP port to listen on; 0 takes a free one.")]
-TlsCert = Annotated[
-    Path | None,
-    typer.Option(dir_okay=False, help="Serve by TLS: the certificate with its chain, in PEM."),
-]
-TlsKey = Annotated[Path | None, typer.Option(dir_okay=False, help="The certificate's private key, in PEM.")]
-UnixSocket = Annotated[
-    Path | None,
-    typer.Option(dir_okay=False, help="Listen on a UNIX socket here, in place of an address and a port."),
-]
+for command in (serve, run, reconcile):
+    app.command()(command)
+for commands in (hub, token, key, audit):
+    app.add_typer(commands)
 
 
 def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer passes it by position
@@ -77,246 +45,6 @@ def main(
     """Whatever is made from here on is for its owner's eyes only, and so is this process's memory."""
     os.umask(0o077)
     keep_private()
-
-
-@app.command()
-def serve(
-    host: Host = _HOST,
-    port: Port = _PORT,
-    unix_socket: UnixSocket = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-) -> None:
-    """Run the service."""
-    with one_sentence():
-        from backend.adapters.http.unix_socket import listening_at
-        from backend.settings import load_settings
-
-        if unix_socket is not None and (host, port) != (_HOST, _PORT):
-            raise StartRefusedError("--unix-socket takes the place of --host and --port; leave those out")
-        if (tls_cert is None) != (tls_key is None):
-            raise StartRefusedError("--tls-cert and --tls-key belong together; give both, or neither")
-        if tls_cert is not None and unix_socket is not None:
-            raise StartRefusedError("--unix-socket has no TLS; leave --tls-cert and --tls-key out")
-        settings = load_settings()
-        listening = _listener(host, port) if unix_socket is None else listening_at(unix_socket)
-        with listening as listener:
-            tls = None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
-            _serve(settings, listener, tls=tls)
-
-
-@app.command()
-def run(port: Port = _PORT) -> None:
-    """Make a hub under the state directory if there is none, bring it up and run the service (`make run`)."""
-    with one_sentence():
-        from backend.cli.quickstart import prepare, try_it
-        from backend.settings import load_settings
-
-        settings = load_settings()
-        # First of all: where nothing can be served, nothing is made.
-        with _listener(_HOST, port) as listener:
-            settings = prepare(settings, typer.echo)
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            commands = try_it(url, settings.state_directory)
-            _serve(settings, listener, f"\nTo try it, in another terminal:\n{commands}\n")
-
-
-@hub.command()
-def init(
-    recover: Annotated[
-        bool, typer.Option("--recover", help="Take the key of the interface that has the hub's name.")
-    ] = False,
-    new_key: Annotated[
-        bool, typer.Option("--new-key", help="Make a new key though nodes know another one of this hub.")
-    ] = False,
-) -> None:
-    """Write a config where WIREGUARD_CONFIG_PATH has none, with the hub's key if it had one."""
-    with one_sentence():
-        from backend.cli.quickstart import beside_lost, make_config
-        from backend.models.operator_commands import command
-
-        if recover and new_key:
-            raise StartRefusedError("--recover keeps the key and --new-key doesn't; leave one of them out")
-        settings = beside_lost(_settings())
-        if make_config(settings, typer.echo, recover=recover, new_key=new_key):
-            typer.echo(f"{command('hub up')} brings {settings.interface} up")
-        else:
-            typer.echo(f"{settings.wireguard_config_path} is there already and was left as it is")
-
-
-@hub.command()
-def up(
-    replace_key: Annotated[
-        bool,
-        typer.Option(
-            "--replace-key",
-            help="Give the interface the file's key, which WIREGUARD_HUB_PUBLIC_KEY names too.",
-        ),
-    ] = False,
-) -> None:
-    """Make the hub's interface from its config, or see that it is up."""
-    with one_sentence():
-        from backend.adapters.wireguard import hub_key, link
-        from backend.cli.quickstart import beside_run, hub_address
-
-        settings = beside_run(_settings())
-        path, stated = settings.wireguard_config_path, settings.wireguard_hub_public_key
-        if replace_key and (replaced := hub_key.replace(path, stated)):
-            typer.echo(f"interface {settings.interface} had the key {replaced.before or '(none)'}")
-            typer.echo(f"interface {settings.interface} has the key {replaced.after}")
-        raised = link.up(path, hub_address(settings), stated)
-        typer.echo(f"interface {settings.interface} {'is up' if raised.created else 'was up already'}")
-        for warning in raised.warnings:
-            typer.echo(f"note: {warning}", err=True)
-
-
-@hub.command()
-def down() -> None:
-    """Take the hub's interface away, if it has the config's key."""
-    with one_sentence():
-        from backend.adapters.wireguard import link
-        from backend.cli.quickstart import beside_run
-
-        settings = beside_run(_settings())
-        taken = link.down(settings.wireguard_config_path)
-        typer.echo(f"interface {settings.interface} {'is gone' if taken else 'was not there'}")
-
-
-@hub.command()
-def show() -> None:
-    """Say what the hub is and has, without any secret."""
-    with one_sentence():
-        from backend.adapters.wireguard import link
-        from backend.cli.quickstart import beside_run
-
-        settings = beside_run(_settings())
-        state = link.show(
-            settings.wireguard_config_path, settings.wireguard_hub_ip, settings.wireguard_hub_public_key
-        )
-        on_interface = (
-            "" if state.peers_on_interface is None else f", {state.peers_on_interface} on the interface"
-        )
-        for name, value in (
-            ("config", state.config_path),
-            ("interface", f"{state.interface} ({state.state})"),
-            ("public key", state.public_key),
-            ("endpoint", settings.wireguard_hub_endpoint),
-            ("listening port", "-" if state.listen_port is None else state.listen_port),
-            ("peers", f"{state.peers_in_file} in the file{on_interface}"),
-        ):
-            typer.echo(f"{name + ':':16}{value}")
-        for problem in state.problems:
-            typer.echo(f"note: {problem}", err=True)
-
-
-def _settings() -> "Settings":
-    from backend.settings import load_settings
-
-    return load_settings()
-
-
-@contextmanager
-def _listener(host: str, port: int) -> Iterator["socket.socket"]:
-    """Take the address before anything else is done; raise StartRefusedError where that can't be."""
-    import socket
-
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as exc:
-        raise StartRefusedError(
-            f"{host} is no address of this host ({exc.strerror}); choose another --host"
-        ) from exc
-    with listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            # Two processes may bind the same address as long as neither listens. Who comes before the
-            # service is ready waits for it.
-            listener.listen()
-        except OSError as exc:
-            raise StartRefusedError(
-                f"{host} port {port} can't be listened on ({exc.strerror}); stop what holds it, or choose "
-                "another one with --port (with make: PORT=8001)"
-            ) from exc
-        yield listener
-
-
-def _serve(
-    settings: "Settings", listener: "socket.socket", hint: str = "", tls: tuple[Path, Path] | None = None
-) -> None:
-    # Until all is there: what a start makes stays, and there are thousands of peers in it.
-    gc.disable()
-    from backend.adapters.http.certificate import Certificate
-    from backend.adapters.http.http_protocol import answering_when_cancelled
-    from backend.adapters.logs import configure_logging
-    from backend.composition import running_service
-    from backend.main import create_app
-
-    configure_logging(settings.log_level)
-    certificate = None if tls is None else Certificate(*tls)
-    # uvicorn handles both while it runs, and raises them again when it has shut down: that was asked for, and
-    # is no failure.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
-    # Outside of uvicorn's lifespan, which would log a refused start as a traceback.
-    with running_service(settings) as service:
-        app = answering_when_cancelled(create_app(settings, service))
-        server = _server(settings, app, listener, certificate)
-        # Whatever was made until here stays: nothing of it is looked at again by the garbage collector.
-        gc.freeze()
-        gc.enable()
-        name = listener.getsockname()
-        where = {"socket": name} if isinstance(name, str) else {"host": name[0], "port": name[1]}
-        logging.getLogger(__name__).info("serving", extra=where | ({} if tls is None else {"tls": tls[0]}))
-        for notice in service.door.notices:
-            typer.echo(f"WARNING: {notice}", err=True)
-        if hint:
-            typer.echo(hint)
-        server.run(sockets=[listener])
-
-
-def _server(
-    settings: "Settings", app: "ASGIApp", listener: "socket.socket", certificate: "Certificate | None"
-) -> "uvicorn.Server":
-    import uvicorn
-
-    from backend.adapters.host.descriptors import Descriptors
-    from backend.adapters.http.connections import Connections
-    from backend.adapters.http.http_protocol import BoundedProtocol
-    from backend.adapters.http.tls_server import TlsServer
-
-    descriptors = Descriptors.raised()
-    connections = Connections.within(
-        descriptors.connections,
-        settings.wireguard_max_connections,
-        settings.wireguard_max_connections_per_source,
-    )
-    http = partial(BoundedProtocol, connections=connections, proxies=settings.wireguard_trusted_proxies)
-    config = uvicorn.Config(
-        app,
-        loop="uvloop",
-        # Called as the class would be.
-        http=cast("type[BoundedProtocol]", http),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        log_level=settings.log_level,
-        access_log=settings.access_log,
-        proxy_headers=False,
-        server_header=False,
-        backlog=descriptors.backlog,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-    )
-    if certificate is None:
-        return uvicorn.Server(config)
-    return TlsServer(config, listener, connections, certificate)
-
-
-def _leave(_number: int, _frame: object) -> NoReturn:
-    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from backend.cli.access import actor, one_sentence, open_store
+from backend.cli.common import event, group, open_store, settings_of_hub
 from backend.errors import StartRefusedError
 
 # Everything heavier is imported by the command that needs it, so that `--help` answers at once.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _ROWS_AT_A_TIME: Final = 10_000
 _MOST_DAYS: Final = 99_999
 
-audit = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The audit log.")
+audit = group("audit", "The audit log.")
 
 OlderThan = Annotated[
     int | None, typer.Option("--older-than", min=0, max=_MOST_DAYS, metavar="DAYS", help="In days.")
@@ -35,28 +35,29 @@ def list_audit(
     subject: Annotated[str | None, typer.Option(help="Only of that node or credential.")] = None,
 ) -> None:
     """Print the newest entries as lines of JSON, the oldest of them first."""
-    with one_sentence():
-        from backend.models.access.audit import AuditEntry, AuditQuery
+    from backend.models.access.audit import AuditEntry, AuditQuery
 
-        query = AuditQuery(limit, None, _action(action), actor, subject)
-        with open_store() as store:
-            for record in reversed(store.audit_page(query)):
-                typer.echo(AuditEntry.of(record).model_dump_json())
+    query = AuditQuery(limit, None, _action(action), actor, subject)
+    with open_store() as store:
+        for record in reversed(store.audit_page(query)):
+            typer.echo(AuditEntry.of(record).model_dump_json())
 
 
 @audit.command("verify")
 def verify_audit() -> None:
     """Check that nobody has changed, dropped or moved an entry; the status is 1 if somebody has."""
-    with one_sentence(), open_store() as store:
+    from backend.services.hub.mark import HubMark
+
+    with open_store() as store:
         # Before the log: beside a service that goes on, the later of the two is further on.
-        reached = _reached()
+        reached = HubMark(settings_of_hub().wireguard_config_path.resolve()).read().audit_sequence
         wrong, (sequence, head), (pruned, _) = store.verify_audit()
         if wrong is not None:
             typer.echo(f"broken: {wrong}", err=True)
             raise typer.Exit(1)
         earlier = f", behind {pruned} that were pruned" if pruned else ""
         typer.echo(f"whole: {sequence - pruned} entries{earlier}")
-        # Kept elsewhere, it finds out who has written the whole log anew.
+        # A copy of it kept elsewhere shows whether the whole log was written anew.
         typer.echo(f"head: {head}")
         if reached > sequence:
             typer.echo(
@@ -74,46 +75,34 @@ def export_audit(
     before: Before = None,
 ) -> None:
     """Write entries to a file as lines of JSON, the oldest first: all, or what `prune` would delete."""
-    with one_sentence():
-        from backend.adapters.host.new_file import new_file
-        from backend.models.access.audit import AuditEntry
+    from backend.adapters.host.new_file import new_file
+    from backend.models.access.audit import AuditEntry
 
-        until = _moment(older_than, before) or datetime.now(UTC)
-        count, last = 0, ""
-        with open_store() as store, new_file(output) as file:
-            for record in store.audit_until(until):
-                file.write(AuditEntry.of(record).model_dump_json() + "\n")
-                count, last = count + 1, f", up to {record.sequence}"
-        typer.echo(f"exported {count} entries{last}")
+    until = _moment(older_than, before) or datetime.now(UTC)
+    count, last = 0, ""
+    with open_store() as store, new_file(output) as file:
+        for record in store.audit_until(until):
+            file.write(AuditEntry.of(record).model_dump_json() + "\n")
+            count, last = count + 1, f", up to {record.sequence}"
+    typer.echo(f"exported {count} entries{last}")
 
 
 @audit.command("prune")
 def prune_audit(older_than: OlderThan = None, before: Before = None) -> None:
     """Delete old entries: those that WIREGUARD_AUDIT_KEEP doesn't keep, or others that you name."""
-    with one_sentence():
-        from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
-        from backend.settings import load_settings
-
-        until = _moment(older_than, before) or datetime.now(UTC) - load_settings().audit_keep
-        now = datetime.now(UTC)
-        if until > now:
-            raise StartRefusedError("--before: it is in the future")
-        event = AuditEvent(now, AuditAction.AUDIT_PRUNED, AuditOutcome.ACCEPTED, actor())
-        count = step = 0
-        with open_store() as store:
-            while step == 0 or count == step * _ROWS_AT_A_TIME:
-                count += store.prune_audit(until, _ROWS_AT_A_TIME, event)
-                step += 1
-        typer.echo(f"pruned {count} entries")
-
-
-def _reached() -> int:
-    """Return the last row of the log that the hub has seen, as the mark beside its config has it."""
-    from backend.cli.quickstart import beside_run
-    from backend.services.hub.mark import HubMark
+    from backend.models.access.audit import AuditAction
     from backend.settings import load_settings
 
-    return HubMark(beside_run(load_settings()).wireguard_config_path.resolve()).read().audit_sequence
+    until = _moment(older_than, before) or datetime.now(UTC) - load_settings().audit_keep
+    if until > datetime.now(UTC):
+        raise StartRefusedError("--before: it is in the future")
+    pruned = event(AuditAction.AUDIT_PRUNED)
+    count = step = 0
+    with open_store() as store:
+        while step == 0 or count == step * _ROWS_AT_A_TIME:
+            count += store.prune_audit(until, _ROWS_AT_A_TIME, pruned)
+            step += 1
+    typer.echo(f"pruned {count} entries")
 
 
 def _action(name: str | None) -> "AuditAction | None":

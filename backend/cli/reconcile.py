@@ -1,20 +1,18 @@
 """`python -m backend reconcile`: what an operator decides where the records don't fit the hub."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from backend.cli.access import actor, one_sentence
+from backend.cli.common import event, settings_of_hub
 from backend.errors import StartRefusedError
 
 # Everything heavier is imported where it's needed, so that `--help` answers at once.
 if TYPE_CHECKING:
     from backend.adapters.records.hub_decisions import HubDecisions
-    from backend.models.access.audit import AuditAction, AuditEvent
     from backend.services.hub.review import HubReview
     from backend.services.ports import Decision
 
@@ -31,28 +29,23 @@ def reconcile(
     *, show: Show = False, adopt: Adopt = False, force: Force = False, acknowledge: Acknowledge = False
 ) -> None:
     """Compare the records with the hub, and decide about peers that the records don't know."""
-    with one_sentence():
-        if sum((show, adopt, force, acknowledge)) != 1:
-            raise StartRefusedError("choose one of --show, --adopt, --force and --acknowledge")
-        from backend.services.ports import Decision
+    if sum((show, adopt, force, acknowledge)) != 1:
+        raise StartRefusedError("choose one of --show, --adopt, --force and --acknowledge")
+    from backend.services.ports import Decision
 
-        with _decisions() as decisions:
-            if acknowledge:
-                _acknowledge(decisions)
-            elif show:
-                _show(decisions.review())
-            else:
-                _decide(decisions, Decision.ADOPT if adopt else Decision.FORCE)
+    with _decisions() as decisions:
+        if acknowledge:
+            _acknowledge(decisions)
+        elif show:
+            _show(decisions.review())
+        else:
+            _decide(decisions, Decision.ADOPT if adopt else Decision.FORCE)
 
 
-@contextmanager
-def _decisions() -> "Iterator[HubDecisions]":
-    from backend.cli.quickstart import beside_run
+def _decisions() -> "AbstractContextManager[HubDecisions]":
     from backend.composition import open_hub_decisions
-    from backend.settings import load_settings
 
-    with open_hub_decisions(beside_run(load_settings())) as decisions:
-        yield decisions
+    return open_hub_decisions(settings_of_hub())
 
 
 def _show(review: "HubReview") -> None:
@@ -85,7 +78,7 @@ def _decide(decisions: "HubDecisions", decision: "Decision") -> None:
     if review.paused is None:
         raise StartRefusedError(f"nothing was decided: {review.verdict}")
     acts = {Decision.ADOPT: AuditAction.PEERS_ADOPTED, Decision.FORCE: AuditAction.PEERS_REMOVED}
-    decisions.decide(decision, fingerprint(review.unknown), _event(acts[decision]))
+    decisions.decide(decision, fingerprint(review.unknown), event(acts[decision]))
     if not _becomes_true(lambda: not decisions.is_pending()):
         typer.echo("written down; the service carries it out as soon as it can, or at its next start")
         return
@@ -110,11 +103,5 @@ def _becomes_true(condition: Callable[[], bool]) -> bool:
 def _acknowledge(decisions: "HubDecisions") -> None:
     from backend.models.access.audit import AuditAction
 
-    count = decisions.acknowledge(_event(AuditAction.NOTICE_ACKNOWLEDGED))
+    count = decisions.acknowledge(event(AuditAction.NOTICE_ACKNOWLEDGED))
     typer.echo(f"{count} notice(s) acknowledged" if count else "there is no notice")
-
-
-def _event(action: "AuditAction") -> "AuditEvent":
-    from backend.models.access.audit import AuditEvent, AuditOutcome
-
-    return AuditEvent(datetime.now(UTC), action, AuditOutcome.ACCEPTED, actor())

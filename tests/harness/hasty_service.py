@@ -5,11 +5,12 @@ Run as a module, in place of `backend`, by tests about what happens when patienc
 
 from typing import Final
 
-from backend import __main__ as command_line
+from backend.__main__ import app
 from backend.adapters.wireguard import wg
+from backend.cli import serve
 
 # The seconds for one call of `wg`, and for what is under way when SIGTERM comes.
-PATIENCE: Final = ((wg, "_TIMEOUT_SECONDS", 0.5), (command_line, "_SHUTDOWN_SECONDS", 1))
+PATIENCE: Final = ((wg, "_TIMEOUT_SECONDS", 0.5), (serve, "_SHUTDOWN_SECONDS", 1))
 
 
 if __name__ == "__main__":
@@ -17,4 +18,4 @@ if __name__ == "__main__":
         # One that isn't there was renamed: without it the tests would wait for the whole time again.
         getattr(owner, name)
         setattr(owner, name, seconds)
-    command_line.app(prog_name="hasty service")
+    app(prog_name="hasty service")

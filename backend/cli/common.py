@@ -1,0 +1,69 @@
+"""What the commands share. Imports nothing heavy, so that `--help` answers at once."""
+
+import os
+import pwd
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from backend.errors import ProvisioningError, StartRefusedError
+
+if TYPE_CHECKING:
+    from backend.adapters.records.access_store import SqlAccessStore
+    from backend.models.access.audit import AuditAction, AuditEvent
+    from backend.settings import Settings
+
+
+class Commands(TyperGroup):
+    """Ends the process with the sentence of a command's error, status 1 and no traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (StartRefusedError, ProvisioningError) as exc:
+            from backend.models.access.secret_text import redacted
+
+            typer.echo(f"error: {redacted(str(exc))}", err=True)
+            raise typer.Exit(1) from None
+
+
+def group(name: str, description: str) -> typer.Typer:
+    """Make a group of commands, `python -m backend NAME ...`."""
+    return typer.Typer(name=name, help=description, no_args_is_help=True, rich_markup_mode=None)
+
+
+def settings_of_hub() -> "Settings":
+    """Return the settings, for the hub that `make run` made where they name no other."""
+    from backend.cli.quickstart import beside_run
+    from backend.settings import load_settings
+
+    return beside_run(load_settings())
+
+
+def open_store() -> "AbstractContextManager[SqlAccessStore]":
+    """Open credentials and audit log, whether the service runs or not."""
+    from backend.composition import open_access
+    from backend.settings import load_settings
+
+    return open_access(load_settings())
+
+
+def event(action: "AuditAction", subject: str | None = None) -> "AuditEvent":
+    """Return what the audit log is to say of this command, done now by the user of this process."""
+    from backend.models.access.audit import AuditEvent, AuditOutcome
+
+    return AuditEvent(datetime.now(UTC), action, AuditOutcome.ACCEPTED, actor(), subject)
+
+
+def actor() -> str:
+    """Return what the audit log calls the user of this process."""
+    # Never LOGNAME, which any user may set to any name.
+    user = os.geteuid()
+    try:
+        return f"cli:{pwd.getpwuid(user).pw_name}"
+    except KeyError:
+        return f"cli:{user}"
