@@ -1,0 +1,89 @@
+"""What the service does by itself, each in a thread of its own: one that takes long delays no other."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import uniform
+from threading import Event, Thread
+from typing import Final
+
+from backend.errors import RecordsUnavailableError
+
+log = logging.getLogger(__name__)
+
+# A call comes up to this share of its interval early, so that loops which began together spread out.
+_JITTER: Final = 0.1
+# The longest pause before a loop that has more to do goes on.
+_MORE_SECONDS: Final = 1.0
+_STOP_SECONDS: Final = 10.0
+
+
+@dataclass(eq=False, slots=True)
+class Loop:
+    """Calls `run` every `interval_seconds`, counted from the end of one call to the beginning of the next.
+
+    `run` returns True where it has left something to do: the next call then follows within a second.
+    """
+
+    name: str
+    interval_seconds: float
+    run: Callable[[], bool | None]
+    # Seconds before the first call; by default an interval.
+    first_seconds: float | None = None
+    # When the last call without an error ended, by time.monotonic() and by time.time(); and its seconds.
+    succeeded_monotonic: float | None = field(default=None, init=False)
+    succeeded_at: float | None = field(default=None, init=False)
+    duration_seconds: float | None = field(default=None, init=False)
+    _failure: str | None = field(default=None, init=False)
+
+    def work(self, stopping: Event) -> None:
+        """Call `run` again and again until `stopping` is set."""
+        delay = self.interval_seconds if self.first_seconds is None else self.first_seconds
+        while not stopping.wait(delay * uniform(1 - _JITTER, 1)):  # noqa: S311 - no secret
+            has_more = self._call()
+            delay = min(self.interval_seconds, _MORE_SECONDS) if has_more else self.interval_seconds
+
+    def _call(self) -> bool | None:
+        began = time.monotonic()
+        try:
+            has_more = self.run()
+        except RecordsUnavailableError:
+            # The database's availability is logged where it changes.
+            return False
+        except Exception as exc:
+            # Logged once for each cause, and never the end of the loop.
+            failure = repr(exc)
+            if failure != self._failure:
+                log.exception("loop_failed", extra={"loop": self.name})
+            self._failure = failure
+            return False
+        self._failure = None
+        self.succeeded_monotonic, self.succeeded_at = time.monotonic(), time.time()
+        self.duration_seconds = self.succeeded_monotonic - began
+        return has_more
+
+
+class Loops:
+    """Runs its rows from `start` to `stop`."""
+
+    def __init__(self, rows: Sequence[Loop]) -> None:
+        self.rows: Final = tuple(rows)
+        self._stopping = Event()
+        self._threads = [
+            Thread(target=row.work, args=(self._stopping,), name=f"loop-{row.name}", daemon=True)
+            for row in self.rows
+        ]
+
+    def start(self) -> None:
+        """Begin. No row is called before its first interval is over."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End every loop; wait for calls under way, at most 10 s for all of them together."""
+        self._stopping.set()
+        until = time.monotonic() + _STOP_SECONDS
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(max(0.0, until - time.monotonic()))
