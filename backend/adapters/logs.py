@@ -11,7 +11,7 @@ from backend.models.access.secret_text import redacted
 _ACCESS_ARGUMENTS: Final = 5
 _SELDOM_SECONDS: Final = 60.0
 
-# What every record has by itself; anything else came in by `extra`.
+# The attributes of every record; any other one came in by `extra`.
 _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
@@ -20,10 +20,7 @@ class EventFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - as below
-        """Return the time in UTC."""
-        return time.strftime(datefmt or "", time.gmtime(record.created))
+        self.converter = time.gmtime
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class's name
         """Put the fields behind the event."""
@@ -31,12 +28,12 @@ class EventFormatter(logging.Formatter):
         return " ".join([super().formatMessage(record), *fields])
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the whole line, without the secrets that somebody sent where none belongs."""
+        """Return the whole line, without the secrets of credentials that were sent in a wrong place."""
         return redacted(super().format(record))
 
 
 def _without_query(record: logging.LogRecord) -> bool:
-    """Leave the query out of uvicorn's line for a request: nobody knows what somebody writes there."""
+    """Leave the query out of uvicorn's line for a request: a client may put a secret there."""
     if isinstance(record.args, tuple) and len(record.args) == _ACCESS_ARGUMENTS:
         address, method, path, *rest = record.args
         record.args = (address, method, str(path).partition("?")[0], *rest)
@@ -44,11 +41,11 @@ def _without_query(record: logging.LogRecord) -> bool:
 
 
 class Seldom:
-    """Lets each warning pass once a minute: uvicorn's are about what any client may send at any rate."""
+    """Lets each warning pass once a minute: any client can bring about those of uvicorn at any rate."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # By the text before anything is put into it, of which there are few.
+        # By the text before its arguments are filled in: there are few of these.
         self._again_at: dict[str, float] = {}
 
     def __call__(self, record: logging.LogRecord) -> bool:
@@ -74,5 +71,5 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").addFilter(_without_query)
     logging.getLogger("uvicorn.error").addFilter(Seldom())
-    # Each migration of each start; the service says by itself what matters.
+    # It logs each migration at each start.
     logging.getLogger("alembic").setLevel(logging.WARNING)
