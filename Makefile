@@ -17,7 +17,7 @@ SOURCES := backend tests
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-run: $(RUNS) ## Make a hub under ./var if there is none, and serve on 127.0.0.1:8000 (PORT=...); Ctrl-C stops
+run: $(RUNS) .tools ## Make a hub under ./var if there is none, and serve on 127.0.0.1:8000 (PORT=...); Ctrl-C stops
 	@exec $(BIN)/python -m backend run --port $(PORT)
 
 install: $(RUNS) ## Make .venv with what the service needs to run, and nothing more
@@ -83,14 +83,30 @@ $(STAMP): requirements.txt | .venv/.made
 .test-requirements: $(STAMP)
 	@$(BIN)/python -m tests.harness.requirements
 
-# Debian and Ubuntu have the standard library's venv in a package of its own.
+# Debian's and Ubuntu's packages. wireguard-tools recommends a kernel. The lists of packages may be missing, or too old.
+apt_install = export DEBIAN_FRONTEND=noninteractive; \
+	install="apt-get install --yes --quiet --no-install-recommends $(1)"; $$install || { apt-get update --quiet && $$install; }
+
+# The standard library's venv has a package of its own.
 .PHONY: .python3-venv
 .python3-venv:
 	@if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
-		export DEBIAN_FRONTEND=noninteractive; \
-		apt-get install --yes --quiet --no-install-recommends python3-venv || \
-			{ apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends python3-venv; }; \
+		$(call apt_install,python3-venv); \
 	else \
 		echo "$(PYTHON) can't make a virtual environment; install python3-venv (on Debian and Ubuntu:" \
 			"sudo apt-get install python3-venv)" >&2; exit 1; \
 	fi
+
+# What an interface takes. Where it can't be installed `run` goes on without an interface, and says what is missing.
+# wireguard-go is for a kernel without WireGuard.
+TOOL_PATH := $(PATH):/usr/sbin:/sbin
+.PHONY: .tools
+.tools:
+	@export PATH="$(TOOL_PATH)"; missing=""; \
+	if [ "$$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then exit 0; fi; \
+	if [ "$$WIREGUARD_RELOAD" = off ] || grep -qs "^WIREGUARD_RELOAD=off" .env; then exit 0; fi; \
+	command -v wg >/dev/null || missing="wireguard-tools"; \
+	command -v ip >/dev/null || missing="$$missing iproute2"; \
+	[ -e /sys/module/wireguard ] || modprobe --dry-run --quiet wireguard 2>/dev/null || \
+		command -v wireguard-go >/dev/null || missing="$$missing wireguard-go"; \
+	if [ -n "$$missing" ]; then { $(call apt_install,$$missing); } || true; fi

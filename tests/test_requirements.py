@@ -85,6 +85,11 @@ class Checkout:
         path.chmod(0o755)
         return path
 
+    @property
+    def called(self) -> str:
+        """Which programs of .venv were called, a line each."""
+        return self._called.read_text()
+
     def make(self, target: str) -> list[str]:
         """Return what a target installs."""
         self._called.unlink(missing_ok=True)
@@ -93,7 +98,7 @@ class Checkout:
         )
         return [
             line.rpartition(" ")[2]
-            for line in self._called.read_text().splitlines()
+            for line in self.called.splitlines()
             if line.startswith("pip install") and "--require-hashes" in line
         ]
 
@@ -130,3 +135,92 @@ def test_each_installs_anew_what_has_changed(checkout: Checkout) -> None:
     assert (checkout.make("run"), checkout.make("unit")) == ([RUNS], [TESTS])
     checkout.change(RUNS)
     assert (checkout.make("unit"), checkout.make("run"), checkout.make("run")) == ([], [RUNS], [])
+
+
+class Host:
+    """A machine whose only programs are those in one directory. apt-get writes down what it was asked."""
+
+    def __init__(self, checkout: Checkout, *tools: str) -> None:
+        self._checkout = checkout
+        self._bin = checkout.directory / "bin"
+        self._asked = checkout.directory / "asked"
+        self._bin.mkdir()
+        for name in ("make", "touch", "mkdir", "grep"):
+            (self._bin / name).symlink_to(str(shutil.which(name)))
+        for name in tools:
+            self.program(name)
+        self.program("id", "echo 0")
+        self.program("modprobe", "exit 1")
+        self.apt("exit 0")
+
+    def program(self, name: str, does: str = "") -> None:
+        path = self._bin / name
+        path.write_text(f"#!/bin/sh\n{does}\n")
+        path.chmod(0o755)
+
+    def apt(self, does: str) -> None:
+        self.program("apt-get", f"echo \"$@\" >>'{self._asked}'\n{does}")
+
+    def asked_by_make_run(self, **environment: str) -> list[str]:
+        done = subprocess.run(
+            ["make", "run", f"PYTHON={self._checkout.python}", f"TOOL_PATH={self._bin}"],
+            cwd=self._checkout.directory,
+            env={"PATH": str(self._bin), **environment},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stderr == ""
+        assert "python -m backend run --port 8000" in self._checkout.called
+        return self._asked.read_text().splitlines() if self._asked.exists() else []
+
+
+INSTALL = "install --yes --quiet --no-install-recommends"
+# A kernel with WireGuard needs no wireguard-go.
+IN_KERNEL = Path("/sys/module/wireguard").exists()
+
+
+def test_make_run_installs_the_tools_that_are_missing_and_nothing_that_they_recommend(
+    checkout: Checkout,
+) -> None:
+    host = Host(checkout, "ip")
+    wireguard_go = "" if IN_KERNEL else " wireguard-go"
+    assert host.asked_by_make_run() == [f"{INSTALL} wireguard-tools{wireguard_go}"]
+
+
+def test_make_run_needs_no_wireguard_go_where_the_kernel_has_wireguard(checkout: Checkout) -> None:
+    host = Host(checkout)
+    host.program("modprobe", '[ "$*" = "--dry-run --quiet wireguard" ]')
+    assert host.asked_by_make_run() == [f"{INSTALL} wireguard-tools iproute2"]
+
+
+def test_make_run_fetches_the_lists_of_packages_when_it_takes_them(checkout: Checkout) -> None:
+    host = Host(checkout, "ip", "wireguard-go")
+    lists = checkout.directory / "lists"
+    host.apt(f"case $1 in update) : >'{lists}';; *) [ -e '{lists}' ];; esac")
+    install = f"{INSTALL} wireguard-tools"
+    assert host.asked_by_make_run() == [install, "update --quiet", install]
+
+
+def test_make_run_goes_on_where_apt_fails(checkout: Checkout) -> None:
+    host = Host(checkout, "ip", "wireguard-go")
+    host.apt("exit 100")
+    assert host.asked_by_make_run() == [f"{INSTALL} wireguard-tools", "update --quiet"]
+
+
+def test_make_run_installs_nothing_that_it_does_not_need(checkout: Checkout) -> None:
+    host = Host(checkout, "ip", "wg", "wireguard-go")
+    assert host.asked_by_make_run() == []
+
+
+def test_make_run_installs_nothing_where_no_interface_is_wanted(checkout: Checkout) -> None:
+    host = Host(checkout)
+    assert host.asked_by_make_run(WIREGUARD_RELOAD="off") == []
+    (checkout.directory / ".env").write_text("LOG_LEVEL=debug\nWIREGUARD_RELOAD=off\n")
+    assert host.asked_by_make_run() == []
+
+
+def test_make_run_installs_nothing_for_another_user_than_root(checkout: Checkout) -> None:
+    host = Host(checkout)
+    host.program("id", "echo 1000")
+    assert host.asked_by_make_run() == []

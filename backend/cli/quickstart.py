@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from backend.adapters.host.admin_header import NAME as ADMIN_HEADER
-from backend.adapters.host.programs import install_missing, obstacles
+from backend.adapters.host.programs import obstacles
 from backend.adapters.host.trusted_paths import make_private_directory, require_trusted
 from backend.adapters.records.recorded_peers import count_recorded_peers
 from backend.adapters.wireguard import hub_key, link
@@ -127,8 +127,6 @@ def try_it(url: str, state_directory: Path) -> str:
 
 
 def _bring_up(settings: Settings, say: Callable[[str], None]) -> Settings:
-    if installed := install_missing():
-        say(f"installed with apt-get: {', '.join(installed)}")
     missing = obstacles()
     if missing:
         say(f"no interface {settings.interface}: {'; '.join(missing)}")

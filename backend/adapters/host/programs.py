@@ -1,12 +1,10 @@
-"""The system's own programs: found, run and, for `make run`, installed."""
+"""The system's own programs: found and run."""
 
 import json
 import os
-import platform
 import re
 import select
 import signal
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +17,6 @@ _TIMEOUT_SECONDS: Final = 15.0
 _LONGEST_REASON: Final = 500
 # Of `wg set` there may be thousands, one key after the other.
 _SHOWN_ARGUMENTS: Final = 6
-_INSTALL_TIMEOUT_SECONDS: Final = 900.0
 # Where `ip` and `wg` are, even if the caller's PATH has no sbin.
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # From scratch: with a LOG_LEVEL wireguard-go's daemon holds on to our end of stderr, and with
@@ -52,10 +49,18 @@ def find(name: str) -> str:
     if found is not None:
         return found
     passed_over = next(_installed(name), None)
-    problem = f"isn't installed; install the package {_PACKAGES.get(name, name)}"
+    problem = f"isn't installed; {_remedy(name)}"
     if passed_over is not None:
         problem = f"is there only as {passed_over}, which other users could change; take that from them"
     raise HubUpdateError(f"`{name}` {problem}")
+
+
+def _remedy(name: str) -> str:
+    package = _PACKAGES.get(name, name)
+    return (
+        f"install the package {package} (on Debian and Ubuntu: `sudo apt-get install --no-install-recommends "
+        f"{package}`)"
+    )
 
 
 def run(command: Sequence[str], stdin: bytes = b"", timeout: float = _TIMEOUT_SECONDS) -> str:
@@ -177,41 +182,14 @@ def obstacles() -> list[str]:
     permitted = _may_administer_the_network()
     if not permitted:
         found.append("it takes root (CAP_NET_ADMIN): run it with sudo")
-    found += [f"`{name}` isn't installed: install the package {_PACKAGES[name]}" for name in _missing_tools()]
-    if permitted and not kernel_has_wireguard() and not _tun_opens():
+    in_kernel = kernel_has_wireguard()
+    needed = ["wg", "ip"] if in_kernel else ["wg", "ip", "wireguard-go"]
+    found += [f"`{name}` isn't installed: {_remedy(name)}" for name in needed if _which(name) is None]
+    if permitted and not in_kernel and not _tun_opens():
         found.append(
             f"the kernel has no WireGuard and {_TUN} can't be opened: `modprobe wireguard` or `modprobe tun`"
         )
     return found
-
-
-def install_missing() -> list[str]:
-    """Install what is missing, if this is root on Debian or Ubuntu; return the packages it tried."""
-    packages = [_PACKAGES[name] for name in _missing_tools()]
-    apt = _which("apt-get")
-    if not packages or apt is None or os.geteuid() != 0 or not _is_debian():
-        return []
-    # wireguard-tools recommends a kernel.
-    install = [apt, "install", "--yes", "--quiet", "--no-install-recommends", *packages]
-    # The package lists may be missing or so old that they name what is gone.
-    _apt(install) or (_apt([apt, "update", "--quiet"]) and _apt(install))
-    return packages
-
-
-def _apt(command: Sequence[str]) -> bool:
-    environment = {**os.environ, "PATH": _SYSTEM_PATH, "DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        done = subprocess.run(  # an absolute path, no shell, package names from this file
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=_INSTALL_TIMEOUT_SECONDS,
-            env=environment,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
 
 
 def _which(name: str) -> str | None:
@@ -226,11 +204,6 @@ def _installed(name: str) -> Iterator[Path]:
         path = Path(directory, name)
         if path.is_absolute() and os.access(path, os.X_OK) and path.is_file():
             yield path
-
-
-def _missing_tools() -> list[str]:
-    needed = ["wg", "ip"] if kernel_has_wireguard() else ["wg", "ip", "wireguard-go"]
-    return [name for name in needed if _which(name) is None]
 
 
 def _may_administer_the_network() -> bool:
@@ -260,11 +233,3 @@ def _tun_opens() -> bool:
     except OSError:
         return False
     return True
-
-
-def _is_debian() -> bool:
-    try:
-        release = platform.freedesktop_os_release()
-    except OSError:
-        return False
-    return not {"debian", "ubuntu"}.isdisjoint([release.get("ID", ""), *release.get("ID_LIKE", "").split()])
