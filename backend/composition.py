@@ -24,9 +24,9 @@ from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
 from backend.models.access.proof import WireGuardChallenges
 from backend.models.operator_commands import command
-from backend.services.access.clerk import Clerk
-from backend.services.access.door import Door
-from backend.services.access.proving import ProofVerifier
+from backend.services.access.audit_writer import Clerk
+from backend.services.access.authenticator import Door
+from backend.services.access.challenges import ProofVerifier
 from backend.services.configurations import Configurations
 from backend.services.hub.history import HubHistory
 from backend.services.hub.hub_committer import HubCommitter

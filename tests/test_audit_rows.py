@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from backend.api.refusals import note_refusal
+from backend.api.audit import note_refusal
 from backend.errors import (
     DuplicatePeerError,
     ForbiddenError,
@@ -23,7 +23,7 @@ from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Secret, TokenRequest
 from backend.models.access.sources import network_of
 from backend.services.access.audit_rows import AuditRows
-from backend.services.access.clerk import Clerk
+from backend.services.access.audit_writer import Clerk
 from backend.services.access.limited_requests import LimitedRequests
 from tests.harness.fakes import FakeAccessStore
 

@@ -16,8 +16,8 @@ from backend.models.access.credentials import (
     Role,
     TokenRequest,
 )
-from backend.services.access.clerk import Clerk
-from backend.services.access.door import Door
+from backend.services.access.audit_writer import Clerk
+from backend.services.access.authenticator import Door
 from tests.harness.fakes import FakeAccessStore, NoLimits
 
 SOMEWHERE = "192.0.2.1"

@@ -13,7 +13,7 @@ from backend.adapters.records.database import IN_MEMORY, Database
 from backend.adapters.records.sql_journal import SqlJournal
 from backend.models.access.callers import SERVICE
 from backend.services.access import idempotency
-from backend.services.access.door import Door
+from backend.services.access.authenticator import Door
 from backend.services.access.idempotency import IdempotencyKey
 from backend.services.hub import hub_committer
 from backend.services.ports import Journal

@@ -18,8 +18,8 @@ from backend.adapters.wireguard.wg import FileOnly
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services.access.clerk import Clerk
-from backend.services.access.door import Door
+from backend.services.access.audit_writer import Clerk
+from backend.services.access.authenticator import Door
 from backend.services.configurations import Configurations
 from backend.services.hub import hub_committer, hub_mirror
 from backend.services.hub.history import HubHistory

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from backend.api.dependencies import Service
-from backend.api.door import REFUSALS
 from backend.api.open_route import OpenRoute, is_told
+from backend.api.security import REFUSALS
 from backend.errors import HubUpdateError, ProvisioningError
 
 # A probe's own patience is longer.

@@ -5,7 +5,7 @@ from typing import ClassVar
 from fastapi import Request
 
 from backend.api.dependencies import service_for
-from backend.api.door import DoorRoute
+from backend.api.security import DoorRoute
 from backend.api.source import source_of
 from backend.errors import AccessError, RateLimitedError, RecordsUnavailableError
 from backend.models.access.callers import Caller

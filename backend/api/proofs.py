@@ -16,7 +16,7 @@ from backend.models.access.proof import (
     WireGuardProof,
 )
 from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services.access.proving import Proof
+from backend.services.access.challenges import Proof
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 
 

@@ -29,7 +29,7 @@ from backend.models.wireguard.provisioning import (
     ProvisioningRecord,
     ProvisioningRequest,
 )
-from backend.services.access.door import Door
+from backend.services.access.authenticator import Door
 from backend.services.access.idempotency import IdempotencyKey, RecentAnswers
 from backend.services.configurations import Configurations
 from backend.services.hub.hub_committer import HubCommitter

@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import Request
 
 from backend.__main__ import app
-from backend.adapters.records import audit_records
-from backend.api.door import DoorRoute
+from backend.adapters.records import audit
+from backend.api.security import DoorRoute
 from backend.models.access.callers import SERVICE
 
 
@@ -26,5 +26,5 @@ def write_nothing(*_: Any) -> int:
 
 if __name__ == "__main__":
     setattr(DoorRoute, "admit", admit)  # noqa: B010 - a plain assignment is no method to mypy
-    setattr(audit_records, "append_audit", write_nothing)  # noqa: B010 - see above
+    setattr(audit, "append_audit", write_nothing)  # noqa: B010 - see above
     app(prog_name="service without its door")

@@ -17,8 +17,8 @@ import pytest
 from backend.errors import UnauthenticatedError
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import CredentialKind, KeyRequest, Role, TokenRequest
-from backend.services.access.clerk import Clerk
-from backend.services.access.door import Door
+from backend.services.access.audit_writer import Clerk
+from backend.services.access.authenticator import Door
 from tests.harness.fakes import FakeAccessStore, NoLimits
 from tests.harness.hosts import LocalHost
 from tests.harness.patience import eventually

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from backend.adapters.records import access_records, audit_records
+from backend.adapters.records import audit, credentials, idempotency
 from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import Database
 from backend.errors import RecordsUnavailableError
@@ -29,7 +29,7 @@ from backend.models.access.proof import (
     sign,
 )
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.access.proving import Proof, ProofVerifier
+from backend.services.access.challenges import Proof, ProofVerifier
 from tests.harness.requests import new_key
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
@@ -87,7 +87,7 @@ def test_credential_and_audit_row_are_written_together_or_not_at_all(
         "revoke": lambda: store.revoke_credential(known.id, event(AuditAction.TOKEN_REVOKED, known.id)),
         "write": lambda: store.write([event(AuditAction.PROVISION, "node-1")], {known.id: NOON}),
     }
-    module = audit_records if part == "append_audit" else access_records
+    module = audit if part == "append_audit" else credentials
     work = getattr(module, part)
 
     for done_first in (True, False):
@@ -152,7 +152,7 @@ def test_a_nonce_is_kept_for_as_long_as_its_signature_is_good(
 
     def is_new() -> bool:
         with database.engine.begin() as connection:
-            return bool(access_records.burn_nonces(connection, [nonce]))
+            return bool(idempotency.burn_nonces(connection, [nonce]))
 
     assert is_new()
     last_moment = datetime.fromtimestamp(timestamp + WINDOW_SECONDS, UTC) + timedelta(seconds=0.999)
@@ -165,7 +165,7 @@ def test_a_nonce_is_kept_for_as_long_as_its_signature_is_good(
 
 def test_an_answer_is_kept_for_24_hours(store: SqlAccessStore, database: Database) -> None:
     with database.engine.begin() as connection:
-        access_records.save_answers(connection, [Answer("service", "key", "body", "node-1", b"{}", NOON)])
+        idempotency.save_answers(connection, [Answer("service", "key", "body", "node-1", b"{}", NOON)])
     store.tidy(NOON + ANSWERS_KEPT)
     assert store.find_answer("service", "key") is not None
     store.tidy(NOON + ANSWERS_KEPT + timedelta(seconds=1))

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import sqlalchemy as sa
 
-from backend.adapters.records import audit_records
+from backend.adapters.records import audit
 from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import Database
 from backend.adapters.records.sql_journal import SqlJournal
@@ -25,7 +25,7 @@ from backend.models.access.audit import (
     verify,
 )
 from backend.models.access.callers import SERVICE
-from backend.services.access.clerk import Clerk
+from backend.services.access.audit_writer import Clerk
 from backend.services.hub.mark import HubMark, Mark
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
@@ -101,8 +101,8 @@ def test_rows_that_are_pruned_are_those_that_an_export_of_the_same_moment_has(st
 
 
 def found(connection: sa.Connection) -> str:
-    head, start = audit_records.audit_head(connection), audit_records.audit_start(connection)
-    return verify(audit_records.iterate_audit(connection), head, start) or "nothing"
+    head, start = audit.audit_head(connection), audit.audit_start(connection)
+    return verify(audit.iterate_audit(connection), head, start) or "nothing"
 
 
 def forged_checkpoint(last: AuditRecord) -> str:

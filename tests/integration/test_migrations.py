@@ -12,11 +12,11 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from backend.adapters.records import access_records, database
+from backend.adapters.records import credentials, database
 from backend.adapters.records.database import Database
 
 # All tables: the module that was imported last has added its own.
-METADATA = access_records.credentials.metadata
+METADATA = credentials.credentials.metadata
 REVISIONS = [script.revision for script in ScriptDirectory(str(database._MIGRATIONS)).walk_revisions()]
 DESCRIBED = "described"
 # The first migration gave it a name to which the convention added its prefix once more. Databases that were

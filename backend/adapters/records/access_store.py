@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from backend.adapters.records import access_records, audit_records
+from backend.adapters.records import audit, credentials, idempotency
 from backend.adapters.records.database import Database
 from backend.errors import RecordsUnavailableError
 from backend.models.access.answers import ANSWERS_KEPT, Answer
@@ -26,37 +26,37 @@ class SqlAccessStore:
         """Return every credential, and their version."""
         with self._reading() as connection:
             # The version first: what is made in between is then found at the next look.
-            return access_records.credentials_version(connection), access_records.load_credentials(connection)
+            return credentials.credentials_version(connection), credentials.load_credentials(connection)
 
     def credentials_version(self) -> int:
         """Return a number that is another one after each credential that was made or revoked."""
         with self._reading() as connection:
-            return access_records.credentials_version(connection)
+            return credentials.credentials_version(connection)
 
     def keep_credential(self, credential: Credential, event: AuditEvent) -> None:
         """Keep a new credential."""
         with self._writing() as connection:
-            access_records.insert_credential(connection, credential)
-            audit_records.append_audit(connection, [event])
+            credentials.insert_credential(connection, credential)
+            audit.append_audit(connection, [event])
 
     def revoke_credential(self, credential_id: str, event: AuditEvent) -> Credential | None:
         """Revoke a credential at the event's time and return it, or None if there is none."""
         with self._writing() as connection:
-            revoked = access_records.revoke_credential(connection, credential_id, event.at)
+            revoked = credentials.revoke_credential(connection, credential_id, event.at)
             if revoked is not None:
-                audit_records.append_audit(connection, [event])
+                audit.append_audit(connection, [event])
             return revoked
 
     def write(self, events: Sequence[AuditEvent], used: Mapping[str, datetime]) -> None:
         """Append to the audit log, and note when credentials were used last."""
         with self._writing() as connection:
-            access_records.note_used(connection, used)
-            audit_records.append_audit(connection, events)
+            credentials.note_used(connection, used)
+            audit.append_audit(connection, events)
 
     def audit_page(self, query: AuditQuery) -> list[AuditRecord]:
         """Return rows of the audit log, the newest first."""
         with self._reading() as connection:
-            return audit_records.list_audit(connection, query)
+            return audit.list_audit(connection, query)
 
     def verify_audit(self) -> tuple[str | None, tuple[int, str], tuple[int, str]]:
         """Return the sentence that names the first row that isn't as it was written, and the log's two ends.
@@ -64,20 +64,20 @@ class SqlAccessStore:
         They are the sequences and hashes of its last row and of the last row that was pruned.
         """
         with self._reading() as connection:
-            audit_records.hold_still(connection)
-            head, start = audit_records.audit_head(connection), audit_records.audit_start(connection)
-            return verify(audit_records.iterate_audit(connection), head, start), head, start
+            audit.hold_still(connection)
+            head, start = audit.audit_head(connection), audit.audit_start(connection)
+            return verify(audit.iterate_audit(connection), head, start), head, start
 
     def prune_audit(self, before: datetime, limit: int, event: AuditEvent) -> int:
         """Delete the oldest rows of the audit log, at most `limit`, all from before a moment; count them."""
         with self._writing() as connection:
-            return audit_records.prune(connection, before, limit, event)
+            return audit.prune(connection, before, limit, event)
 
     def audit_until(self, before: datetime) -> Iterator[AuditRecord]:
         """Read the rows that `prune_audit` would delete, in order, as they are at one moment."""
         with self._reading() as connection:
-            audit_records.hold_still(connection)
-            for record in audit_records.iterate_audit(connection):
+            audit.hold_still(connection)
+            for record in audit.iterate_audit(connection):
                 if record.event.at >= before:
                     break
                 yield record
@@ -85,14 +85,14 @@ class SqlAccessStore:
     def find_answer(self, scope: str, key_hash: str) -> Answer | None:
         """Return what was answered to this key within the last 24 hours."""
         with self._reading() as connection:
-            return access_records.find_answer(connection, scope, key_hash)
+            return idempotency.find_answer(connection, scope, key_hash)
 
     def tidy(self, now: datetime) -> None:
         """Forget answers and nonces that are no longer needed."""
         with self._writing() as connection:
-            access_records.forget_answers_before(connection, now - ANSWERS_KEPT)
+            idempotency.forget_answers_before(connection, now - ANSWERS_KEPT)
             # A second more than it can be sent again: clocks are compared in whole seconds.
-            access_records.forget_nonces_before(connection, now - timedelta(seconds=1))
+            idempotency.forget_nonces_before(connection, now - timedelta(seconds=1))
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:

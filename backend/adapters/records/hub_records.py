@@ -7,7 +7,7 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from backend.adapters.records import audit_records, tables
+from backend.adapters.records import audit, tables
 from backend.adapters.records.tables import UtcDateTime, hub_state, metadata
 from backend.models.access.audit import AuditEvent
 from backend.services.ports import Decision, HubStatus, NewGeneration
@@ -96,7 +96,7 @@ def hub_status(connection: sa.Connection) -> HubStatus:
         None if decision is None else Decision(decision),
         basis,
         tuple(connection.scalars(_NOTICES)),
-        audit_records.audit_head(connection),
+        audit.audit_head(connection),
     )
 
 
@@ -107,13 +107,13 @@ def add_generation(connection: sa.Connection, new: NewGeneration) -> None:
     note_removed(connection, new.removed, new.generation)
     if new.notice is not None:
         connection.execute(sa.insert(notices), [{"at": datetime.now(UTC), "text": new.notice}])
-    audit_records.append_audit(connection, [new.event])
+    audit.append_audit(connection, [new.event])
 
 
 def decide(connection: sa.Connection, decision: Decision, basis: str, event: AuditEvent) -> None:
     """Write what an operator has decided, and about which unknown peers (removal_guard.fingerprint)."""
     connection.execute(sa.update(hub_state).values(decision=decision, decision_basis=basis))
-    audit_records.append_audit(connection, [event])
+    audit.append_audit(connection, [event])
 
 
 def dismiss_decision(connection: sa.Connection) -> None:
@@ -125,5 +125,5 @@ def acknowledge(connection: sa.Connection, event: AuditEvent) -> int:
     """Delete all notices, and return how many there were."""
     count = connection.execute(sa.delete(notices)).rowcount
     if count:
-        audit_records.append_audit(connection, [event])
+        audit.append_audit(connection, [event])
     return count

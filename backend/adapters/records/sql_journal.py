@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from backend.adapters.records import access_records, audit_records, hub_records, tables
+from backend.adapters.records import audit, credentials, hub_records, idempotency, tables
 from backend.adapters.records.database import Database
 from backend.adapters.records.postgresql import said
 from backend.errors import NonceError, RecordsUnavailableError, UnauthenticatedError
@@ -113,7 +113,7 @@ class SqlJournal:
     def audit_hash(self, sequence: int) -> str | None:
         """Return the hash of a row of the audit log, PRUNED for a pruned one, None where there is none."""
         with self._reading() as connection:
-            return audit_records.audit_hash(connection, sequence)
+            return audit.audit_hash(connection, sequence)
 
     def mark_applied(self, generation: int) -> None:
         """Note that the hub has reached `generation`, outside of any batch."""
@@ -181,13 +181,11 @@ class SqlJournal:
             accepted = batch.accepted()
             gone = [change.peer.node_id for change in accepted if change.action is Action.REMOVE]
             _note_removed(connection, accepted, Action.REMOVE, batch.generation)
-            self._forgotten = access_records.forget_answers_of(connection, gone)
-            access_records.save_answers(
+            self._forgotten = idempotency.forget_answers_of(connection, gone)
+            idempotency.save_answers(
                 connection, [change.answer for change in accepted if change.answer is not None]
             )
-            audit_records.append_audit(
-                connection, [change.event for change in accepted if change.event is not None]
-            )
+            audit.append_audit(connection, [change.event for change in accepted if change.event is not None])
         # A commit to a file that was moved or deleted succeeds, and the next start knows nothing of it.
         self._database.check_file()
         self._database.note_written()
@@ -204,13 +202,13 @@ class SqlJournal:
         with self._engine.begin() as connection:
             if not tables.revoke_intent(connection, batch.generation, accepted, self._removed):
                 return
-            access_records.return_uses(connection, _tokens(accepted))
+            credentials.return_uses(connection, _tokens(accepted))
             added = [change.peer.node_id for change in accepted if change.action is Action.ADD]
             # The hub may have them for a moment longer, where it couldn't be put back at once.
             _note_removed(connection, accepted, Action.ADD, batch.generation)
-            access_records.forget_answers_of(connection, added)
-            access_records.save_answers(connection, self._forgotten)
-            audit_records.append_audit(
+            idempotency.forget_answers_of(connection, added)
+            idempotency.save_answers(connection, self._forgotten)
+            audit.append_audit(
                 connection,
                 [
                     SERVICE.event(
@@ -263,7 +261,7 @@ def _burn_nonces(connection: sa.Connection, changes: Sequence[Change]) -> None:
     signed = [(change, change.nonce) for change in changes if change.nonce is not None]
     if not signed:
         return
-    fresh = access_records.burn_nonces(connection, [nonce for _, nonce in signed])
+    fresh = idempotency.burn_nonces(connection, [nonce for _, nonce in signed])
     for change, nonce in signed:
         try:
             # Taken out: of two that came with the same nonce, one is let in.
@@ -277,7 +275,7 @@ def _count_uses(connection: sa.Connection, accepted: Sequence[Change]) -> None:
     wanted = _tokens(accepted)
     if not wanted:
         return
-    left = access_records.count_uses(connection, wanted, datetime.now(UTC))
+    left = credentials.count_uses(connection, wanted, datetime.now(UTC))
     refused = []
     for change in accepted:
         token = change.peer.token_id

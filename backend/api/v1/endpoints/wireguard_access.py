@@ -8,8 +8,8 @@ from fastapi import APIRouter, Query
 from pydantic import ConfigDict, Field
 
 from backend.api.dependencies import Service
-from backend.api.door import REFUSALS, Admin, DoorRoute, Reader, audited
 from backend.api.errors import problem
+from backend.api.security import REFUSALS, Admin, DoorRoute, Reader, audited
 from backend.models.access.audit import AuditAction, AuditEntry, AuditPage, AuditQuery
 from backend.models.access.credentials import (
     CredentialKind,

@@ -7,11 +7,11 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from pydantic import BaseModel, Field
 
 from backend.api.dependencies import Service, outcome
-from backend.api.door import REFUSALS, DoorRoute, Operator, Provisioner, Reader, audited
 from backend.api.embedding import service_of_the_app
 from backend.api.errors import problem
 from backend.api.proofs import proven
-from backend.api.used_up import repeatable
+from backend.api.repeats import repeatable
+from backend.api.security import REFUSALS, DoorRoute, Operator, Provisioner, Reader, audited
 from backend.models.access.audit import AuditAction
 from backend.models.access.proof import (
     CHALLENGE_HEADER,

@@ -26,7 +26,7 @@ from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.secret_text import redacted
 from backend.models.wireguard.provisioning import NODE_ID_PATTERN
-from backend.services.access.clerk import Clerk
+from backend.services.access.audit_writer import Clerk
 
 # The word for the audit log; the nearest class in an error's line of descent counts.
 _REASONS: Final[dict[type[ProvisioningError], str]] = {

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
-from backend.services.access import clerk as clerk_module
-from backend.services.access.clerk import Clerk
+from backend.services.access import audit_writer as clerk_module
+from backend.services.access.audit_writer import Clerk
 from tests.harness.fakes import FakeAccessStore
 from tests.harness.patience import eventually
 

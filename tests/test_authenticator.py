@@ -12,7 +12,7 @@ from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
 
 from backend import errors
-from backend.api.refusals import _reason
+from backend.api.audit import _reason
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import (
@@ -24,9 +24,9 @@ from backend.models.access.credentials import (
     Secret,
     TokenRequest,
 )
-from backend.services.access import clerk as clerk_module
-from backend.services.access.clerk import Clerk
-from backend.services.access.door import Door
+from backend.services.access import audit_writer as clerk_module
+from backend.services.access.audit_writer import Clerk
+from backend.services.access.authenticator import Door
 from backend.services.ports import LimitKind
 from tests.harness.fakes import FakeAccessStore, NoLimits
 from tests.harness.patience import eventually

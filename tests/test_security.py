@@ -8,11 +8,11 @@ import pytest
 from fastapi import APIRouter, FastAPI
 
 from backend.api.dependencies import provisioning_service
-from backend.api.door import DoorRoute, Reader
 from backend.api.health import router as health
+from backend.api.security import DoorRoute, Reader
 from backend.models.access.credentials import Secret
-from backend.services.access.clerk import Clerk
-from backend.services.access.door import Door
+from backend.services.access.audit_writer import Clerk
+from backend.services.access.authenticator import Door
 from tests.harness.fakes import FakeAccessStore, NoLimits
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
-from backend.adapters.records.access_records import access_state
+from backend.adapters.records.credentials import access_state
 from backend.adapters.records.tables import metadata
 from backend.models.access.audit import (
     PRUNED,

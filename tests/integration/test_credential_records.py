@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from backend.adapters.records import access_records, audit_records, database, tables
+from backend.adapters.records import audit, credentials, database, idempotency, tables
 from backend.adapters.records.database import Database
 from backend.errors import StartRefusedError
 from backend.models.access.answers import Answer
@@ -54,25 +54,25 @@ def engine(unmigrated: Database) -> sa.Engine:
 def make_token(engine: sa.Engine, **asked: Any) -> str:
     token, _ = TokenRequest.model_validate(asked).make("cli:root", NOON)
     with engine.begin() as connection:
-        access_records.insert_credential(connection, token)
+        credentials.insert_credential(connection, token)
     return token.id
 
 
 def make_key(engine: sa.Engine, role: Role = Role.READ) -> str:
     key, _ = KeyRequest(role=role).make("cli:root", NOON)
     with engine.begin() as connection:
-        access_records.insert_credential(connection, key)
+        credentials.insert_credential(connection, key)
     return key.id
 
 
 def count(engine: sa.Engine, wanted: dict[str, int], now: datetime = NOON) -> dict[str, int]:
     with engine.begin() as connection:
-        return access_records.count_uses(connection, wanted, now)
+        return credentials.count_uses(connection, wanted, now)
 
 
 def stored(engine: sa.Engine) -> dict[str, Credential]:
     with engine.connect() as connection:
-        return {found.id: found for found in access_records.load_credentials(connection)}
+        return {found.id: found for found in credentials.load_credentials(connection)}
 
 
 def uses(engine: sa.Engine) -> dict[str, int]:
@@ -86,14 +86,14 @@ def event(subject: str | None = None, **over: Any) -> AuditEvent:
 
 def append(engine: sa.Engine, *events: AuditEvent) -> int:
     with engine.begin() as connection:
-        return audit_records.append_audit(connection, events)
+        return audit.append_audit(connection, events)
 
 
 def verified(engine: sa.Engine) -> str | None:
     with engine.connect() as connection:
-        audit_records.hold_still(connection)
-        head, start = audit_records.audit_head(connection), audit_records.audit_start(connection)
-        return verify(audit_records.iterate_audit(connection), head, start)
+        audit.hold_still(connection)
+        head, start = audit.audit_head(connection), audit.audit_start(connection)
+        return verify(audit.iterate_audit(connection), head, start)
 
 
 def together(number: int, work: Callable[[int], None]) -> None:
@@ -118,17 +118,17 @@ def together(number: int, work: Callable[[int], None]) -> None:
 
 def test_a_credential_comes_back_as_it_was(engine: sa.Engine) -> None:
     with engine.begin() as connection:
-        assert access_records.load_credentials(connection) == []
-        assert access_records.credentials_version(connection) == 0
+        assert credentials.load_credentials(connection) == []
+        assert credentials.credentials_version(connection) == 0
     asked = {"max_uses": 3, "node_id_pattern": "n-*", "source_cidr": "2001:db8::/32"}
     token, _ = TokenRequest.model_validate({**asked, "note": "ünï"}).make("cli:root", NOON)
     key, _ = KeyRequest(role=Role.ADMIN).make("cli:root", NOON + timedelta(microseconds=1))
     with engine.begin() as connection:
-        access_records.insert_credential(connection, key)
-        access_records.insert_credential(connection, token)
+        credentials.insert_credential(connection, key)
+        credentials.insert_credential(connection, token)
     with engine.connect() as connection:
-        assert access_records.load_credentials(connection) == [token, key]
-        assert access_records.credentials_version(connection) == 2
+        assert credentials.load_credentials(connection) == [token, key]
+        assert credentials.credentials_version(connection) == 2
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_credential_comes_back_as_it_was(engine: sa.Engine) -> None:
 )
 def test_the_constraints_refuse_what_is_no_credential(engine: sa.Engine, values: dict[str, Any]) -> None:
     name = make_token(engine)
-    table = access_records.credentials
+    table = credentials.credentials
     with pytest.raises(sa.exc.IntegrityError), engine.begin() as connection:
         connection.execute(sa.update(table).where(table.c.id == name).values(**values))
 
@@ -155,21 +155,21 @@ def test_a_revoked_credential_is_kept_and_stays_as_it_was_revoked_first(engine: 
     name = make_key(engine)
     for at in (NOON, LATER):
         with engine.begin() as connection:
-            revoked = access_records.revoke_credential(connection, name, at)
+            revoked = credentials.revoke_credential(connection, name, at)
         assert revoked == stored(engine)[name]
         assert revoked is not None
         assert revoked.revoked_at == NOON
     with engine.begin() as connection:
-        assert access_records.revoke_credential(connection, "0" * 16, NOON) is None
+        assert credentials.revoke_credential(connection, "0" * 16, NOON) is None
         # Made once, revoked once: what changes nothing lets nobody read it all again.
-        assert access_records.credentials_version(connection) == 2
+        assert credentials.credentials_version(connection) == 2
 
 
 def test_the_last_use_never_goes_back(engine: sa.Engine) -> None:
     first, second = make_key(engine), make_key(engine)
     for used in ({first: LATER}, {first: NOON, second: NOON, "0" * 16: NOON}, {}):
         with engine.begin() as connection:
-            access_records.note_used(connection, used)
+            credentials.note_used(connection, used)
     assert {name: found.last_used_at for name, found in stored(engine).items()} == {
         first: LATER,
         second: NOON,
@@ -205,7 +205,7 @@ def test_many_tokens_of_one_use_are_counted_each(engine: sa.Engine) -> None:
 def test_a_token_that_is_over_is_not_counted(engine: sa.Engine, wanted: int) -> None:
     expired, revoked = (make_token(engine, max_uses=9, expires_in=60) for _ in range(2))
     with engine.begin() as connection:
-        access_records.revoke_credential(connection, revoked, NOON)
+        credentials.revoke_credential(connection, revoked, NOON)
     now = NOON + timedelta(seconds=60)
     assert count(engine, {expired: wanted, revoked: wanted}, now) == {expired: 0, revoked: 0}
     before = now - timedelta(microseconds=1)
@@ -216,15 +216,15 @@ def test_a_use_that_was_not_made_of_it_is_given_back_and_no_more(engine: sa.Engi
     first, second = make_token(engine, max_uses=5), make_token(engine, max_uses=5)
     count(engine, {first: 3, second: 3})
     with engine.begin() as connection:
-        access_records.return_uses(connection, {first: 2, second: 9, "0" * 16: 1})
-        access_records.return_uses(connection, {first: 0})
+        credentials.return_uses(connection, {first: 2, second: 9, "0" * 16: 1})
+        credentials.return_uses(connection, {first: 0})
     assert uses(engine) == {first: 1, second: 0}
 
 
 def test_uses_of_a_transaction_that_was_rolled_back_were_never_made(engine: sa.Engine) -> None:
     name = make_token(engine, max_uses=5)
     with engine.connect() as connection:
-        assert access_records.count_uses(connection, {name: 9}, NOON) == {name: 5}
+        assert credentials.count_uses(connection, {name: 9}, NOON) == {name: 5}
         connection.rollback()
     assert uses(engine) == {name: 0}
 
@@ -256,8 +256,8 @@ def test_those_who_count_many_tokens_at_once_do_not_wait_for_each_other_forever(
 
 def test_the_audit_log_is_read_as_it_was_written(engine: sa.Engine) -> None:
     with engine.begin() as connection:
-        assert audit_records.audit_head(connection) == (0, GENESIS)
-        assert audit_records.append_audit(connection, []) == 0
+        assert audit.audit_head(connection) == (0, GENESIS)
+        assert audit.append_audit(connection, []) == 0
     events = [
         event("node-1", at=NOON.replace(microsecond=123), source="::1", request_id="r-1"),
         event("ünï\u2028", outcome=AuditOutcome.REFUSED, reason='"; DROP TABLE audit', count=100),
@@ -266,9 +266,9 @@ def test_the_audit_log_is_read_as_it_was_written(engine: sa.Engine) -> None:
     assert append(engine, *events[:2]) == 2
     assert append(engine, events[2]) == 3
     with engine.connect() as connection:
-        rows = list(audit_records.iterate_audit(connection))
-        assert audit_records.audit_head(connection) == (3, rows[-1].hash)
-        assert audit_records.append_audit(connection, []) == 3
+        rows = list(audit.iterate_audit(connection))
+        assert audit.audit_head(connection) == (3, rows[-1].hash)
+        assert audit.append_audit(connection, []) == 3
     assert [row.sequence for row in rows] == [1, 2, 3]
     assert [row.event for row in rows] == [given.storable() for given in events]
     assert [row.previous_hash for row in rows] == [GENESIS, rows[0].hash, rows[1].hash]
@@ -286,7 +286,7 @@ def test_the_log_is_listed_from_its_end_in_pages(engine: sa.Engine) -> None:
 
     def listed(before: int | None = None, limit: int = 100, **chosen: Any) -> list[int]:
         with engine.connect() as connection:
-            found = audit_records.list_audit(connection, AuditQuery(limit, before, **chosen))
+            found = audit.list_audit(connection, AuditQuery(limit, before, **chosen))
         return [row.sequence for row in found]
 
     assert listed(limit=3) == [11, 10, 9]
@@ -305,7 +305,7 @@ def test_writers_at_the_same_time_make_one_chain(engine: sa.Engine) -> None:
     together(6, work)
     assert verified(engine) is None
     with engine.connect() as connection:
-        rows = list(audit_records.iterate_audit(connection))
+        rows = list(audit.iterate_audit(connection))
     assert len(rows) == 180
     # What one transaction wrote stands together.
     assert all(len({row.event.subject for row in rows[at : at + 3]}) == 1 for at in range(0, 180, 3))
@@ -314,17 +314,17 @@ def test_writers_at_the_same_time_make_one_chain(engine: sa.Engine) -> None:
 def test_a_log_that_grows_meanwhile_is_verified_as_it_was(engine: sa.Engine) -> None:
     append(engine, event(), event())
     with engine.connect() as connection:
-        audit_records.hold_still(connection)
-        head = audit_records.audit_head(connection)
+        audit.hold_still(connection)
+        head = audit.audit_head(connection)
         append(engine, event())
-        assert verify(audit_records.iterate_audit(connection), head) is None
+        assert verify(audit.iterate_audit(connection), head) is None
     assert verified(engine) is None
 
 
 def test_an_act_that_did_not_happen_leaves_no_row_and_no_gap(engine: sa.Engine) -> None:
     append(engine, event())
     with engine.connect() as connection:
-        audit_records.append_audit(connection, [event(), event()])
+        audit.append_audit(connection, [event(), event()])
         connection.rollback()
     assert append(engine, event()) == 2
     assert verified(engine) is None
@@ -428,40 +428,40 @@ def answer(key_hash: str, node_id: str = "node-1", at: datetime = NOON, body: by
 
 def find(engine: sa.Engine, key_hash: str) -> Answer | None:
     with engine.connect() as connection:
-        return access_records.find_answer(connection, "token:0123456789abcdef", key_hash)
+        return idempotency.find_answer(connection, "token:0123456789abcdef", key_hash)
 
 
 def test_an_answer_is_found_by_its_callers_key_byte_for_byte(engine: sa.Engine) -> None:
     first, second = answer("1", body=bytes(range(256))), answer("2", at=LATER)
     with engine.begin() as connection:
-        access_records.save_answers(connection, [first, second])
-        access_records.save_answers(connection, [])
-        access_records.save_answers(connection, [answer("1", body=b"another")])
-        assert access_records.find_answer(connection, "local", "1") is None
+        idempotency.save_answers(connection, [first, second])
+        idempotency.save_answers(connection, [])
+        idempotency.save_answers(connection, [answer("1", body=b"another")])
+        assert idempotency.find_answer(connection, "local", "1") is None
     assert (find(engine, "1"), find(engine, "2"), find(engine, "3")) == (first, second, None)
 
 
 def test_answers_are_forgotten_with_their_node_and_with_time(engine: sa.Engine) -> None:
     gone, old, kept = answer("1", "node-1", LATER), answer("2", "node-2"), answer("3", "node-3", LATER)
     with engine.begin() as connection:
-        access_records.save_answers(connection, [gone, old, kept])
-        access_records.forget_answers_of(connection, ["node-1", "node-9"])
-        access_records.forget_answers_of(connection, [])
-        assert access_records.forget_answers_before(connection, LATER) == 1
+        idempotency.save_answers(connection, [gone, old, kept])
+        idempotency.forget_answers_of(connection, ["node-1", "node-9"])
+        idempotency.forget_answers_of(connection, [])
+        assert idempotency.forget_answers_before(connection, LATER) == 1
     assert (find(engine, "1"), find(engine, "2"), find(engine, "3")) == (None, None, kept)
 
 
 def test_a_nonce_is_accepted_once_for_each_identity(engine: sa.Engine) -> None:
     def burn(*given: tuple[str, str]) -> set[tuple[str, str]]:
         with engine.begin() as connection:
-            return access_records.burn_nonces(connection, [(*pair, LATER) for pair in given])
+            return idempotency.burn_nonces(connection, [(*pair, LATER) for pair in given])
 
     assert burn() == set()
     assert burn(("a", "1"), ("a", "2"), ("b", "1"), ("a", "1")) == {("a", "1"), ("a", "2"), ("b", "1")}
     assert burn(("a", "1"), ("b", "2")) == {("b", "2")}
     with engine.begin() as connection:
-        assert access_records.forget_nonces_before(connection, LATER) == 0
-        assert access_records.forget_nonces_before(connection, LATER + timedelta(microseconds=1)) == 4
+        assert idempotency.forget_nonces_before(connection, LATER) == 0
+        assert idempotency.forget_nonces_before(connection, LATER + timedelta(microseconds=1)) == 4
     assert burn(("a", "1")) == {("a", "1")}
 
 
@@ -472,7 +472,7 @@ def test_a_nonce_that_many_bring_at_once_is_accepted_from_one(engine: sa.Engine)
         for identity in map(str, range(10)):
             given = [(identity, str(number), LATER) for number in range(200)]
             with engine.begin() as connection:
-                accepted.extend(access_records.burn_nonces(connection, given[:: 1 if index % 2 else -1]))
+                accepted.extend(idempotency.burn_nonces(connection, given[:: 1 if index % 2 else -1]))
 
     together(6, burn)
     assert len(accepted) == len(set(accepted)) == 2000
@@ -511,7 +511,7 @@ def test_a_database_with_peers_goes_on_and_back(unmigrated: Database) -> None:
             (peer,) = tables.load_state(connection).peers
             assert peer.node_id == "node-1"
             assert connection.scalar(sa.select(tables.peers.c.token_id)) is None
-            assert audit_records.audit_head(connection) == (0, GENESIS)
+            assert audit.audit_head(connection) == (0, GENESIS)
         make_token(engine)
         append(engine, event())
         migrate_to(engine, "0001", command.downgrade)

@@ -5,12 +5,12 @@ from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from fastapi import Depends, Request, Response
 
+from backend.api.audit import note_refusal
 from backend.api.bearer import BearerScheme
 from backend.api.dependencies import service_for
 from backend.api.errors import DomainErrorRoute, problem
-from backend.api.refusals import note_refusal
+from backend.api.repeats import require_repeat
 from backend.api.source import source_of
-from backend.api.used_up import require_repeat
 from backend.errors import (
     ForbiddenError,
     OutcomeUnknownError,
@@ -21,7 +21,7 @@ from backend.errors import (
 from backend.models.access.audit import AuditAction
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Permission
-from backend.services.access.door import Door
+from backend.services.access.authenticator import Door
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 

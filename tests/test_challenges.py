@@ -19,8 +19,8 @@ from backend.models.access.proof import (
     sign,
 )
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.access import proving
-from backend.services.access.proving import Proof, ProofVerifier
+from backend.services.access import challenges as proving
+from backend.services.access.challenges import Proof, ProofVerifier
 
 
 class Clock:

@@ -13,7 +13,7 @@ from backend.models.access.callers import Caller
 from backend.models.access.credentials import KeyRequest, Role, Secret
 from backend.services.access import shared_look
 from backend.services.access.shared_look import SharedLook
-from tests.test_door import SOMEWHERE, CountingStore, World
+from tests.test_authenticator import SOMEWHERE, CountingStore, World
 
 INTERVAL = 0.02
 

@@ -26,9 +26,9 @@ from backend.models.access.credentials import (
     TokenRequest,
 )
 from backend.models.access.sources import TrustedProxies
-from backend.services.access.clerk import Clerk
+from backend.services.access.audit_writer import Clerk
+from backend.services.access.challenges import ProofVerifier
 from backend.services.access.idempotency import IdempotencyKey
-from backend.services.access.proving import ProofVerifier
 from backend.services.access.shared_look import SharedLook
 from backend.services.ports import AccessStore, LimitKind, RateLimiter
 
