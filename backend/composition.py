@@ -24,9 +24,16 @@ from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
 from backend.models.access.proof import WireGuardChallenges
 from backend.models.operator_commands import command
-from backend.services.access.audit_writer import Clerk
-from backend.services.access.authenticator import Door
+from backend.services.access.access_control import AccessControl
+from backend.services.access.access_loops import AccessLoops
+from backend.services.access.audit_pruning import AuditPruning
+from backend.services.access.audit_writer import AuditWriter
+from backend.services.access.authenticator import Authenticator
 from backend.services.access.challenges import ProofVerifier
+from backend.services.access.credential_cache import CredentialCache
+from backend.services.access.credential_service import CredentialService
+from backend.services.access.limited_requests import LimitedRequests
+from backend.services.access.token_uses import TokenUses
 from backend.services.configurations import Configurations
 from backend.services.hub.history import HubHistory
 from backend.services.hub.hub_committer import HubCommitter
@@ -68,22 +75,26 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         stack.callback(database.close)
         journal = _journal(settings, database)
         stack.callback(journal.close)
-        clerk = Clerk(SqlAccessStore(database), settings.audit_keep)
+        store = SqlAccessStore(database)
+        audit = AuditWriter(store)
+        uses = TokenUses()
         local, secret = KeyRequest(role=Role.ADMIN).make(SERVICE.name, datetime.now(UTC))
         removals = RemovalGuard(journal.removed_keys)
-        mirror = HubMirror(config, hub, hand_made, notice=clerk.notice, guard=removals)
+        mirror = HubMirror(config, hub, hand_made, notice=audit.notice, guard=removals)
         history = HubHistory(journal, mirror, removals, HubMark(config.path))
         service = WireGuardProvisioningService(
             pool=pool,
             hand_made=hand_made,
             committer=HubCommitter(journal, mirror, hand_made, history),
             configurations=_configurations(settings, hand_made),
-            door=_door(settings, SqlAccessStore(database), clerk, local),
+            access=_access(settings, store, audit, uses, local),
+            token_uses=uses,
+            store=store,
         )
-        # Before the start, which may be refused halfway: the clerk works by then.
+        # Before the start, which may be refused halfway: its threads work by then.
         stack.callback(service.close)
         service.start()
-        if service.door.asks:
+        if service.access.authenticator.required:
             stack.enter_context(admin_header(settings.state_directory, secret))
         _log_start(settings, service)
         yield service
@@ -126,21 +137,35 @@ def _configurations(settings: Settings, hand_made: OperatorPeers) -> Configurati
     )
 
 
-def _door(settings: Settings, store: SqlAccessStore, clerk: Clerk, local: Credential) -> Door:
-    return Door(
-        store,
-        clerk,
-        RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage),
+def _access(
+    settings: Settings, store: SqlAccessStore, audit: AuditWriter, uses: TokenUses, local: Credential
+) -> AccessControl:
+    cache = CredentialCache(store, uses)
+    limited = LimitedRequests()
+    return AccessControl(
+        Authenticator(
+            cache,
+            uses,
+            audit,
+            RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage),
+            local=local,
+            required=settings.wireguard_auth is AuthMode.REQUIRED,
+        ),
+        CredentialService(store, cache),
+        audit,
+        limited,
         ProofVerifier(WireGuardChallenges()) if settings.wireguard_require_proof else None,
-        local=local,
-        asks=settings.wireguard_auth is AuthMode.REQUIRED,
-        proxies=settings.wireguard_trusted_proxies,
+        settings.wireguard_trusted_proxies,
+        AccessLoops(
+            [cache.refresh, audit.flush, AuditPruning(store, settings.audit_keep).step],
+            [limited.report, store.tidy],
+        ),
     )
 
 
 def _log_start(settings: Settings, service: WireGuardProvisioningService) -> None:
-    if not service.door.asks:
-        log.warning("authentication_off", extra={"consequence": service.door.notices[0]})
+    for notice in service.access.notices:
+        log.warning("authentication_off", extra={"consequence": notice})
     log.info(
         "service_started",
         extra={"interface": settings.interface, "reload": str(settings.wireguard_reload)},

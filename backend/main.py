@@ -27,7 +27,7 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if service is not None:
             yield
-            await service.door.leave_loop()
+            await service.access.authenticator.close()
             return
         async with provide_service(app, settings):
             yield

@@ -1,11 +1,9 @@
 """What refusals are merged into, and how many rows a flood of them makes."""
 
 import logging
-from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +21,7 @@ from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Secret, TokenRequest
 from backend.models.access.sources import network_of
 from backend.services.access.audit_rows import AuditRows
-from backend.services.access.audit_writer import Clerk
-from backend.services.access.limited_requests import LimitedRequests
+from tests.harness.access import Access
 from tests.harness.fakes import FakeAccessStore
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
@@ -198,11 +195,11 @@ def test_a_source_is_a_network(address: str, network: str) -> None:
 
 
 class Refusals:
-    """A clerk that is told of refusals, and what it writes of them."""
+    """Refused requests, and the audit rows that are written of them."""
 
     def __init__(self) -> None:
         self.store = FakeAccessStore()
-        self.clerk = Clerk(self.store)
+        self.access = Access(self.store).control
         credential, _ = TokenRequest().make("cli:root", NOON)
         self.token = credential.id
         self.node = Caller(CallerKind.TOKEN, credential, HERE, "r-1")
@@ -212,8 +209,8 @@ class Refusals:
         """Return what is written of these refusals of one endpoint: action, actor, subject, reason, count."""
         self.store.events.clear()
         for error in errors:
-            note_refusal(self.clerk, caller, AuditAction.PROVISION, subject, error)
-        self.clerk.write()
+            note_refusal(self.access, caller, AuditAction.PROVISION, subject, error)
+        self.access.audit.flush()
         return [
             (row.action.value, row.actor, row.subject, row.reason, row.count) for row in self.store.events
         ]
@@ -227,7 +224,7 @@ def refusals() -> Refusals:
 def test_what_comes_too_often_is_counted_and_has_no_row(refusals: Refusals, caplog: Any) -> None:
     with caplog.at_level(logging.WARNING):
         assert refusals.told(refusals.stranger, "node-1", *[RateLimitedError(7)] * 100) == []
-        refusals.clerk.close()
+        refusals.access.limited.report()
     (line,) = [record for record in caplog.records if record.message == "requests_limited"]
     assert (line.requests, line.sources, line.most_from, line.of_them) == (100, 1, HERE, 100)
 
@@ -266,26 +263,3 @@ def test_an_act_of_a_known_caller_is_refused_as_that_act(refusals: Refusals) -> 
         ("provision", token, "node-1", "forbidden", 1),
         ("authenticate", token, refusals.token, "used_up", 1),
     ]
-
-
-def test_limited_requests_are_one_line_a_minute_however_many_and_from_wherever(
-    caplog: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr("backend.services.access.limited_requests.time", SimpleNamespace(monotonic=clock))
-    limited = LimitedRequests()
-    lines: Counter[str] = Counter()
-    with caplog.at_level(logging.WARNING):
-        limited.report()
-        for second in range(120):
-            for number in range(50):
-                limited.count(f"2001:db8:{second:x}:{number:x}::1")
-            limited.count(HERE)
-            limited.report()
-            clock.now += 1
-    for record in caplog.records:
-        lines[record.message] += 1
-    assert lines == {"requests_limited": 2}
-    first, second = caplog.records
-    assert (first.requests, second.requests) == (51, 60 * 51)
-    assert second.sources <= 1001

@@ -1,42 +1,32 @@
-"""The thread beside the requests: when it writes and tidies up, and how it ends."""
+"""What the audit writer writes, when, and what it keeps while the records are away."""
 
-import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
-from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
-from backend.services.access import audit_writer as clerk_module
-from backend.services.access.audit_writer import Clerk
+from backend.errors import RecordsUnavailableError
+from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, AuditQuery, AuditRecord
+from backend.services.access.audit_writer import AuditWriter
 from tests.harness.fakes import FakeAccessStore
-from tests.harness.patience import eventually
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
-# A power of two, so that the sums below are exact.
-INTERVAL = 1 / 128
+SOMEWHERE = "192.0.2.1"
 
 
 class WatchedStore(FakeAccessStore):
-    """Counts writes, and notes in which of the clerk's turns it is asked to tidy up."""
+    """Counts writes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.writes = 0
-        self.turn = 0
-        self.tidied: list[tuple[int, datetime]] = []
-
-    def next_turn(self) -> None:
-        self.turn += 1
 
     def write(self, events: Sequence[AuditEvent], used: Mapping[str, datetime]) -> None:
         self.writes += 1
         super().write(events, used)
-
-    def tidy(self, now: datetime) -> None:
-        self.tidied.append((self.turn, now))
-        super().tidy(now)
 
 
 @pytest.fixture
@@ -45,102 +35,185 @@ def store() -> WatchedStore:
 
 
 @pytest.fixture
-def clerk(store: WatchedStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clerk]:
-    monkeypatch.setattr(clerk_module, "INTERVAL_SECONDS", INTERVAL)
-    monkeypatch.setattr(clerk_module, "_TIDY_INTERVAL_SECONDS", 5 * INTERVAL)
-    clerk = Clerk(store)
-    yield clerk
-    clerk.close()
+def writer(store: WatchedStore) -> AuditWriter:
+    return AuditWriter(store)
 
 
-def event(subject: str) -> AuditEvent:
-    return AuditEvent(NOON, AuditAction.AUTHENTICATE, AuditOutcome.REFUSED, "nobody", subject)
+def event(subject: str | None = None, **over: Any) -> AuditEvent:
+    base = AuditEvent(NOON, AuditAction.AUTHENTICATE, AuditOutcome.REFUSED, "nobody", subject)
+    return replace(base, **over)
 
 
-def test_answers_and_nonces_that_are_no_longer_needed_are_forgotten_now_and_then(
-    clerk: Clerk, store: WatchedStore
+def test_one_event_is_one_row_as_it_was(writer: AuditWriter, store: WatchedStore) -> None:
+    whole = event("node-1", source=SOMEWHERE, request_id="r-1", reason="unknown")
+    writer.note(whole)
+    writer.flush()
+    assert store.events == [whole]
+    writer.flush()
+    assert store.events == [whole]
+
+
+def test_hundred_equal_refusals_are_counted_in_one_row(writer: AuditWriter, store: WatchedStore) -> None:
+    for number in range(100):
+        writer.note(event("node-1", at=NOON + timedelta(milliseconds=number), request_id=f"r-{number}"))
+    writer.flush()
+    # At the time of the first; whose request it was would be true of one alone.
+    assert store.events == [event("node-1", count=100)]
+
+
+@pytest.mark.parametrize("field", ["actor", "source", "reason", "action", "outcome"])
+def test_different_events_have_rows_of_their_own(
+    writer: AuditWriter, store: WatchedStore, field: str
 ) -> None:
-    """Otherwise their tables grow for as long as the service runs."""
-    clerk.start(store.next_turn)
-    eventually(lambda: len(store.tidied) >= 3)
-    assert [turn for turn, _ in store.tidied[:3]] == [5, 10, 15]
-    assert all(abs(datetime.now(UTC) - now) < timedelta(minutes=1) for _, now in store.tidied)
+    other: dict[str, Any] = {"action": AuditAction.PROVISION, "outcome": AuditOutcome.NOTED}
+    writer.note(event())
+    writer.note(event(**{field: other.get(field, "other")}))
+    writer.note(event())
+    writer.flush()
+    assert [row.count for row in store.events] == [2, 1]
 
 
-def test_records_that_are_away_are_tidied_later(
-    clerk: Clerk, store: WatchedStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    store.away = True
-    with caplog.at_level(logging.WARNING):
-        clerk.start(store.next_turn)
-        eventually(lambda: len(store.tidied) >= 2)
-    assert caplog.records == []
-    assert store.turn >= 10
+def test_notice_is_logged_as_the_services_own(writer: AuditWriter, store: WatchedStore) -> None:
+    writer.notice(AuditAction.CONFIG_EDITED, "our own blocks")
+    writer.close()
+    (row,) = store.events
+    assert (row.actor, row.outcome, row.reason) == ("service", AuditOutcome.NOTED, "our own blocks")
 
 
-def test_nothing_is_written_where_nothing_was_noted(clerk: Clerk, store: WatchedStore) -> None:
+def test_nothing_noted_is_nothing_written(writer: AuditWriter, store: WatchedStore) -> None:
     """It would be a transaction each second, and a sync of the disk."""
-    clerk.start(store.next_turn)
-    eventually(lambda: store.turn >= 3)
+    writer.flush()
     assert store.writes == 0
-    clerk.note(event("node-1"))
-    eventually(lambda: store.events == [event("node-1")])
-    after = store.turn
-    eventually(lambda: store.turn >= after + 3)
+    writer.note(event("node-1"))
+    for _ in range(3):
+        writer.flush()
     assert store.writes == 1
-    clerk.note_used("key", NOON)
-    eventually(lambda: store.used == {"key": NOON})
+    writer.note_used("key", NOON)
+    writer.flush()
+    assert store.used == {"key": NOON}
     assert store.writes == 2
 
 
-def test_it_has_ended_when_it_is_closed(
-    clerk: Clerk, store: WatchedStore, monkeypatch: pytest.MonkeyPatch
+def test_records_that_are_away_lose_nothing_and_make_no_more_rows_of_it(
+    writer: AuditWriter, store: WatchedStore
 ) -> None:
-    """The database is closed behind it."""
-    entered, gate = threading.Event(), threading.Event()
-
-    def slow() -> None:
-        entered.set()
-        gate.wait(10)
-        store.next_turn()
-
-    clerk.start(slow)
-    assert entered.wait(10)
-    thread, join = clerk._thread, clerk._thread.join
-
-    def join_and_go_on(timeout: float | None = None) -> None:
-        gate.set()
-        join(timeout)
-
-    monkeypatch.setattr(thread, "join", join_and_go_on)
-    clerk.note(event("node-1"))
-    clerk.close()
-    assert not thread.is_alive()
-    assert store.turn == 1
-    assert store.events == [event("node-1")]
-
-
-def test_a_write_that_fails_is_made_up_for_at_the_end(store: WatchedStore) -> None:
-    clerk = Clerk(store)
-    clerk.note(event("node-1"))
-    clerk.note_used("key", NOON)
     store.away = True
-    clerk.write()
-    clerk.note_used("key", NOON + timedelta(seconds=1))
+    for turn in range(20):
+        for number in range(300):
+            writer.note(event(f"node-{turn}-{number}", source=SOMEWHERE))
+        writer.note_used("key", NOON + timedelta(seconds=turn))
+        with pytest.raises(RecordsUnavailableError):
+            writer.flush()
+    assert store.events == []
     store.away = False
-    clerk.close()
+    writer.flush()
+    assert sum(row.count for row in store.events) == 20 * 300
+    assert len(store.events) <= 100 + 2
+    assert store.used == {"key": NOON + timedelta(seconds=19)}
+
+
+def test_use_during_a_failed_write_is_kept() -> None:
+    class Interrupted(FakeAccessStore):
+        writer: AuditWriter
+        interrupts = True
+
+        def write(self, events: Sequence[AuditEvent], used: Mapping[str, datetime]) -> None:
+            if self.interrupts:
+                self.interrupts = False
+                self.writer.note_used("key", NOON + timedelta(seconds=1))
+                raise RecordsUnavailableError("away")
+            super().write(events, used)
+
+    store = Interrupted()
+    writer = store.writer = AuditWriter(store)
+    writer.note_used("key", NOON)
+    with pytest.raises(RecordsUnavailableError):
+        writer.flush()
+    writer.flush()
+    assert store.used == {"key": NOON + timedelta(seconds=1)}
+
+
+def test_failed_write_is_made_up_for_at_the_end(writer: AuditWriter, store: WatchedStore) -> None:
+    writer.note(event("node-1"))
+    writer.note_used("key", NOON)
+    store.away = True
+    with pytest.raises(RecordsUnavailableError):
+        writer.flush()
+    writer.note_used("key", NOON + timedelta(seconds=1))
+    store.away = False
+    writer.close()
     assert store.events == [event("node-1")]
     assert store.used == {"key": NOON + timedelta(seconds=1)}
 
 
-def test_a_failure_that_is_none_of_the_records_is_not_hidden() -> None:
+def test_records_that_are_away_at_the_end_do_not_keep_the_process(
+    writer: AuditWriter, store: WatchedStore
+) -> None:
+    writer.note(event("node-1"))
+    store.away = True
+    writer.close()
+    assert store.events == []
+
+
+def test_failure_that_is_none_of_the_records_is_not_hidden() -> None:
     """Only records that are away are waited for."""
 
-    class Broken(WatchedStore):
+    class Broken(FakeAccessStore):
         def write(self, events: Sequence[AuditEvent], used: Mapping[str, datetime]) -> None:
             raise ZeroDivisionError
 
-    clerk = Clerk(Broken())
-    clerk.note(event("node-1"))
+    writer = AuditWriter(Broken())
+    writer.note(event("node-1"))
     with pytest.raises(ZeroDivisionError):
-        clerk.write()
+        writer.flush()
+
+
+class PagedStore(FakeAccessStore):
+    """Shows what was written, as pages of the log do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def write(self, events: Sequence[AuditEvent], used: Mapping[str, datetime]) -> None:
+        self.begun.set()
+        self.go_on.wait(10)
+        super().write(events, used)
+
+    def audit_page(self, query: AuditQuery) -> list[AuditRecord]:
+        rows = enumerate(self.events[-query.limit :], start=1)
+        return [AuditRecord(sequence, row, "", "") for sequence, row in rows]
+
+
+def test_page_shows_what_was_noted_a_moment_ago() -> None:
+    writer = AuditWriter(PagedStore())
+    writer.note(event("node-1"))
+    assert [row.event for row in writer.page(AuditQuery(10))] == [event("node-1")]
+
+
+def test_page_waits_for_rows_that_another_thread_is_writing() -> None:
+    store = PagedStore()
+    store.go_on.clear()
+    writer = AuditWriter(store)
+    writer.note(event("node-1"))
+    flushing = threading.Thread(target=writer.flush)
+    flushing.start()
+    assert store.begun.wait(10)
+    seen: list[AuditRecord] = []
+    reading = threading.Thread(target=lambda: seen.extend(writer.page(AuditQuery(10))))
+    reading.start()
+    reading.join(0.2)
+    store.go_on.set()
+    flushing.join(10)
+    reading.join(10)
+    assert [row.event for row in seen] == [event("node-1")]
+
+
+def test_page_is_shown_while_the_records_can_only_be_read() -> None:
+    store = PagedStore()
+    store.events.append(event("node-1"))
+    writer = AuditWriter(store)
+    writer.note(event("node-2"))
+    store.away = True
+    assert [row.event for row in writer.page(AuditQuery(10))] == [event("node-1")]

@@ -1,4 +1,4 @@
-"""Who finds a credential that was made a moment ago, and how often the records are asked for it."""
+"""When memory has the recorded credentials, and how often the records are asked for them."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from backend.models.access.callers import Caller
 from backend.models.access.credentials import KeyRequest, Role, Secret
 from backend.services.access import shared_look
 from backend.services.access.shared_look import SharedLook
-from tests.test_authenticator import SOMEWHERE, CountingStore, World
+from tests.harness.access import SOMEWHERE, Access, CommandLine, CountingStore
 
 INTERVAL = 0.02
 
@@ -39,18 +39,20 @@ class GatedStore(CountingStore):
         return version
 
 
-class GatedWorld(World):
-    """A door whose looks into the records can be held up."""
+class GatedWorld(Access):
+    """Access control whose looks into the records can be held up."""
 
     def __init__(self) -> None:
         self.gated = GatedStore()
         super().__init__(self.gated)
+        self.command_line = CommandLine(self.gated)
+        self.cache.refresh()
 
     def new_key(self) -> Secret:
-        return self.made(KeyRequest(role=Role.READ))
+        return self.command_line.make(KeyRequest(role=Role.READ))
 
     def asks(self, secret: Secret) -> Coroutine[Any, Any, Caller]:
-        return self.door.admit(f"Bearer {secret.reveal()}", SOMEWHERE, "r-1")
+        return self.authenticator.authenticate(f"Bearer {secret.reveal()}", SOMEWHERE, "r-1")
 
 
 @pytest.fixture
@@ -58,10 +60,30 @@ def world() -> GatedWorld:
     return GatedWorld()
 
 
+def test_revocation_counts_from_the_next_refresh(world: GatedWorld) -> None:
+    secret = world.new_key()
+    world.cache.refresh()
+    world.command_line.revoke(secret)
+    assert world.authenticate(secret).credential is not None
+    world.cache.refresh()
+    assert world.refused(secret) == ("revoked", secret.id)
+
+
+def test_refresh_loads_the_credentials_only_where_there_are_others(world: GatedWorld) -> None:
+    loads = world.gated.loads
+    for _ in range(5):
+        world.cache.refresh()
+    assert world.gated.loads == loads
+    world.new_key()
+    for _ in range(5):
+        world.cache.refresh()
+    assert world.gated.loads == loads + 1
+
+
 def test_a_key_made_while_a_look_is_under_way_is_found_by_all_who_show_it(world: GatedWorld) -> None:
     """That look has missed it: whoever believed it would be refused with a good key."""
     world.new_key()
-    world.door.refresh()
+    world.cache.refresh()
     before = world.gated.looks
 
     async def race() -> list[Caller]:
@@ -84,7 +106,7 @@ def test_a_key_made_while_a_look_is_under_way_is_found_by_all_who_show_it(world:
 
 def test_a_key_made_right_behind_a_look_is_found_by_all_who_show_it(world: GatedWorld) -> None:
     world.new_key()
-    world.door.refresh()
+    world.cache.refresh()
     before = world.gated.looks
 
     async def race() -> list[Caller]:
@@ -99,7 +121,7 @@ def test_a_key_made_right_behind_a_look_is_found_by_all_who_show_it(world: Gated
 
 def test_a_flood_of_unknown_credentials_asks_the_records_once_in_an_interval(world: GatedWorld) -> None:
     world.new_key()
-    world.door.refresh()
+    world.cache.refresh()
     before, began = world.gated.looks, time.monotonic()
 
     async def guess() -> None:

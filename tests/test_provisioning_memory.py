@@ -13,12 +13,11 @@ from backend.adapters.records.database import IN_MEMORY, Database
 from backend.adapters.records.sql_journal import SqlJournal
 from backend.models.access.callers import SERVICE
 from backend.services.access import idempotency
-from backend.services.access.authenticator import Door
 from backend.services.access.idempotency import IdempotencyKey
 from backend.services.hub import hub_committer
-from backend.services.ports import Journal
+from backend.services.ports import AccessStore, Journal
 from backend.services.wireguard_provisioning_service import DuplicatePeerError, IPPoolExhaustedError
-from tests.harness.fakes import FakeHub, NoLimits
+from tests.harness.fakes import FakeHub
 from tests.harness.memory_journal import MemoryJournal
 from tests.harness.requests import new_key
 from tests.test_provisioning_service import WAIT, World, request
@@ -37,8 +36,10 @@ def make_world(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(hub_committer, "HEAL_INTERVAL_SECONDS", 0.02)
     worlds = list[World]()
 
-    def make(journal: Journal | None = None, *, network: str = "10.0.0.0/24") -> World:
-        world = World(tmp_path, journal or MemoryJournal(), hub, network)
+    def make(
+        journal: Journal | None = None, *, network: str = "10.0.0.0/24", store: AccessStore | None = None
+    ) -> World:
+        world = World(tmp_path, journal or MemoryJournal(), hub, network, store)
         worlds.append(world)
         world.service.start()
         return world
@@ -158,10 +159,7 @@ def recorded(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(idempotency, "_RECENT_SECONDS", -1.0)
     database = Database(IN_MEMORY)
     database.migrate()
-    world = make_world(SqlJournal(database))
-    store = SqlAccessStore(database)
-    world.service.door = Door(store, world.service.door.clerk, NoLimits())
-    return world
+    return make_world(SqlJournal(database), store=SqlAccessStore(database))
 
 
 def ask(world: World, node_id: str, wireguard_key: str, key: str = "key-1") -> str:

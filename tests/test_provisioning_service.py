@@ -18,8 +18,6 @@ from backend.adapters.wireguard.wg import FileOnly
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services.access.audit_writer import Clerk
-from backend.services.access.authenticator import Door
 from backend.services.configurations import Configurations
 from backend.services.hub import hub_committer, hub_mirror
 from backend.services.hub.history import HubHistory
@@ -29,7 +27,7 @@ from backend.services.hub.mark import HubMark
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.ip_pool_manager import IPPoolManager
-from backend.services.ports import Batch, Hub, Journal
+from backend.services.ports import AccessStore, Batch, Hub, Journal
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import (
     DuplicatePeerError,
@@ -37,7 +35,8 @@ from backend.services.wireguard_provisioning_service import (
     IPPoolExhaustedError,
     WireGuardProvisioningService,
 )
-from tests.harness.fakes import FakeAccessStore, FakeHub, FlakyJournal, GatedJournal, NoLimits
+from tests.harness.access import Access
+from tests.harness.fakes import FakeAccessStore, FakeHub, FlakyJournal, GatedJournal
 from tests.harness.memory_journal import MemoryJournal
 from tests.harness.patience import eventually
 from tests.harness.requests import new_key, provision_body
@@ -48,7 +47,9 @@ WAIT = 10.0
 class World:
     """A service with everything around it that a test may look at."""
 
-    def __init__(self, directory: Path, journal: Journal, hub: Hub, network: str) -> None:
+    def __init__(
+        self, directory: Path, journal: Journal, hub: Hub, network: str, store: AccessStore | None = None
+    ) -> None:
         self.hub_key = WireGuardPrivateKey.generate()
         self.path = directory / "wg0.conf"
         if not self.path.exists():
@@ -58,7 +59,8 @@ class World:
         hand_made = OperatorPeers(self.pool)
         guard = RemovalGuard(journal.removed_keys)
         self.config = WireGuardConfigManager(self.path)
-        store = FakeAccessStore()
+        store = store or FakeAccessStore()
+        access = Access(store)
         mirror = HubMirror(self.config, hub, hand_made, guard=guard)
         self.service = WireGuardProvisioningService(
             pool=self.pool,
@@ -69,7 +71,9 @@ class World:
             configurations=Configurations(
                 self.pool.network, "hub.example.com:51820", IPv4Address("10.0.0.1"), hand_made
             ),
-            door=Door(store, Clerk(store), NoLimits()),
+            access=access.control,
+            token_uses=access.uses,
+            store=store,
         )
 
     def provision(self, node_id: str, key: str | None = None, **over: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The routes behind the hub's door."""
+"""Who may call a route, and that every route says so."""
 
 import asyncio
 from types import SimpleNamespace
@@ -11,9 +11,8 @@ from backend.api.dependencies import provisioning_service
 from backend.api.health import router as health
 from backend.api.security import DoorRoute, Reader
 from backend.models.access.credentials import Secret
-from backend.services.access.audit_writer import Clerk
-from backend.services.access.authenticator import Door
-from tests.harness.fakes import FakeAccessStore, NoLimits
+from tests.harness.access import Access
+from tests.harness.fakes import FakeAccessStore
 
 
 def test_endpoint_that_does_not_say_who_may_call_it_is_refused() -> None:
@@ -36,11 +35,11 @@ def test_endpoint_that_does_not_say_who_may_call_it_is_refused() -> None:
 def test_a_probe_with_a_credential_that_cannot_be_looked_up_is_answered() -> None:
     """An orchestrator would kill a service that lives, because its database is away."""
     store = FakeAccessStore()
-    door = Door(store, Clerk(store), NoLimits())
+    access = Access(store).control
     store.away = True
     app = FastAPI()
     app.include_router(health)
-    app.dependency_overrides[provisioning_service] = lambda: SimpleNamespace(door=door)
+    app.dependency_overrides[provisioning_service] = lambda: SimpleNamespace(access=access)
 
     async def probe() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://hub") as client:

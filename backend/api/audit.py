@@ -26,7 +26,7 @@ from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.secret_text import redacted
 from backend.models.wireguard.provisioning import NODE_ID_PATTERN
-from backend.services.access.audit_writer import Clerk
+from backend.services.access.access_control import AccessControl
 
 # The word for the audit log; the nearest class in an error's line of descent counts.
 _REASONS: Final[dict[type[ProvisioningError], str]] = {
@@ -43,7 +43,7 @@ _REASONS: Final[dict[type[ProvisioningError], str]] = {
 
 
 def note_refusal(
-    clerk: Clerk, caller: Caller, action: AuditAction | None, subject: str | None, error: Exception
+    access: AccessControl, caller: Caller, action: AuditAction | None, subject: str | None, error: Exception
 ) -> None:
     """Have a refusal logged as `action`, or as a try to come in; one that came too often is only counted.
 
@@ -52,7 +52,7 @@ def note_refusal(
     """
     credential = None
     if isinstance(error, RateLimitedError):
-        clerk.count_limited(caller.source)
+        access.limited.count(caller.source)
         if error.credential_id is None:
             return
     if isinstance(error, AccessError) and (action is None or caller.kind is CallerKind.NOBODY):
@@ -63,7 +63,7 @@ def note_refusal(
         return
     about = credential or _node(subject)
     event = caller.event(datetime.now(UTC), action, AuditOutcome.REFUSED, about, _reason(error))
-    clerk.note(event, credential)
+    access.audit.note(event, credential)
 
 
 def _node(subject: str | None) -> str | None:

@@ -79,7 +79,7 @@ async def provide_service(app: FastAPI, settings: Settings) -> AsyncIterator[Non
         # Not deleted: a late request would start it anew.
         app.state.provisioning_service = None
         try:
-            await service.door.leave_loop()
+            await service.access.authenticator.close()
         finally:
             await asyncio.to_thread(running.__exit__, None, None, None)
 

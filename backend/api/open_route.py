@@ -18,9 +18,9 @@ class OpenRoute(DoorRoute):
 
     async def admit(self, request: Request) -> None:
         """Count the request against its source; find out who asks where there is a credential."""
-        door = request.state.door = (await service_for(request)).door
-        if door.asks and "authorization" not in request.headers:
-            await door.limit_source(source_of(request, door.proxies))
+        access = request.state.access = (await service_for(request)).access
+        if access.authenticator.required and "authorization" not in request.headers:
+            await access.authenticator.limit_source(source_of(request, access.proxies))
             return
         try:
             await super().admit(request)
@@ -34,4 +34,4 @@ class OpenRoute(DoorRoute):
 def is_told(request: Request) -> bool:
     """Say whether the caller of an OpenRoute showed a credential that lets it in."""
     caller: Caller | None = getattr(request.state, "caller", None)
-    return caller is not None and not request.state.door.used_up(caller)
+    return caller is not None and not caller.may_only_repeat

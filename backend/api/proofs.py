@@ -28,10 +28,10 @@ async def proven(
     Raises UnauthenticatedError where the caller's token isn't for this node, or else a ProofError or, where
     the node's public_key is none, InvalidCredentialsError.
     """
-    verifier = service.door.verifier
+    verifier = service.access.proofs
     if verifier is None:
         return caller
-    service.door.check_node(caller, body.node_id)
+    caller.require_node(body.node_id)
     names = (TIMESTAMP_HEADER, NONCE_HEADER, SIGNATURE_HEADER, CHALLENGE_HEADER, WIREGUARD_PROOF_HEADER)
     timestamp, nonce, signature, challenge_id, mac = (_only(request, name) for name in names)
     proof = Proof(

@@ -21,7 +21,9 @@ from backend.errors import (
 from backend.models.access.audit import AuditAction
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Permission
-from backend.services.access.authenticator import Door
+from backend.services.access.access_control import AccessControl
+from backend.services.access.audit_writer import AuditWriter
+from backend.services.access.credential_service import CredentialService
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
@@ -64,38 +66,38 @@ class DoorRoute(DomainErrorRoute):
     async def admit(self, request: Request) -> None:
         """Find out who asks, for whoever depends on it; raise an AccessError."""
         service = await service_for(request)
-        door = request.state.door = service.door
+        access = request.state.access = service.access
         shown = request.headers.getlist("authorization")
-        caller = request.state.caller = await door.admit(
+        caller = request.state.caller = await access.authenticator.authenticate(
             # Two of them are as good as one that can't be read.
             ",".join(shown) if shown else None,
-            source_of(request, door.proxies),
+            source_of(request, access.proxies),
             request.state.request_id,
         )
-        if caller.used_up:
+        if caller.may_only_repeat:
             await require_repeat(request, self.endpoint, caller, service)
 
     def note_refusal(self, request: Request, error: Exception) -> None:
         """Have the refusal logged, as the endpoint's act or as a try to come in."""
-        door: Door | None = getattr(request.state, "door", None)
+        access: AccessControl | None = getattr(request.state, "access", None)
         # What may have happened after all was logged where it did.
-        if door is None or isinstance(error, OutcomeUnknownError):
+        if access is None or isinstance(error, OutcomeUnknownError):
             return
         action: AuditAction | None = getattr(self.endpoint, "audit_action", None)
         subject = getattr(request.state, "subject", None) or request.path_params.get("node_id")
         caller: Caller | None = getattr(request.state, "caller", None)
         if caller is None:
             caller = Caller(CallerKind.NOBODY, None, request.state.source, request.state.request_id)
-        note_refusal(door.clerk, caller, action, subject, error)
+        note_refusal(access, caller, action, subject, error)
 
     async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:
         """Count a credential that turned out to be good for nothing later than at the door."""
         caller: Caller | None = getattr(request.state, "caller", None)
-        if isinstance(error, UnauthenticatedError) and caller is not None and not caller.used_up:
-            door: Door = request.state.door
-            counted = await door.count_failure(error, request.state.source)
+        if isinstance(error, UnauthenticatedError) and caller is not None and not caller.may_only_repeat:
+            access: AccessControl = request.state.access
+            counted = await access.authenticator.count_failure(error, request.state.source)
             if isinstance(counted, RateLimitedError):
-                door.clerk.count_limited(request.state.source)
+                access.limited.count(request.state.source)
             return counted
         return error
 
@@ -112,7 +114,7 @@ class May(BearerScheme):
     async def __call__(self, request: Request) -> Caller:
         """Raise ForbiddenError where the caller hasn't."""
         caller: Caller = request.state.caller
-        request.state.door.require(caller, self._permission)
+        request.state.access.authenticator.authorize(caller, self._permission)
         return caller
 
 
@@ -121,3 +123,18 @@ Provisioner = Annotated[Caller, Depends(May(Permission.PROVISION))]
 Reader = Annotated[Caller, Depends(May(Permission.READ))]
 Operator = Annotated[Caller, Depends(May(Permission.OPERATE))]
 Admin = Annotated[Caller, Depends(May(Permission.ADMINISTER))]
+
+
+async def _credentials(request: Request) -> CredentialService:
+    access: AccessControl = request.state.access
+    return access.credentials
+
+
+async def _audit(request: Request) -> AuditWriter:
+    access: AccessControl = request.state.access
+    return access.audit
+
+
+# The parts of the service's access control that an endpoint works with.
+Credentials = Annotated[CredentialService, Depends(_credentials)]
+Audit = Annotated[AuditWriter, Depends(_audit)]

@@ -131,7 +131,7 @@ def _serve(
         name = listener.getsockname()
         where = {"socket": name} if isinstance(name, str) else {"host": name[0], "port": name[1]}
         logging.getLogger(__name__).info("serving", extra=where | ({} if tls is None else {"tls": tls[0]}))
-        for notice in service.door.notices:
+        for notice in service.access.notices:
             typer.echo(f"WARNING: {notice}", err=True)
         if hint:
             typer.echo(hint)

@@ -215,8 +215,8 @@ class AccessStore(Protocol):
     def find_answer(self, scope: str, key_hash: str) -> Answer | None:
         """Return what was answered to this key within the last 24 hours."""
 
-    def tidy(self, now: datetime) -> None:
-        """Forget answers and nonces that are no longer needed."""
+    def tidy(self) -> None:
+        """Delete the stored answers and nonces that are no longer needed."""
 
 
 class Hub(Protocol):

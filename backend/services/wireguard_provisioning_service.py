@@ -20,6 +20,7 @@ from backend.errors import (
     ProvisioningError,
     UnauthenticatedError,
 )
+from backend.models.access.answers import ANSWERS_KEPT
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE, Caller
 from backend.models.wireguard.keys import WireGuardKey
@@ -29,15 +30,16 @@ from backend.models.wireguard.provisioning import (
     ProvisioningRecord,
     ProvisioningRequest,
 )
-from backend.services.access.authenticator import Door
+from backend.services.access.access_control import AccessControl
 from backend.services.access.idempotency import IdempotencyKey, RecentAnswers
+from backend.services.access.token_uses import TokenUses
 from backend.services.configurations import Configurations
 from backend.services.hub.hub_committer import HubCommitter
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.known_peers import is_same, may_know_address
 from backend.services.outcomes import after, fail, pass_on, succeed
-from backend.services.ports import Action, Change
+from backend.services.ports import AccessStore, Action, Change
 from backend.services.readiness import Readiness
 
 __all__ = [
@@ -92,16 +94,20 @@ class WireGuardProvisioningService:
     that is still under way waits for its outcome: until then neither answer would be true.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that it puts together
         self,
         *,
         pool: IPPoolManager,
         hand_made: OperatorPeers,
         committer: HubCommitter,
         configurations: Configurations,
-        door: Door,
+        access: AccessControl,
+        token_uses: TokenUses,
+        store: AccessStore,
     ) -> None:
-        self.door = door
+        self.access: Final = access
+        self._token_uses = token_uses
+        self._store = store
         self._pool = pool
         self._hand_made = hand_made
         self._committer = committer
@@ -127,7 +133,7 @@ class WireGuardProvisioningService:
     def start(self) -> None:
         """Fill memory from the records, bring the hub up to them, and begin to take changes."""
         peers = self._committer.load()
-        self.door.start()
+        self.access.start()
         self._take_in(peers)
         self._committer.start(peers, self._take_in)
 
@@ -144,9 +150,9 @@ class WireGuardProvisioningService:
 
     def close(self) -> None:
         """Finish what was accepted, and stop."""
-        # The door's affairs are in the records as well, which the committer closes.
         self._committer.stop()
-        self.door.close()
+        # Writes to the records, which the committer closes.
+        self.access.close()
         self._committer.close()
 
     def provision_peer(self, request: ProvisioningRequest, timeout: float | None = None) -> PeerConfiguration:
@@ -178,7 +184,7 @@ class WireGuardProvisioningService:
         """
         scope = caller.name
         # What is written between this look and the next is still among the recent answers.
-        kept = self.door.find_answer(scope, key)
+        kept = self._find_answer(scope, key)
         if kept is not None:
             return kept
 
@@ -188,6 +194,15 @@ class WireGuardProvisioningService:
             provisioned.add_done_callback(lambda _: pass_on(provisioned, self._answered, answer))
 
         return self._answers.once(scope, key, request.node_id, begin)
+
+    def _find_answer(self, scope: str, key: IdempotencyKey) -> Future[bytes] | None:
+        kept = self._store.find_answer(scope, key.key_hash)
+        if kept is None or datetime.now(UTC) - kept.created_at > ANSWERS_KEPT:
+            return None
+        key.require_same(kept.body_hash)
+        answer: Future[bytes] = Future()
+        answer.set_result(kept.body)
+        return answer
 
     def _answered(self, peer: Peer) -> bytes:
         return self._configurations.answer(peer).encode()
@@ -261,7 +276,7 @@ class WireGuardProvisioningService:
     @property
     def notices(self) -> tuple[str, ...]:
         """What an operator should know, though the service works."""
-        return (*self.door.notices, *self._committer.notices)
+        return (*self.access.notices, *self._committer.notices)
 
     def check(self) -> None:
         """Raise the ProvisioningError that a new node's request would meet now, if any."""
@@ -275,7 +290,7 @@ class WireGuardProvisioningService:
 
     def _provision(self, asked: _Request, answer: Future[Peer]) -> None:
         request = asked.body
-        self.door.check_node(asked.caller, request.node_id)
+        asked.caller.require_node(request.node_id)
         if request.wireguard_public_key == self._hand_made.hub_key:
             raise InvalidCredentialsError(
                 "wireguard_public_key", "this is the hub's own key; send the public half of the node's own"
@@ -307,7 +322,8 @@ class WireGuardProvisioningService:
         body, caller = asked.body, asked.caller
         same = by_node is not None and is_same(body, caller.identity, by_node.peer)
         # Of a token that is used up one use is left: to ask again what was asked with it.
-        if self.door.used_up(caller) and not (same and by_node and by_node.peer.token_id == caller.token_id):
+        used_up = self._token_uses.used_up(caller.credential)
+        if used_up and not (same and by_node and by_node.peer.token_id == caller.token_id):
             raise UnauthenticatedError("used_up", caller.token_id)
         may_know = by_node is not None and may_know_address(body, caller, by_node.peer)
         # The key first, or a key that can't be provisioned would tell which node_ids are, and cost no use.
@@ -375,7 +391,7 @@ class WireGuardProvisioningService:
             if error is not None:
                 fail(answer, error)
                 return
-            self.door.count_use(peer.token_id)
+            self._token_uses.count(peer.token_id)
             log.info("peer_provisioned", extra={"node_id": peer.node_id, "address": str(address)})
             succeed(answer, peer)
 

@@ -16,7 +16,7 @@ from backend.models.access.callers import SERVICE
 async def admit(_: DoorRoute, request: Request) -> None:
     """Let everybody in."""
     request.state.caller = SERVICE
-    request.state.door = request.app.state.provisioning_service.door
+    request.state.access = request.app.state.provisioning_service.access
 
 
 def write_nothing(*_: Any) -> int:

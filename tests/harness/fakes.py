@@ -232,7 +232,7 @@ class FakeAccessStore:
     def find_answer(self, scope: str, key_hash: str) -> Answer | None:
         return self.answers.get((scope, key_hash))
 
-    def tidy(self, now: datetime) -> None:
+    def tidy(self) -> None:
         self._answer()
 
 

@@ -6,7 +6,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,6 @@ import httpx
 import pytest
 
 from backend.errors import UnauthenticatedError
-from backend.models.access.callers import Caller, CallerKind
-from backend.models.access.credentials import CredentialKind, KeyRequest, Role, TokenRequest
-from backend.services.access.audit_writer import Clerk
-from backend.services.access.authenticator import Door
-from tests.harness.fakes import FakeAccessStore, NoLimits
 from tests.harness.hosts import LocalHost
 from tests.harness.patience import eventually
 from tests.harness.requests import new_key, provision_body
@@ -409,29 +403,3 @@ def test_a_use_that_was_seen_under_way_and_taken_back_can_be_made_again(
     assert admin.listed(TOKENS)[token.id]["uses"] == 0
     assert token.provision(body).status_code == 200
     assert_refused(token.provision(provision_body("node-2", new_key())))
-
-
-def test_a_use_is_counted_once_however_often_the_credentials_are_loaded_meanwhile() -> None:
-    store = FakeAccessStore()
-    door = Door(store, Clerk(store), NoLimits())
-    token, _ = TokenRequest(max_uses=2).make("cli:root", datetime.now(UTC))
-    store.credentials[token.id] = token
-    door.refresh()
-    caller = Caller(CallerKind.TOKEN, token)
-    # The records have counted it, and it isn't settled yet.
-    store.credentials[token.id] = replace(token, uses=1)
-    door.listed(CredentialKind.TOKEN)
-    door.count_use(token.id)
-    assert not door.used_up(caller)
-    door.count_use(token.id)
-    assert door.used_up(caller)
-
-
-def test_what_the_command_line_made_a_moment_ago_can_be_revoked() -> None:
-    store = FakeAccessStore()
-    door = Door(store, Clerk(store), NoLimits())
-    door.refresh()
-    key, _ = KeyRequest(role=Role.READ).make("cli:root", datetime.now(UTC))
-    store.credentials[key.id], store.version = key, 1
-    revoked = door.revoke(CredentialKind.KEY, key.id, Caller(CallerKind.SERVICE))
-    assert revoked.revoked_at is not None

@@ -25,7 +25,7 @@ from backend.models.access.audit import (
     verify,
 )
 from backend.models.access.callers import SERVICE
-from backend.services.access.audit_writer import Clerk
+from backend.services.access.audit_pruning import AuditPruning
 from backend.services.hub.mark import HubMark, Mark
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
@@ -208,12 +208,7 @@ def test_a_mark_of_a_row_that_was_pruned_is_no_older_log(store: SqlAccessStore, 
 def test_the_service_prunes_by_itself_what_is_older_than_it_keeps(store: SqlAccessStore) -> None:
     now = datetime.now(UTC)
     store.write([AuditEvent(now, AuditAction.PROVISION, AuditOutcome.ACCEPTED, "local")], {})
-    clerk = Clerk(store, keep=now - (NOON + 7 * DAY + DAY / 2))
-    clerk.start(lambda: None)
-    try:
-        eventually(lambda: rows(store)[-1].event.action is AuditAction.AUDIT_PRUNED)
-    finally:
-        clerk.close()
+    AuditPruning(store, keep=now - (NOON + 7 * DAY + DAY / 2)).step()
     assert [row.sequence for row in rows(store)] == [8, 9, 10, 11, 12]
     assert rows(store)[-1].event.actor == "service"
     assert store.verify_audit()[0] is None

@@ -218,7 +218,7 @@ def test_overriding_the_dependency_gives_the_router_another_service(
         async def act(client: httpx.AsyncClient) -> None:
             assert (await client.post(PROVISION, json=provision_body("node-1"))).status_code == 200
             assert list((await client.get(PEERS)).json()) == ["node-1"]
-            await service.door.leave_loop()
+            await service.access.authenticator.close()
 
         started(app, act)
         assert list(service.list_provisioned_peers()) == ["node-1"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
@@ -87,8 +87,9 @@ class SqlAccessStore:
         with self._reading() as connection:
             return idempotency.find_answer(connection, scope, key_hash)
 
-    def tidy(self, now: datetime) -> None:
-        """Forget answers and nonces that are no longer needed."""
+    def tidy(self, now: datetime | None = None) -> None:
+        """Delete the stored answers and nonces that are no longer needed at a moment, by default this one."""
+        now = now or datetime.now(UTC)
         with self._writing() as connection:
             idempotency.forget_answers_before(connection, now - ANSWERS_KEPT)
             # A second more than it can be sent again: clocks are compared in whole seconds.

@@ -5,6 +5,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Final
 
+from backend.errors import UnauthenticatedError
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.credentials import Credential, CredentialKind, Permission
 from backend.models.access.identity import NodeIdentity
@@ -35,8 +36,8 @@ class Caller:
     source: str | None = None
     request_id: str | None = None
     identity: NodeIdentity | None = None
-    # Whether its token had no use left when it came, which was counted as a failure to authenticate.
-    used_up: bool = False
+    # Its token had no use left when it was authenticated, which was counted as a failed attempt.
+    may_only_repeat: bool = False
     # What it signed the proof of its identity with.
     nonce: Nonce | None = None
 
@@ -65,6 +66,11 @@ class Caller:
             # No credential that is made meanwhile may outlive the switch.
             return permission is not Permission.ADMINISTER
         return self.kind is not CallerKind.NOBODY
+
+    def require_node(self, node_id: str) -> None:
+        """Raise UnauthenticatedError where the caller's token isn't for nodes of this name."""
+        if self.credential is not None and not self.credential.is_for(node_id):
+            raise UnauthenticatedError("node_id", self.credential.id)
 
     def event(
         self,

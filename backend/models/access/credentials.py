@@ -143,44 +143,46 @@ class Credential:
     revoked_at: datetime | None = None
     last_used_at: datetime | None = None
 
-    @property
-    def used_up(self) -> bool:
-        """Whether no use is left. The database decides each use; this may be behind it."""
-        return self.max_uses is not None and self.uses >= self.max_uses
-
     def matches(self, secret: Secret) -> bool:
         """Say whether this is the credential that the secret is of, in constant time."""
         return hmac.compare_digest(self.id + self.secret_hash, secret.id + secret.digest)
 
     def may(self, permission: Permission) -> bool:
-        """Say whether it gives the permission, to whom `refusal` has nothing against."""
+        """Say whether it gives the permission to a caller whom it authenticates."""
         if self.role is None:
             return permission is Permission.PROVISION
         return self.role.covers(permission.role)
 
-    def refusal(self, now: datetime, source: str | None, node_id: str | None) -> str | None:
-        """Return why it lets nobody in, as a word for the audit log, or None.
+    def refusal(self, now: datetime, source: str | None) -> str | None:
+        """Return why it authenticates no caller from this source, as a word for the audit log, or None.
 
-        `source` is an IP address, or None for a UNIX socket, which is in no network. Without a `node_id`
-        only the rest is asked. Whether a use is left is not asked here: `used_up`, and the database.
+        `source` is an IP address, or None for a UNIX socket, which is in no network. Whether a token has a
+        use left is for TokenUses to say, and in the end for the records.
         """
-        if self.revoked_at is not None:
-            return "revoked"
-        if self.expires_at is not None and self.expires_at <= now:
-            return "expired"
-        if self.source_cidr is not None and not _within(source, self.source_cidr):
+        ended = self.ended(now)
+        if ended is None and self.source_cidr is not None and not _within(source, self.source_cidr):
             return "source"
-        if self.node_id_pattern is not None and node_id is not None:
-            return None if fnmatchcase(node_id, self.node_id_pattern) else "node_id"
+        return ended
+
+    def ended(self, now: datetime) -> str | None:
+        """Return `revoked` or `expired`, or None while neither applies."""
+        if self.revoked_at is not None:
+            return CredentialState.REVOKED.value
+        if self.expires_at is not None and self.expires_at <= now:
+            return CredentialState.EXPIRED.value
         return None
 
+    def is_for(self, node_id: str) -> bool:
+        """Say whether it lets in nodes of this name."""
+        return self.node_id_pattern is None or fnmatchcase(node_id, self.node_id_pattern)
+
     def state(self, now: datetime) -> CredentialState:
-        """Say what has become of it."""
-        if self.revoked_at is not None:
-            return CredentialState.REVOKED
-        if self.expires_at is not None and self.expires_at <= now:
-            return CredentialState.EXPIRED
-        return CredentialState.USED_UP if self.used_up else CredentialState.ACTIVE
+        """Say what has become of it, as far as its row tells."""
+        ended = self.ended(now)
+        if ended is not None:
+            return CredentialState(ended)
+        used_up = self.max_uses is not None and self.uses >= self.max_uses
+        return CredentialState.USED_UP if used_up else CredentialState.ACTIVE
 
 
 @lru_cache(maxsize=4096)

@@ -1,7 +1,6 @@
 """Counts the requests that came too often (429): a line of the log, and no rows of the audit log."""
 
 import logging
-import time
 from collections import Counter
 from threading import Lock
 from typing import Final
@@ -10,19 +9,17 @@ from backend.models.access.sources import network_of
 
 log = logging.getLogger(__name__)
 
-_INTERVAL_SECONDS: Final = 60.0
 _MOST_SOURCES: Final = 1000
 _OTHERS: Final = "others"
 
 
 class LimitedRequests:
-    """The counters, which `report` logs and begins anew once a minute, the first time at once."""
+    """The counters, by network, which `report` logs and begins anew. May be used by many threads."""
 
     def __init__(self) -> None:
         # Guards _counts; never held across I/O.
         self._lock = Lock()
         self._counts: Counter[str] = Counter()
-        self._reported_at = float("-inf")
 
     def count(self, source: str | None) -> None:
         """Count a request of a source."""
@@ -32,14 +29,12 @@ class LimitedRequests:
                 name = _OTHERS
             self._counts[name] += 1
 
-    def report(self, *, now_too: bool = False) -> None:
-        """Log what was counted, if it is time to; `now_too` at the end, when there is no next time."""
-        now = time.monotonic()
-        if not self._counts or not (now_too or now - self._reported_at >= _INTERVAL_SECONDS):
-            return
-        self._reported_at = now
+    def report(self) -> None:
+        """Log one line about what was counted since the last call, if anything was."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
+        if not counts:
+            return
         ((most, number),) = counts.most_common(1)
         log.warning(
             "requests_limited",

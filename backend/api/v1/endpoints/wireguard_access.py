@@ -1,4 +1,4 @@
-"""The endpoints of the hub's door: tokens, keys and the audit log."""
+"""The endpoints of access control: tokens, keys and the audit log."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -7,9 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import ConfigDict, Field
 
-from backend.api.dependencies import Service
 from backend.api.errors import problem
-from backend.api.security import REFUSALS, Admin, DoorRoute, Reader, audited
+from backend.api.security import REFUSALS, Admin, Audit, Credentials, DoorRoute, Reader, audited
 from backend.models.access.audit import AuditAction, AuditEntry, AuditPage, AuditQuery
 from backend.models.access.credentials import (
     CredentialKind,
@@ -30,49 +29,49 @@ _NOT_FOUND = problem("No such credential.", "token 3f1c0e5a9b7d2468 not found")
 
 @router.post("/tokens", summary="Make an enrolment token", status_code=201)
 @audited(AuditAction.TOKEN_MADE)
-async def make_token(body: TokenRequest, caller: Admin, service: Service) -> MadeToken:
+async def make_token(body: TokenRequest, caller: Admin, credentials: Credentials) -> MadeToken:
     """Make a token that lets nodes in. Its secret is in this answer and nowhere else."""
-    token, secret = await asyncio.to_thread(service.door.make, body, caller)
+    token, secret = await asyncio.to_thread(credentials.make, body, caller)
     return MadeToken.made(token, secret, datetime.now(UTC))
 
 
 @router.get("/tokens", summary="List the enrolment tokens")
-async def list_tokens(_: Admin, service: Service) -> list[TokenInfo]:
+async def list_tokens(_: Admin, credentials: Credentials) -> list[TokenInfo]:
     """Return every token, revoked and expired ones too, without their secrets."""
-    tokens = await asyncio.to_thread(service.door.listed, CredentialKind.TOKEN)
+    tokens = await asyncio.to_thread(credentials.of_kind, CredentialKind.TOKEN)
     now = datetime.now(UTC)
     return [TokenInfo.of(token, now) for token in tokens]
 
 
 @router.delete("/tokens/{credential_id}", summary="Revoke an enrolment token", responses={404: _NOT_FOUND})
 @audited(AuditAction.TOKEN_REVOKED)
-async def revoke_token(credential_id: str, caller: Admin, service: Service) -> TokenInfo:
+async def revoke_token(credential_id: str, caller: Admin, credentials: Credentials) -> TokenInfo:
     """Let nobody in with a token from now on. The nodes that it let in stay."""
-    token = await asyncio.to_thread(service.door.revoke, CredentialKind.TOKEN, credential_id, caller)
+    token = await asyncio.to_thread(credentials.revoke, CredentialKind.TOKEN, credential_id, caller)
     return TokenInfo.of(token, datetime.now(UTC))
 
 
 @router.post("/keys", summary="Make an operator's key", status_code=201)
 @audited(AuditAction.KEY_MADE)
-async def make_key(body: KeyRequest, caller: Admin, service: Service) -> MadeKey:
+async def make_key(body: KeyRequest, caller: Admin, credentials: Credentials) -> MadeKey:
     """Make a key for an operator. Its secret is in this answer and nowhere else."""
-    key, secret = await asyncio.to_thread(service.door.make, body, caller)
+    key, secret = await asyncio.to_thread(credentials.make, body, caller)
     return MadeKey.made(key, secret, datetime.now(UTC))
 
 
 @router.get("/keys", summary="List the operators' keys")
-async def list_keys(_: Admin, service: Service) -> list[KeyInfo]:
+async def list_keys(_: Admin, credentials: Credentials) -> list[KeyInfo]:
     """Return every key, revoked and expired ones too, without their secrets."""
-    keys = await asyncio.to_thread(service.door.listed, CredentialKind.KEY)
+    keys = await asyncio.to_thread(credentials.of_kind, CredentialKind.KEY)
     now = datetime.now(UTC)
     return [KeyInfo.of(key, now) for key in keys]
 
 
 @router.delete("/keys/{credential_id}", summary="Revoke an operator's key", responses={404: _NOT_FOUND})
 @audited(AuditAction.KEY_REVOKED)
-async def revoke_key(credential_id: str, caller: Admin, service: Service) -> KeyInfo:
+async def revoke_key(credential_id: str, caller: Admin, credentials: Credentials) -> KeyInfo:
     """Let nobody in with a key from now on, be it the caller's own."""
-    key = await asyncio.to_thread(service.door.revoke, CredentialKind.KEY, credential_id, caller)
+    key = await asyncio.to_thread(credentials.revoke, CredentialKind.KEY, credential_id, caller)
     return KeyInfo.of(key, datetime.now(UTC))
 
 
@@ -92,12 +91,10 @@ class AuditParameters(StrictModel):
 
 
 @router.get("/audit", summary="Read the audit log")
-async def read_audit(
-    parameters: Annotated[AuditParameters, Query()], _: Reader, service: Service
-) -> AuditPage:
+async def read_audit(parameters: Annotated[AuditParameters, Query()], _: Reader, audit: Audit) -> AuditPage:
     """Return who did what, the newest first."""
     query = AuditQuery(**parameters.model_dump())
-    records = await asyncio.to_thread(service.door.audit_page, query)
+    records = await asyncio.to_thread(audit.page, query)
     full = len(records) == parameters.limit
     return AuditPage(
         entries=[AuditEntry.of(record) for record in records],

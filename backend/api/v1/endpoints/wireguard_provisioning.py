@@ -176,9 +176,10 @@ _UNAVAILABLE = problem(
 @repeatable(has_its_key)
 async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Service) -> ChallengeAnswer:
     """Give a challenge, where this hub asks for proofs (WIREGUARD_REQUIRE_PROOF); 404 elsewhere."""
-    if service.door.verifier is None:
+    proofs = service.access.proofs
+    if proofs is None:
         raise HTTPException(404, _NO_PROOF)
-    challenge = service.door.verifier.challenges.issue(body.wireguard_public_key)
+    challenge = proofs.challenges.issue(body.wireguard_public_key)
     return ChallengeAnswer(
         challenge_id=challenge.challenge_id,
         server_public_key=challenge.server_public_key,

@@ -1,0 +1,46 @@
+"""The parts of access control that the routes use, as the service carries them."""
+
+from dataclasses import dataclass, field
+
+from backend.models.access.sources import TrustedProxies
+from backend.services.access.access_loops import AccessLoops
+from backend.services.access.audit_writer import AuditWriter
+from backend.services.access.authenticator import Authenticator
+from backend.services.access.challenges import ProofVerifier
+from backend.services.access.credential_service import CredentialService
+from backend.services.access.limited_requests import LimitedRequests
+
+
+@dataclass(frozen=True, slots=True)
+class AccessControl:
+    """Who may do what, and where that is logged.
+
+    Part of the service: an app may put a service of its own into `app.state`, and the routes then use the
+    credentials of that one.
+    """
+
+    authenticator: Authenticator
+    credentials: CredentialService
+    audit: AuditWriter
+    limited: LimitedRequests = field(default_factory=LimitedRequests)
+    # Where each node has to prove its identity and its WireGuard key.
+    proofs: ProofVerifier | None = None
+    proxies: TrustedProxies = field(default_factory=TrustedProxies)
+    loops: AccessLoops = field(default_factory=AccessLoops)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What an operator should know."""
+        if self.authenticator.required:
+            return ()
+        return ("WIREGUARD_AUTH=off: every caller may provision, read and delete peers",)
+
+    def start(self) -> None:
+        """Load the credentials, and begin to keep up with the records."""
+        self.loops.start()
+
+    def close(self) -> None:
+        """Stop, and write down what was noted."""
+        self.loops.close()
+        self.audit.close()
+        self.limited.report()
