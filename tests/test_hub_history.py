@@ -21,7 +21,7 @@ from backend.services.hub.history import adopt
 from backend.services.hub.mark import HubMark, Mark
 from backend.services.hub.removal_guard import FoundPeers, HubPeer, RemovalGuard, is_many, stepped_back
 from backend.services.ports import RecordedState
-from tests.harness.peers import block, networks
+from tests.harness.peers import block
 from tests.harness.requests import new_key, other_spelling
 
 KEYS = [WireGuardPrivateKey(bytes([n] * 32)).public_key() for n in range(1, 41)]
@@ -104,7 +104,7 @@ def test_an_adopted_peer_keeps_name_key_and_address() -> None:
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), max_size=12))
 def test_no_adoption_gives_a_name_a_key_or_an_address_twice(rows: list[tuple[int, int, int]]) -> None:
     by_key = {
-        KEYS[10 + key]: HubPeer(KEYS[10 + key], f"node-{name}", networks(f"10.0.0.{2 + address}"))
+        KEYS[10 + key]: HubPeer(KEYS[10 + key], f"node-{name}", (f"10.0.0.{2 + address}/32",))
         for name, key, address in rows
     }
     known = [recorded(0)]
@@ -118,7 +118,7 @@ def test_no_adoption_gives_a_name_a_key_or_an_address_twice(rows: list[tuple[int
 
 @pytest.mark.parametrize("allowed", [(), ("10.0.0.2/31",), ("10.0.0.2/32", "10.0.0.3/32"), ("fd00::2/128",)])
 def test_a_peer_without_the_one_address_that_ours_have_is_not_adopted(allowed: tuple[str, ...]) -> None:
-    peer = HubPeer(KEYS[0], None, networks(*allowed))
+    peer = HubPeer(KEYS[0], None, allowed)
     assert adopt([peer], (), NOW).refused == [peer]
 
 
@@ -194,9 +194,9 @@ def test_a_mark_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pyte
 
 def test_a_key_of_the_interface_that_is_none_of_a_node_is_not_adopted() -> None:
     zero = WireGuardKey.trusted("A" * 43 + "=")
-    assert adopt([HubPeer(zero, None, networks("10.0.0.2"))], (), NOW).peers == []
+    assert adopt([HubPeer(zero, None, ("10.0.0.2/32",))], (), NOW).peers == []
 
 
 def test_a_peer_whose_key_is_a_second_spelling_is_adopted_like_any_other() -> None:
-    found = HubPeer(other_spelling(new_key()), "node-1", networks("10.0.0.2"))
+    found = HubPeer(other_spelling(new_key()), "node-1", ("10.0.0.2/32",))
     assert [peer.wireguard_public_key for peer in adopt([found], (), NOW).peers] == [found.public_key]

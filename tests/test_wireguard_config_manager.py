@@ -1014,7 +1014,7 @@ def test_peer_is_added_replaced_and_removed(config: Path, manager: WireGuardConf
         _peer(1),
     )
     manager.add_peer(_KEYS[0], ["10.0.0.9/32"], persistent_keepalive=0)
-    assert [peer.allowed_ips for peer in manager.blocks] == [networks("10.0.0.3"), networks("10.0.0.9")]
+    assert [peer.allowed_ips for peer in manager.blocks] == [("10.0.0.3/32",), ("10.0.0.9/32",)]
     assert manager.remove_peer(_KEYS[0])
     assert not manager.remove_peer(_KEYS[0])
     assert not manager.remove_peer(_KEYS[30])

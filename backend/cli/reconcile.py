@@ -49,6 +49,8 @@ def _decisions() -> "AbstractContextManager[HubDecisions]":
 
 
 def _show(review: "HubReview") -> None:
+    from backend.models.wireguard.peer import cidr
+
     typer.echo(f"records: generation {review.generation}, {review.recorded} peers")
     typer.echo(f"hub:     generation {review.reached}, {review.present} peers of ours")
     for notice in review.notices:
@@ -59,12 +61,12 @@ def _show(review: "HubReview") -> None:
     for peer in review.unknown:
         where = "in the config" if peer.label is not None else "on the interface alone"
         problem = "; can't be adopted: its address is not one, or another peer's" if peer in refused else ""
-        allowed = ",".join(map(str, peer.allowed_ips)) or "(none)"
+        allowed = ",".join(peer.allowed_ips) or "(none)"
         typer.echo(f"unknown: {peer.label or '-'} {peer.public_key} {allowed} {where}{problem}")
     for recorded in review.missing:
         typer.echo(
             f"missing: {recorded.node_id} {recorded.wireguard_public_key} "
-            f"{','.join(map(str, recorded.allowed_ips))} in the records alone; it comes to the hub"
+            f"{','.join(map(cidr, recorded.allowed_ips))} in the records alone; it comes to the hub"
         )
     typer.echo(f"verdict: {review.verdict}")
 

@@ -10,7 +10,7 @@ from backend.adapters.wireguard.host_link import HostLinks
 from backend.errors import HubUpdateError
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.interface_state import InterfaceState
-from backend.models.wireguard.peer import Peer
+from backend.models.wireguard.peer import Peer, cidr
 from backend.services.hub.drift import Drift
 
 # A batch may need three of them before it is given up: together less than a request waits for its answer.
@@ -128,7 +128,7 @@ def _end(running: programs.Running) -> None:
 
 
 def _allowed(peer: Peer) -> str:
-    return ",".join(map(str, peer.allowed_ips))
+    return ",".join(map(cidr, peer.allowed_ips))
 
 
 class FileOnly:

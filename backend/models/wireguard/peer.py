@@ -4,6 +4,7 @@ Requests, answers, rows of the records and blocks of wg0.conf are made from a `P
 one place.
 """
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -47,6 +48,13 @@ class Peer:
         """The networks that `wg` accepts from the peer and routes to it (wg(8), AllowedIPs)."""
         # By its number: ipaddress would write an address out and read it again.
         return (IPv4Network(int(self.address)),)
+
+
+def cidr(network: IPv4Network | IPv6Network) -> str:
+    """Write a network as `wg` prints it, by inet_ntop(3): Python spells some IPv6 addresses otherwise."""
+    if isinstance(network, IPv4Network):
+        return str(network)
+    return f"{socket.inet_ntop(socket.AF_INET6, network.network_address.packed)}/{network.prefixlen}"
 
 
 def only_address(allowed_ips: Sequence[IPv4Network | IPv6Network]) -> IPv4Address | None:

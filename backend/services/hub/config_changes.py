@@ -20,7 +20,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Final, Self
 
 from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, canonical_spelling
-from backend.models.wireguard.peer import only_address
+from backend.models.wireguard.peer import cidr, only_address
 from backend.services.hub.config_text import InvalidConfigError, ParsedConfig, PeerBlock, parse
 from backend.services.hub.config_values import allowed_ip, check_endpoint
 
@@ -100,8 +100,8 @@ def with_peer(config: ParsedConfig, hub_public_key: WireGuardKey, peer: NewPeer)
     if any(canonical_spelling(other.public_key) == peer.public_key for other in others):
         raise ValueError("an operator's peer has that key")
     held = {network for block in managed for network in block.allowed_ips}
-    held.update(network for other in others for network in other.allowed_ips)
-    for network in peer.allowed_ips:
+    held.update(cidr(network) for other in others for network in other.allowed_ips)
+    for network in map(cidr, peer.allowed_ips):
         if network in held:
             raise ValueError(f"{network} belongs to another peer")
     block = peer.block

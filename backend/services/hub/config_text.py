@@ -23,7 +23,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NamedTuple, Self
 
 from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, WireGuardPrivateKey
-from backend.models.wireguard.peer import Peer, only_address
+from backend.models.wireguard.peer import Peer, cidr, only_address
 from backend.services.hub.config_sections import InterfaceSection, PeerSection, Section
 from backend.services.hub.config_values import (
     UINT16_MAX,
@@ -67,7 +67,8 @@ class PeerBlock(NamedTuple):
 
     label: str
     public_key: WireGuardKey
-    allowed_ips: tuple[IPv4Network | IPv6Network, ...]
+    # As `wg` prints them: objects would take half a kilobyte for each peer.
+    allowed_ips: tuple[str, ...]
     persistent_keepalive: int | None
     # Rendered once: the file of ten thousand peers is written each time one of them is added or removed.
     text: bytes
@@ -91,15 +92,16 @@ class PeerBlock(NamedTuple):
             raise ValueError("a managed peer's label is 1 to 128 letters, digits, underscores and hyphens")
         if _KEY.fullmatch(public_key) is None:
             raise ValueError("a managed peer's key is not the canonical base64 of 32 bytes")
+        written = tuple(map(cidr, allowed_ips))
         text = (
             f"\n# wireguard-provisioning: managed peer {label}\n[Peer]\nPublicKey = {public_key}\n"
-            f"AllowedIPs = {', '.join(map(str, allowed_ips))}\n"
+            f"AllowedIPs = {', '.join(written)}\n"
         )
         if persistent_keepalive is not None:
             if not 0 <= persistent_keepalive <= UINT16_MAX:
                 raise ValueError(f"PersistentKeepalive is 0 to {UINT16_MAX} seconds")
             text += f"PersistentKeepalive = {persistent_keepalive:d}\n"
-        return cls(label, public_key, allowed_ips, persistent_keepalive, text.encode())
+        return cls(label, public_key, written, persistent_keepalive, text.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +186,15 @@ def _take_off_blocks(text: bytes) -> tuple[bytes, list[PeerBlock]]:
         block = _BLOCK.match(text, position)
         if block is None:
             return text, []
-        label, key, network, keepalive = block.groups()
+        label, key, allowed, keepalive = (group.decode() for group in block.groups(b""))
+        seconds = int(keepalive) if keepalive else None
         try:
-            allowed_ips = (IPv4Network(network.decode()),)
-            parsed = WireGuardKey.parse_written(key.decode())
+            public_key, network = WireGuardKey.parse_written(key), IPv4Network(allowed)
         except ValueError:
             return text, []
-        seconds = None if keepalive is None else int(keepalive)
-        if only_address(allowed_ips) is None or (seconds or 0) > UINT16_MAX:
+        if only_address((network,)) is None or (seconds or 0) > UINT16_MAX:
             return text, []
-        peers.append(PeerBlock(label.decode(), parsed, allowed_ips, seconds, block[0]))
+        peers.append(PeerBlock(label, public_key, (allowed,), seconds, block[0]))
         position = block.end()
     return (text[:start] if peers else text), peers
 

@@ -1,13 +1,12 @@
 """How an interface differs from the file that it is made from."""
 
-import socket
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, IPv6Network
 
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import cidr
 from backend.services.hub.config_text import OperatorPeer, PeerBlock
 
 
@@ -80,7 +79,7 @@ def _wanted(desired: DesiredInterface) -> dict[str, InterfacePeer]:
     """
     peers: dict[str, InterfacePeer] = {
         peer.public_key: InterfacePeer(
-            frozenset(map(_cidr, peer.allowed_ips)), persistent_keepalive=peer.persistent_keepalive or 0
+            frozenset(peer.allowed_ips), persistent_keepalive=peer.persistent_keepalive or 0
         )
         for peer in desired.blocks
     }
@@ -88,9 +87,9 @@ def _wanted(desired: DesiredInterface) -> dict[str, InterfacePeer]:
         return peers
     named = Counter(peer.public_key for peer in desired.operator_peers)
     # An address that several peers claim goes to the last of them, and ours are behind all others.
-    owners: dict[IPv4Network | IPv6Network, str] = {}
+    owners: dict[str, str] = {}
     for operators in desired.operator_peers:
-        owners.update(dict.fromkeys(operators.allowed_ips, operators.public_key))
+        owners.update(dict.fromkeys(map(cidr, operators.allowed_ips), operators.public_key))
     for peer in desired.blocks:
         owners.update(dict.fromkeys(peer.allowed_ips, peer.public_key))
     for operators in desired.operator_peers:
@@ -98,15 +97,8 @@ def _wanted(desired: DesiredInterface) -> dict[str, InterfacePeer]:
         if named[key] > 1 or key in peers or key == desired.public_key:
             continue
         peers[key] = InterfacePeer(
-            frozenset(_cidr(network) for network in operators.allowed_ips if owners[network] == key),
+            frozenset(text for text in map(cidr, operators.allowed_ips) if owners[text] == key),
             operators.preshared_key,
             operators.persistent_keepalive,
         )
     return peers
-
-
-def _cidr(network: IPv4Network | IPv6Network) -> str:
-    """Write a network as `wg` does, by inet_ntop(3): Python spells some IPv6 addresses in another way."""
-    if isinstance(network, IPv4Network):
-        return str(network)
-    return f"{socket.inet_ntop(socket.AF_INET6, network.network_address.packed)}/{network.prefixlen}"

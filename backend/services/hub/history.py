@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from ipaddress import ip_network
 
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
@@ -42,7 +43,7 @@ def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer], at: datetime) -> A
     addresses = {peer.address for peer in recorded}
     adoption = Adoption([], [])
     for peer in reversed(list(found)):
-        address = only_address(peer.allowed_ips)
+        address = only_address([ip_network(text) for text in peer.allowed_ips])
         try:
             key = WireGuardKey.parse_written(peer.public_key)
         except ValueError:

@@ -7,7 +7,6 @@ peers were removed. What was removed on the record is known: the records keep a 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Final, Self
 
 from backend.errors import PausedError
@@ -25,11 +24,11 @@ _LARGEST_SHARE: Final = 0.2
 
 @dataclass(frozen=True, slots=True)
 class HubPeer:
-    """A peer of ours as the hub has it. `label` is None where only the interface has it."""
+    """A peer of ours as the hub has it: AllowedIPs as `wg` prints them, `label` None if it has no block."""
 
     public_key: str
     label: str | None
-    allowed_ips: tuple[IPv4Network | IPv6Network, ...]
+    allowed_ips: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class FoundPeers:
         if interface is not None:
             for key, peer in interface.peers.items():
                 if key not in operators_keys and key not in found:
-                    found[key] = HubPeer(key, None, tuple(map(ip_network, sorted(peer.allowed_ips))))
+                    found[key] = HubPeer(key, None, tuple(sorted(peer.allowed_ips)))
         return cls(tuple(found.values()))
 
     @property
