@@ -1,16 +1,16 @@
 """The pool of tunnel addresses: the lowest free one first, and none twice.
 
-It is a cache of the records and can be rebuilt from them at any time by `adopt`.
+It caches what the records hold, and `adopt` builds it from them.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network
 from threading import Lock
 from typing import Final
 
+from pyroaring import BitMap
+
 from backend.errors import IPPoolExhaustedError
-from backend.services.address_bitmap import AddressBitmap
 
 _SHORTEST_PREFIX: Final = 8
 _LONGEST_PREFIX: Final = 30
@@ -30,9 +30,9 @@ def _parse_network(network: str | IPv4Network) -> IPv4Network:
 class IPPoolManager:
     """Hands out the addresses of one IPv4 network (/8 to /30), lowest first. Safe for any number of threads.
 
-    Three kinds of holders keep an address from being handed out: our own peers, the caller's reservation,
-    and peers that an operator wrote by hand ("external"). An address may have several of them, and is free
-    only when it has none. The network and the broadcast address are never handed out.
+    An address may be held by a peer of ours, by an operator's peer, and as one that the caller reserves, by
+    several of them at once, and is free when none of them holds it. The network and the broadcast address are
+    never handed out.
     """
 
     def __init__(self, network: str | IPv4Network, reserved_ips: Iterable[str] | None = None) -> None:
@@ -40,22 +40,16 @@ class IPPoolManager:
         self._network = _parse_network(network)
         self._base = int(self._network.network_address)
         self._size = self._network.num_addresses
-        # Offsets that stay taken whoever lets go of them.
-        self._reserved = frozenset({0, self._size - 1, *map(self._reserved_offset, reserved_ips or ())})
+        # The bitmaps hold offsets in the network; they cost kilobytes for a /8, too.
+        self._reserved: Final = BitMap({0, self._size - 1, *map(self._reserved_offset, reserved_ips or ())})
 
         self._lock = Lock()  # guards everything below; held for microseconds, never across I/O
+        # Of our peers, wherever their addresses lie.
         self._address_of: dict[str, int] = {}
         self._peer_at: dict[int, str] = {}
-        self._allocated = 0  # our peers' addresses that are usable ones of this network
-        # External networks as disjoint intervals of offsets [start, stop), in order.
-        self._external_starts: list[int] = []
-        self._external_stops: list[int] = []
-        # Reserved or our peers', without the external ones: what is left when those are replaced.
-        self._held = AddressBitmap(self._size)
-        for offset in self._reserved:
-            self._held.set(offset)
-        # Everything that may not be handed out: _held and the external ones.
-        self._taken = self._held.copy()
+        self._ours = BitMap()
+        self._operators = BitMap()
+        self._free = self._unheld()
 
     @property
     def network(self) -> IPv4Network:
@@ -69,17 +63,17 @@ class IPPoolManager:
         """
         with self._lock:
             self._refuse_second(peer_id)
-            offset = self._taken.lowest_clear()
-            if offset is None:
-                raise IPPoolExhaustedError(str(self._network), self._allocated)
-            self._hold(peer_id, self._base + offset)
-        return str(IPv4Address(self._base + offset))
+            if not self._free:
+                raise IPPoolExhaustedError(str(self._network), self._allocated())
+            address = self._base + self._free.min()
+            self._hold(peer_id, address)
+        return str(IPv4Address(address))
 
     def adopt(self, peer_id: str, address: IPv4Address) -> None:
         """Take over an address that the records give to a peer, wherever it lies.
 
-        The record is the truth: the address may be reserved, external, or outside of a network that the
-        operator has changed since. ValueError if the peer has an address or another peer holds this one.
+        The record is the truth: the address may be reserved, held by an operator's peer too, or outside of a
+        network that was changed since. ValueError if the peer has an address or another peer holds this one.
         """
         with self._lock:
             self._refuse_second(peer_id)
@@ -96,12 +90,10 @@ class IPPoolManager:
                 raise ValueError(f"peer {peer_id} has no address")
             del self._peer_at[address]
             offset = address - self._base
-            self._allocated -= self._is_usable(offset)
-            if not 0 <= offset < self._size or offset in self._reserved:
-                return
-            self._held.clear(offset)
-            if not self._is_external_offset(offset):
-                self._taken.clear(offset)
+            if 0 <= offset < self._size:
+                self._ours.remove(offset)
+                if offset not in self._reserved and offset not in self._operators:
+                    self._free.add(offset)
 
     def get_allocated_ip(self, peer_id: str) -> str | None:
         """Return the address that a peer holds."""
@@ -115,48 +107,40 @@ class IPPoolManager:
         with self._lock:
             return address in self._peer_at
 
-    def set_external(self, networks: Iterable[IPv4Network]) -> None:
-        """Replace what hand-made peers hold: their AllowedIPs, as far as they lie in the pool.
+    def set_operators(self, networks: Iterable[IPv4Network]) -> None:
+        """Replace what the operator's peers hold: their AllowedIPs, as far as they lie in the pool.
 
         A network that covers the whole pool is a route to elsewhere and holds nothing.
         """
-        intervals = sorted(
-            (int(held.network_address) - self._base, int(held.broadcast_address) - self._base + 1)
-            for held in networks
-            if held.overlaps(self._network) and not self._network.subnet_of(held)
-        )
-        starts: list[int] = []
-        stops: list[int] = []
-        for start, stop in intervals:
-            if stops and start <= stops[-1]:
-                stops[-1] = max(stops[-1], stop)
-            else:
-                starts.append(start)
-                stops.append(stop)
+        operators = BitMap()
+        for held in networks:
+            # Of two networks that overlap one lies in the other.
+            if held.subnet_of(self._network) and held != self._network:
+                start = int(held.network_address) - self._base
+                operators.add_range(start, start + held.num_addresses)
         with self._lock:
-            taken = self._held.copy()
-            for start, stop in zip(starts, stops, strict=True):
-                taken.set_range(start, stop)
-            self._external_starts, self._external_stops, self._taken = starts, stops, taken
+            self._operators = operators
+            self._free = self._unheld()
 
-    def is_external(self, address: IPv4Address) -> bool:
-        """Whether a hand-made peer holds the address, be it ours as well or not."""
+    def is_operators(self, address: IPv4Address) -> bool:
+        """Whether an operator's peer holds the address, be it ours as well or not."""
+        offset = int(address) - self._base
         with self._lock:
-            return self._is_external_offset(int(address) - self._base)
+            return 0 <= offset < self._size and offset in self._operators
 
     def available_count(self) -> int:
         """Return how many addresses can still be handed out."""
         with self._lock:
-            return self._taken.clear_count
+            return len(self._free)
 
     def get_pool_stats(self) -> dict[str, int]:
         """Count the usable addresses: total = reserved + allocated + available; utilization in whole percent.
 
-        An address that is reserved or external and also held by one of our peers counts as allocated.
+        What one of our peers holds counts as allocated, whether it is also reserved or an operator's peer's.
         """
         total = self._size - 2
         with self._lock:
-            allocated, available = self._allocated, self._taken.clear_count
+            allocated, available = self._allocated(), len(self._free)
         return {
             "total_addresses": total,
             "reserved_addresses": total - allocated - available,
@@ -171,12 +155,12 @@ class IPPoolManager:
             raise ValueError(f"reserved address {address} is not in {self._network}")
         return int(address) - self._base
 
-    def _is_usable(self, offset: int) -> bool:
-        return 0 < offset < self._size - 1
+    def _unheld(self) -> BitMap:
+        return (self._reserved | self._ours | self._operators).flip(0, self._size)
 
-    def _is_external_offset(self, offset: int) -> bool:
-        before = bisect_right(self._external_starts, offset) - 1
-        return before >= 0 and offset < self._external_stops[before]
+    def _allocated(self) -> int:
+        """Count our peers' addresses that can be handed out."""
+        return self._ours.range_cardinality(1, self._size - 1)
 
     def _refuse_second(self, peer_id: str) -> None:
         address = self._address_of.get(peer_id)
@@ -187,7 +171,6 @@ class IPPoolManager:
         self._address_of[peer_id] = address
         self._peer_at[address] = peer_id
         offset = address - self._base
-        self._allocated += self._is_usable(offset)
         if 0 <= offset < self._size:
-            self._held.set(offset)
-            self._taken.set(offset)
+            self._ours.add(offset)
+            self._free.discard(offset)

@@ -25,7 +25,7 @@ class OperatorPeers:
     def note(self, peers: Sequence[OperatorPeer], hub_key: WireGuardKey) -> None:
         """Replace what is known of them by what the file says now."""
         networks = (network for peer in peers for network in peer.allowed_ips)
-        self._pool.set_external(network for network in networks if isinstance(network, IPv4Network))
+        self._pool.set_operators(network for network in networks if isinstance(network, IPv4Network))
         keys = {peer.public_key for peer in peers}
         self._count = len(keys)
         self._keys = frozenset(map(canonical_spelling, keys))
@@ -50,7 +50,7 @@ class OperatorPeers:
         """Return whether one of them has the key or the address of a peer in `ours`."""
         return any(
             canonical_spelling(peer.wireguard_public_key) in self._keys
-            or self._pool.is_external(peer.address)
+            or self._pool.is_operators(peer.address)
             for peer in ours
         )
 
@@ -58,6 +58,6 @@ class OperatorPeers:
         """Return why this peer can't be added beside them, or None."""
         if self.hold(peer.wireguard_public_key):
             return KeyTakenError(peer.node_id)
-        if self._pool.is_external(peer.address):
+        if self._pool.is_operators(peer.address):
             return AddressTakenError(str(peer.address))
         return None
