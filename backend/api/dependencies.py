@@ -1,14 +1,14 @@
-"""How an endpoint gets at the service, and how it waits for it."""
+"""The service as an endpoint's dependency, and how an endpoint waits for the outcome of a change."""
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Annotated, Final, TypeVar
+from functools import partial
+from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Request
-from fastapi.dependencies.utils import get_dependant, solve_dependencies
-from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 
 from backend.api.embedding import provisioning_service
 from backend.errors import OutcomeUnknownError
@@ -28,67 +28,56 @@ _LOOK_SECONDS: Final = 0.5
 Service = Annotated[WireGuardProvisioningService, Depends(provisioning_service)]
 
 
-def _take(service: Service) -> None:
-    """Depend on the service and on nothing else."""
-
-
 async def service_for(request: Request) -> WireGuardProvisioningService:
-    """Return what an endpoint gets as its Service, for those who ask outside of FastAPI's dependencies."""
-    if provisioning_service not in getattr(request.app, "dependency_overrides", ()):
+    """Return what an endpoint gets as its Service, before the endpoint's dependencies are resolved."""
+    if provisioning_service not in request.app.dependency_overrides:
         return await provisioning_service(request)
-    solved = await solve_dependencies(
-        request=request,
-        dependant=get_dependant(path=request.url.path, call=_take),
-        dependency_overrides_provider=request.app,
-        async_exit_stack=request.scope["fastapi_inner_astack"],
-        embed_body_fields=False,
-    )
-    if solved.errors:
-        raise RequestValidationError(solved.errors)
-    service: WireGuardProvisioningService = solved.values["service"]
+    # An override may have dependencies itself, and may be a generator: FastAPI knows all of them.
+    route = APIRoute("/", _keep_service, dependency_overrides_provider=request.app)
+    await route.get_route_handler()(request)
+    service: WireGuardProvisioningService = request.state.service
     return service
+
+
+async def _keep_service(request: Request, service: Service) -> None:
+    request.state.service = service
 
 
 async def outcome(future: Future[T], in_doubt: Callable[[], bool]) -> T:
     """Await a change without holding a thread; raise OutcomeUnknownError when it takes too long.
 
-    `in_doubt` says that the records don't tell how it ends; then that takes 3 s. The change itself goes on:
-    who asks again learns how it ended.
+    `in_doubt` says that the records don't tell how the change ends; a request then waits no longer than 3 s.
+    The change itself goes on: the client learns its outcome by asking again.
     """
     loop = asyncio.get_running_loop()
-    decided = loop.create_future()
-    future.add_done_callback(lambda _: _tell(loop, decided))
     until = loop.time() + ANSWER_TIMEOUT_SECONDS
-    timer: asyncio.TimerHandle
-
-    def look() -> None:
-        nonlocal timer
-        if in_doubt() or loop.time() >= until:
-            _wake(decided)
-        else:
-            timer = loop.call_later(_LOOK_SECONDS, look)
-
-    timer = loop.call_later(min(_CERTAIN_SECONDS, ANSWER_TIMEOUT_SECONDS), look)
+    decided = loop.create_future()
+    future.add_done_callback(partial(_wake_from_thread, loop, decided))
+    timer = loop.call_later(_CERTAIN_SECONDS, _wake, decided)
     try:
         await decided
+        while not future.done():
+            if in_doubt():
+                raise OutcomeUnknownError(
+                    "the records do not answer, and the change may yet happen; ask again to learn how it "
+                    "ended"
+                )
+            if loop.time() >= until:
+                raise OutcomeUnknownError(
+                    f"no outcome within {ANSWER_TIMEOUT_SECONDS:.0f} s; it goes on, ask again to learn how "
+                    "it ended"
+                )
+            await asyncio.sleep(_LOOK_SECONDS)
     except asyncio.CancelledError:
-        # The server gives its requests up when it stops; uncaught that would be a 500.
+        # The server cancels its requests when it stops; uncaught that would be a 500.
         raise OutcomeUnknownError("the service is stopping; ask again to learn how it ended") from None
     finally:
         timer.cancel()
-    if future.done():
-        return future.result()
-    if loop.time() < until:
-        raise OutcomeUnknownError(
-            "the records do not answer, and the change may yet happen; ask again to learn how it ended"
-        )
-    raise OutcomeUnknownError(
-        f"no outcome within {ANSWER_TIMEOUT_SECONDS:.0f} s; it goes on, ask again to learn how it ended"
-    )
+    return future.result()
 
 
-def _tell(loop: asyncio.AbstractEventLoop, decided: "asyncio.Future[None]") -> None:
-    with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+def _wake_from_thread(loop: asyncio.AbstractEventLoop, decided: "asyncio.Future[None]", _: Any) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and with it the request is gone
         loop.call_soon_threadsafe(_wake, decided)
 
 

@@ -1,7 +1,7 @@
 """How an app that includes the router comes to a service: with its lifespan, or else at its first request.
 
-A mounted app's lifespan is run by nothing, nor is any app's by a `TestClient` outside of a `with` block
-(Starlette). The service then runs in a task, until the event loop ends and cancels it.
+Starlette runs no lifespan of a mounted app, nor of an app in a `TestClient` outside of a `with` block. The
+service then runs in a task, until the event loop ends and cancels it.
 
 A service that can't start doesn't take the app down: the log says why in one sentence, each request to the
 router gets a 503, and the start is tried again.
@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Final
 
@@ -30,42 +30,45 @@ RETRY_SECONDS: Final = 10
 
 @dataclass(eq=False)
 class _Start:
-    """A start outside of a lifespan."""
+    """A start at a request, or one that failed."""
 
-    # Done when the service runs or can't.
-    over: "asyncio.Future[None]"
-    # The event loop keeps a weak reference only.
+    loop: asyncio.AbstractEventLoop
+    # Set when the service runs or can't.
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    # Kept here because the event loop keeps a weak reference only.
     task: "asyncio.Task[None] | None" = None
     # On the loop's clock. Never, while it isn't over or the service runs.
     retry_at: float = inf
 
     def fail(self) -> None:
-        """Have it tried again in a while."""
-        self.retry_at = self.over.get_loop().time() + RETRY_SECONDS
-        self.over.set_result(None)
+        """Let the requests go on without a service, and have a later one try again."""
+        self.retry_at = self.loop.time() + RETRY_SECONDS
+        self.over.set()
 
 
 async def provisioning_service(request: Request) -> WireGuardProvisioningService:
     """Return the app's service. Not a plain function: FastAPI would give each request a thread for it."""
-    app = request.app
-    service = getattr(app.state, "provisioning_service", None)
-    # At once, where it's there: this is done for each request.
+    service = getattr(request.app.state, "provisioning_service", None)
+    # The short way, which each request goes as soon as the service is there.
     if not isinstance(service, WireGuardProvisioningService):
-        service = await _service_elsewhere(app, request)
-    if not isinstance(service, WireGuardProvisioningService):
-        reason = "The provisioning service isn't running; this app's log says why"
-        raise HTTPException(503, reason, headers={"Retry-After": str(RETRY_SECONDS)})
+        service = await _find_or_start(request)
     return service
 
 
-async def _service_elsewhere(app: FastAPI, request: Request) -> object:
+async def _find_or_start(request: Request) -> WireGuardProvisioningService:
+    app = request.app
     if not hasattr(app.state, "provisioning_service"):
         # The outermost app, where this one is mounted in it.
         outer = getattr(request.scope["router"], "dependency_overrides_provider", None) or app
         if hasattr(outer.state, "provisioning_service"):
-            return outer.state.provisioning_service
-        await start_late(app)
-    return getattr(app.state, "provisioning_service", None)
+            app = outer
+        else:
+            await _start_late(app)
+    service = getattr(app.state, "provisioning_service", None)
+    if not isinstance(service, WireGuardProvisioningService):
+        reason = "The provisioning service isn't running; this app's log says why"
+        raise HTTPException(503, reason, headers={"Retry-After": str(RETRY_SECONDS)})
+    return service
 
 
 @asynccontextmanager
@@ -84,39 +87,34 @@ async def provide_service(app: FastAPI, settings: Settings) -> AsyncIterator[Non
             await asyncio.to_thread(running.__exit__, None, None, None)
 
 
-def _has_its_own(app: FastAPI) -> bool:
-    started = getattr(app.state, "provisioning_service", None) is not None
-    return started or provisioning_service in getattr(app, "dependency_overrides", ())
-
-
 @asynccontextmanager
 async def service_of_the_app(app: FastAPI) -> AsyncIterator[None]:
     """Give an app that includes the router a service, unless it has one of its own.
 
     Its settings are `app.state.provisioning_settings`, or come from the environment.
     """
+    started = getattr(app.state, "provisioning_service", None) is not None
     async with AsyncExitStack() as stack:
-        if not _has_its_own(app):
+        if not started and provisioning_service not in app.dependency_overrides:
             try:
                 settings = getattr(app.state, "provisioning_settings", None) or load_settings()
                 await stack.enter_async_context(provide_service(app, settings))
             except StartRefusedError as exc:
                 # In the message itself: an app that configures no logging shows nothing else.
                 log.critical("provisioning_service_not_started: %s", exc)
-                failed = app.state.provisioning_start = _Start(asyncio.get_running_loop().create_future())
-                failed.fail()
+                app.state.provisioning_start = _Start(asyncio.get_running_loop())
+                app.state.provisioning_start.fail()
         yield
 
 
-async def start_late(app: FastAPI) -> None:
+async def _start_late(app: FastAPI) -> None:
     """Start the service of an app whose lifespan has not done it, unless that was tried a moment ago."""
     loop = asyncio.get_running_loop()
     start: _Start | None = getattr(app.state, "provisioning_start", None)
-    if start is None or start.over.get_loop() is not loop or start.retry_at < loop.time():
-        start = app.state.provisioning_start = _Start(loop.create_future())
+    if start is None or start.loop is not loop or start.retry_at < loop.time():
+        start = app.state.provisioning_start = _Start(loop)
         start.task = loop.create_task(_run(app, start), name="provisioning_service")
-    # Shielded: others wait for the same start.
-    await asyncio.shield(start.over)
+    await start.over.wait()
 
 
 async def _run(app: FastAPI, start: _Start) -> None:
@@ -124,13 +122,13 @@ async def _run(app: FastAPI, start: _Start) -> None:
     try:
         async with service_of_the_app(app):
             if hasattr(app.state, "provisioning_service"):
-                start.over.set_result(None)
-                await start.over.get_loop().create_future()
+                start.over.set()
+                await asyncio.Event().wait()
     except Exception:
         log.exception("provisioning_service_failed")
     finally:
-        if start.over.done():
-            # Whatever loop comes next, the app has no service in it yet.
+        if start.over.is_set():
+            # The app has no service any more, whatever event loop comes next.
             del app.state.provisioning_start, app.state.provisioning_service
         else:
             start.fail()

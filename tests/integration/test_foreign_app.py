@@ -319,6 +319,7 @@ def status_at(url: str) -> int | None:
 
 def test_a_request_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dependencies, "ANSWER_TIMEOUT_SECONDS", 0.01)
+    monkeypatch.setattr(dependencies, "_CERTAIN_SECONDS", 0.01)
     never: Future[None] = Future()
     with pytest.raises(OutcomeUnknownError, match="ask again"):
         asyncio.run(dependencies.outcome(never, lambda: False))
