@@ -4,13 +4,14 @@ FastAPI's own pages load a script from another host into this origin, where it c
 types. Here all of it comes from the installed package, and a Content-Security-Policy allows nothing else.
 """
 
+from collections.abc import Awaitable, Callable
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 
 from backend.api.open_route import OpenRoute
 
@@ -61,39 +62,25 @@ def documentation(app: FastAPI) -> APIRouter:
             body = rendered[root] = bytes(JSONResponse(schema).body)
         return Response(body, media_type="application/json")
 
-    assets = _assets()
-    if assets is not None:
-        _add_pages(router, app.title, assets)
+    if assets := _assets():
+        page = _PAGE.format(title=escape(app.title))
+        router.add_api_route("/docs", _sender(page, "text/html"))
+        router.add_api_route("/docs/start.js", _sender(_START, "text/javascript"))
+        for name, media_type in _TYPES.items():
+            router.add_api_route(f"/docs/{name}", _sender(assets[name], media_type))
     return router
 
 
-def _add_pages(router: APIRouter, title: str, assets: dict[str, bytes]) -> None:
-    page = _PAGE.format(title=escape(title))
+def _sender(body: str | bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    async def send() -> Response:
+        # In one piece, shared by all answers: slow clients take no memory for it.
+        return Response(body, media_type=media_type, headers=_HEADERS)
 
-    @router.get("/docs")
-    async def docs() -> Response:
-        return HTMLResponse(page, headers=_HEADERS)
-
-    @router.get("/docs/start.js")
-    async def start() -> Response:
-        return Response(_START, media_type="text/javascript", headers=_HEADERS)
-
-    @router.get("/docs/swagger-ui.css")
-    async def style() -> Response:
-        return _sent("swagger-ui.css", assets)
-
-    @router.get("/docs/swagger-ui-bundle.js")
-    async def script() -> Response:
-        return _sent("swagger-ui-bundle.js", assets)
+    return send
 
 
-def _sent(name: str, assets: dict[str, bytes]) -> Response:
-    # In one piece: what a client doesn't read of it is kept once for all of them.
-    return Response(assets[name], media_type=_TYPES[name], headers=_HEADERS)
-
-
-def _assets() -> dict[str, bytes] | None:
-    """Return swagger-ui's files out of the package that has them, without running any of its code."""
+def _assets() -> dict[str, bytes]:
+    """Return swagger-ui's files where the package is installed, without running any of its code."""
     found = find_spec("fastapi_offline")
     for directory in (found.submodule_search_locations or ()) if found is not None else ():
         static = Path(directory, "static")
@@ -101,4 +88,4 @@ def _assets() -> dict[str, bytes] | None:
             return {name: (static / name).read_bytes() for name in _TYPES}
         except OSError:
             continue
-    return None
+    return {}
