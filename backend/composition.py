@@ -11,7 +11,6 @@ from backend.adapters.host.admin_header import NAME as ADMIN_HEADER
 from backend.adapters.host.admin_header import admin_header
 from backend.adapters.host.config_guard import ConfigGuard
 from backend.adapters.host.lock_file import InterfaceLock
-from backend.adapters.host.trusted_paths import require_trusted, require_trusted_file
 from backend.adapters.rate_limits import RateLimits
 from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import IN_MEMORY, Database, open_beside
@@ -24,6 +23,8 @@ from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
 from backend.models.access.proof import WireGuardChallenges
 from backend.models.operator_commands import command
+from backend.models.setting_values import AuthMode, ReloadMode
+from backend.models.trusted_paths import require_trusted, require_trusted_file
 from backend.services.access.access_control import AccessControl
 from backend.services.access.access_loops import AccessLoops
 from backend.services.access.audit_pruning import AuditPruning
@@ -47,7 +48,6 @@ from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.ports import Hub
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
-from backend.setting_values import AuthMode, ReloadMode
 from backend.settings import Settings, unknown_settings
 
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -13,10 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from backend.adapters.host.env_file import names_in_env_file, trusted_env_file
 from backend.errors import StartRefusedError
 from backend.models.access.sources import TrustedProxies
-from backend.models.wireguard.interface import InterfaceName
-from backend.services.access.audit_pruning import KEPT
-from backend.services.ports import LimitKind
-from backend.setting_values import (
+from backend.models.setting_values import (
     Auth,
     AuthMode,
     ConfigPath,
@@ -36,6 +34,9 @@ from backend.setting_values import (
     ReloadMode,
     StateDirectory,
 )
+from backend.models.wireguard.interface import InterfaceName
+from backend.services.access.audit_pruning import KEPT
+from backend.services.ports import LimitKind
 
 _PREFIX: Final = "WIREGUARD_"
 
@@ -125,9 +126,8 @@ class Settings(BaseSettings):
         directory: Path | None = info.data.get("state_directory")
         if url or directory is None:
             return url
-        from sqlalchemy.engine import URL  # noqa: PLC0415 - slow to import
-
-        return URL.create("sqlite", database=str(directory / "provisioning.sqlite")).render_as_string()
+        # SQLAlchemy decodes what is percent-encoded.
+        return f"sqlite:///{quote(str(directory / 'provisioning.sqlite'))}"
 
 
 def unknown_settings() -> dict[str, str | None]:

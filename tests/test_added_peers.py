@@ -8,11 +8,11 @@ import pytest
 
 from backend.composition import running_service
 from backend.errors import DuplicatePeerError
+from backend.models.setting_values import ReloadMode
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
 from backend.services.hub.config_text import parse, strip
 from backend.services.wireguard_config_manager import WireGuardConfigManager
-from backend.setting_values import ReloadMode
 from backend.settings import Settings
 from tests.harness.requests import other_spelling, provision_body
 from tests.harness.requirements import require

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from backend.adapters.host.env_file import trusted_env_file
 from backend.errors import StartRefusedError
+from backend.models.setting_values import LogLevel, ReloadMode
 from backend.services.ports import LimitKind
-from backend.setting_values import LogLevel, ReloadMode
 from backend.settings import Settings, load_settings, unknown_settings
 
 KEY = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
@@ -319,6 +319,7 @@ def test_database_urls_of_both_kinds_are_taken(
         ("postgresql+asyncpg://u:hunter2@db/x", "is of a kind that isn't supported"),
         ("hunter2", "is of a kind that isn't supported"),
         ("postgresql://u:hunter2@db:port/x", "can't be read as a URL"),
+        ("postgresql://u:hunter2@db:/x", "can't be read as a URL"),
         ("sqlite://hunter2", "names no file"),
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names no file"),

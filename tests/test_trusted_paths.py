@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters.host import trusted_paths
 from backend.adapters.host.lock_file import LockFile
-from backend.adapters.host.trusted_paths import (
+from backend.adapters.http.unix_socket import listening_at
+from backend.errors import StartRefusedError
+from backend.models import trusted_paths
+from backend.models.trusted_paths import (
     is_trusted,
     make_private_directory,
     require_trusted,
     require_trusted_file,
 )
-from backend.adapters.http.unix_socket import listening_at
-from backend.errors import StartRefusedError
 
 SOMEBODY = 4711
 

@@ -14,13 +14,13 @@ from typing import Final
 
 from backend.adapters.host.admin_header import NAME as ADMIN_HEADER
 from backend.adapters.host.programs import obstacles
-from backend.adapters.host.trusted_paths import make_private_directory, require_trusted
 from backend.adapters.records.recorded_peers import count_recorded_peers
 from backend.adapters.wireguard import hub_key, link
 from backend.adapters.wireguard.hub_key import Consent
 from backend.errors import StartRefusedError
+from backend.models.setting_values import ReloadMode
+from backend.models.trusted_paths import make_private_directory, require_trusted
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.setting_values import ReloadMode
 from backend.settings import Settings
 
 _NAMES: Final = [f"wg{number}" for number in range(100)]

@@ -17,7 +17,7 @@ from alembic.config import Config
 from backend.adapters.records.database import _MIGRATIONS, Database, open_beside
 from backend.composition import open_access, open_hub_decisions
 from backend.errors import StartRefusedError
-from backend.setting_values import ReloadMode
+from backend.models.setting_values import ReloadMode
 from backend.settings import Settings
 from tests.harness.requests import new_key
 from tests.harness.service import ServiceProcess

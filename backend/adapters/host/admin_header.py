@@ -7,8 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from backend.adapters.host.trusted_paths import make_private_directory
 from backend.models.access.credentials import Secret
+from backend.models.trusted_paths import make_private_directory
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final, Self
 
 from backend.adapters.host.lock_file import LockFile
-from backend.adapters.host.trusted_paths import problem_with_file
 from backend.errors import ConfigFileError, StartRefusedError
+from backend.models.trusted_paths import problem_with_file
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from dotenv import dotenv_values
 
-from backend.adapters.host.trusted_paths import require_trusted
+from backend.models.trusted_paths import require_trusted
 
 _NAME: Final = ".env"
 

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from backend.adapters.host.trusted_paths import is_trusted
 from backend.errors import HubUpdateError
+from backend.models.trusted_paths import is_trusted
 
 _TIMEOUT_SECONDS: Final = 15.0
 _LONGEST_REASON: Final = 500

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from backend.adapters.host.lock_file import LockFile
-from backend.adapters.host.trusted_paths import require_trusted
 from backend.errors import StartRefusedError
+from backend.models.trusted_paths import require_trusted
 
 
 @contextmanager

@@ -18,13 +18,13 @@ from alembic.util import CommandError
 from sqlalchemy.exc import SQLAlchemyError
 
 from backend.adapters.host.lock_file import LockFile
-from backend.adapters.host.trusted_paths import make_private_directory, require_trusted_file
 from backend.adapters.records import sqlite
 from backend.adapters.records.availability import Availability
 from backend.adapters.records.database_file import DatabaseFile
 from backend.adapters.records.migration_copy import copy_before_migration
 from backend.adapters.records.postgresql import NOTHING_CHANGED, PostgreSQL, said, without_timeouts
 from backend.errors import InUseError, RecordsUnavailableError, StartRefusedError
+from backend.models.trusted_paths import make_private_directory, require_trusted_file
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # A database that lives as long as the process.

@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from backend.adapters.host.trusted_paths import make_private_directory, require_trusted
 from backend.errors import StartRefusedError
+from backend.models.trusted_paths import make_private_directory, require_trusted
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from backend.adapters.host.programs import ToolRefusedError, find, query, run
-from backend.adapters.host.trusted_paths import make_private_directory, require_trusted_file
 from backend.adapters.wireguard.host_link import HostLinks
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.operator_commands import put_key_back
+from backend.models.trusted_paths import make_private_directory, require_trusted_file
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services.hub.quick_keys import require_address
