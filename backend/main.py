@@ -10,6 +10,7 @@ from backend import __version__
 from backend.api.documentation import documentation
 from backend.api.embedding import provide_service
 from backend.api.health import router as health_router
+from backend.api.security import require_declared
 from backend.api.unrouted import unrouted
 from backend.api.v1.endpoints.wireguard_access import router as access_router
 from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
@@ -52,4 +53,5 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
     app.include_router(access_router, prefix="/api/v1")
     app.include_router(health_router)
     app.include_router(documentation(app))
+    require_declared(app.routes)
     return app

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from backend.api.audit import note_refusal
+from backend.api.audit import log_refusal
 from backend.errors import (
     DuplicatePeerError,
     ForbiddenError,
@@ -209,7 +209,7 @@ class Refusals:
         """Return what is written of these refusals of one endpoint: action, actor, subject, reason, count."""
         self.store.events.clear()
         for error in errors:
-            note_refusal(self.access, caller, AuditAction.PROVISION, subject, error)
+            log_refusal(self.access, caller, AuditAction.PROVISION, subject, error)
         self.access.audit.flush()
         return [
             (row.action.value, row.actor, row.subject, row.reason, row.count) for row in self.store.events

@@ -1,8 +1,9 @@
-"""What the audit log is told of a request that was refused."""
+"""Logs refused requests to the audit log, each as the act of its endpoint."""
 
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -41,8 +42,25 @@ _REASONS: Final[dict[type[ProvisioningError], str]] = {
     ProvisioningError: "failed",
 }
 
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
-def note_refusal(
+
+def audited(action: AuditAction) -> Callable[[_Endpoint], _Endpoint]:
+    """Have refused requests to an endpoint logged as this act. What it does is logged where it is done."""
+
+    def mark(endpoint: _Endpoint) -> _Endpoint:
+        endpoint.audit_action = action  # type: ignore[attr-defined] # any function may have one
+        return endpoint
+
+    return mark
+
+
+def action_of(endpoint: Callable[..., Any]) -> AuditAction | None:
+    """Return the act that an endpoint's refused requests are logged as, if they are logged."""
+    return getattr(endpoint, "audit_action", None)
+
+
+def log_refusal(
     access: AccessControl, caller: Caller, action: AuditAction | None, subject: str | None, error: Exception
 ) -> None:
     """Have a refusal logged as `action`, or as a try to come in; one that came too often is only counted.

@@ -13,7 +13,7 @@ from typing import Final
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from backend.api.open_route import OpenRoute
+from backend.api.security import OpenRoute
 
 # swagger-ui sets style attributes and has images in its style sheet; it needs nothing else.
 _POLICY: Final = (

@@ -142,7 +142,7 @@ def _text(text: str) -> str:
 
 
 class DomainErrorRoute(APIRoute):
-    """A route whose endpoint may raise the domain's errors, and so may `admit`, before it.
+    """A route whose endpoint may raise the domain's errors, and so may `authenticate`, before it.
 
     Every answer carries `X-Request-ID`, the caller's own where it has the right form, and
     `Cache-Control: no-store`. The endpoint finds the ID in `request.state.request_id`.
@@ -156,7 +156,7 @@ class DomainErrorRoute(APIRoute):
             request_id = identify(request.scope)
             try:
                 bounded = StrictRequest(request.scope, _bounded(request))
-                await self.admit(bounded)
+                await self.authenticate(bounded)
                 response = await handle(bounded)
             except ProvisioningError as error:
                 self.note_refusal(request, error)
@@ -182,8 +182,8 @@ class DomainErrorRoute(APIRoute):
             response = await unrouted(Request(scope), error)
             await response(scope, receive, send)
 
-    async def admit(self, request: Request) -> None:
-        """Refuse nothing. A subclass raises before the endpoint is called, to refuse the request."""
+    async def authenticate(self, request: Request) -> None:
+        """Do nothing. A subclass raises here to refuse the request before its body is read."""
 
     def note_refusal(self, request: Request, error: Exception) -> None:
         """Do nothing. A subclass is told here of each request that was refused."""

@@ -7,8 +7,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from backend.api.dependencies import Service
-from backend.api.open_route import OpenRoute, is_told
-from backend.api.security import REFUSALS
+from backend.api.security import REFUSALS, OpenRoute, is_authenticated
 from backend.errors import HubUpdateError, ProvisioningError
 
 # A probe's own patience is longer.
@@ -64,7 +63,7 @@ async def healthz() -> Alive:
 )
 async def readyz(request: Request, service: Service) -> Ready:
     """Look at records, file, interface and pool. Answers in time, whatever hangs in there."""
-    told = is_told(request)
+    told = is_authenticated(request)
     look = asyncio.wrap_future(service.readiness.ask())
     try:
         # Shielded: others may wait for the same look.

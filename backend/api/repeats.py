@@ -1,4 +1,4 @@
-"""What is left to a token that is used up: to repeat what was asked with it, if the answer was lost."""
+"""The one thing that a used-up token is good for: to repeat the request of a peer that it let in."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ _IsRepeat = Callable[[Mapping[str, object], Peer], bool]
 
 
 def repeatable(is_repeat: _IsRepeat) -> Callable[[_Endpoint], _Endpoint]:
-    """Open an endpoint to a token that is used up, for bodies that repeat what one of its peers sent.
+    """Allow a used-up token to call an endpoint with a body that repeats the one of a peer that it let in.
 
     `is_repeat` is given the body, as it is before validation, and the peer that has its WireGuard key.
     """
@@ -32,9 +32,9 @@ def repeatable(is_repeat: _IsRepeat) -> Callable[[_Endpoint], _Endpoint]:
 async def require_repeat(
     request: Request, endpoint: Callable[..., Any], caller: Caller, service: WireGuardProvisioningService
 ) -> None:
-    """Raise UnauthenticatedError unless the caller's token let in the peer whose request this repeats.
+    """Raise UnauthenticatedError unless the body repeats the request of a peer that the token let in.
 
-    Whatever else is wrong with the request isn't said: that would tell that the token was good once.
+    Anything else that is wrong with the request isn't said: that would tell that the token was good once.
     """
     is_repeat: _IsRepeat | None = getattr(endpoint, "is_repeat", None)
     if is_repeat is not None:

@@ -1,128 +1,72 @@
-"""How a request comes to its caller: who it is, whether it may, and that a refusal is on record."""
+"""Who may call an endpoint: its permission stands in its signature, and without one the app can't be made.
 
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, ClassVar, Final, TypeVar
+A route authenticates its caller before it reads the body, authorizes them when the body is there, and logs
+each request that it refuses.
+"""
+
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Annotated, Any, ClassVar, Final
 
 from fastapi import Depends, Request, Response
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
+from starlette.routing import BaseRoute
 
-from backend.api.audit import note_refusal
-from backend.api.bearer import BearerScheme
+from backend.api.audit import action_of, log_refusal
 from backend.api.dependencies import service_for
 from backend.api.errors import DomainErrorRoute, problem
 from backend.api.repeats import require_repeat
-from backend.api.source import source_of
 from backend.errors import (
+    AccessError,
     ForbiddenError,
     OutcomeUnknownError,
     ProvisioningError,
     RateLimitedError,
+    RecordsUnavailableError,
     UnauthenticatedError,
 )
-from backend.models.access.audit import AuditAction
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Permission
+from backend.models.access.sources import TrustedProxies
 from backend.services.access.access_control import AccessControl
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.credential_service import CredentialService
 
-_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
-
 # What any of these routes may answer before it does anything.
 REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
-    401: problem("No credential that lets anybody in.", str(UnauthenticatedError("missing"))),
-    403: problem(
-        "The credential is not for that.",
-        str(ForbiddenError("operate")),
-    ),
+    401: problem("No valid credential.", str(UnauthenticatedError("missing"))),
+    403: problem("The credential is not for that.", str(ForbiddenError("operate"))),
     429: problem("Too often; ask again after Retry-After seconds.", str(RateLimitedError(7))),
 }
 
 
-def audited(action: AuditAction) -> Callable[[_Endpoint], _Endpoint]:
-    """Have the endpoint's refusals logged as this act; what it does is logged where it is done."""
+class Requires(SecurityBase):
+    """The dependency that authorizes an endpoint's caller for a permission, and gives it the caller.
 
-    def mark(endpoint: _Endpoint) -> _Endpoint:
-        endpoint.audit_action = action  # type: ignore[attr-defined] # any function may have one
-        return endpoint
-
-    return mark
-
-
-class DoorRoute(DomainErrorRoute):
-    """A route that asks who it is before it reads anything else, and notes whom it refused.
-
-    Its endpoint has an argument of a type below (Provisioner, Reader, Operator, Admin): without one every
-    valid credential could call it, a node's token too.
+    For routes of the class SecuredRoute, which has authenticated them. OpenAPI names RFC 6750's header for
+    its endpoints, so that viewers show an Authorize button.
     """
 
-    takes_a_caller: ClassVar[bool] = True
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Make the handler; raise TypeError for an endpoint that doesn't say who may call it."""
-        if self.takes_a_caller and not any(isinstance(one.call, May) for one in self.dependant.dependencies):
-            raise TypeError(f"{self.path}: no argument of the endpoint says who may call it")
-        return super().get_route_handler()
-
-    async def admit(self, request: Request) -> None:
-        """Find out who asks, for whoever depends on it; raise an AccessError."""
-        service = await service_for(request)
-        access = request.state.access = service.access
-        shown = request.headers.getlist("authorization")
-        caller = request.state.caller = await access.authenticator.authenticate(
-            # Two of them are as good as one that can't be read.
-            ",".join(shown) if shown else None,
-            source_of(request, access.proxies),
-            request.state.request_id,
-        )
-        if caller.may_only_repeat:
-            await require_repeat(request, self.endpoint, caller, service)
-
-    def note_refusal(self, request: Request, error: Exception) -> None:
-        """Have the refusal logged, as the endpoint's act or as a try to come in."""
-        access: AccessControl | None = getattr(request.state, "access", None)
-        # What may have happened after all was logged where it did.
-        if access is None or isinstance(error, OutcomeUnknownError):
-            return
-        action: AuditAction | None = getattr(self.endpoint, "audit_action", None)
-        subject = getattr(request.state, "subject", None) or request.path_params.get("node_id")
-        caller: Caller | None = getattr(request.state, "caller", None)
-        if caller is None:
-            caller = Caller(CallerKind.NOBODY, None, request.state.source, request.state.request_id)
-        note_refusal(access, caller, action, subject, error)
-
-    async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:
-        """Count a credential that turned out to be good for nothing later than at the door."""
-        caller: Caller | None = getattr(request.state, "caller", None)
-        if isinstance(error, UnauthenticatedError) and caller is not None and not caller.may_only_repeat:
-            access: AccessControl = request.state.access
-            counted = await access.authenticator.count_failure(error, request.state.source)
-            if isinstance(counted, RateLimitedError):
-                access.limited.count(request.state.source)
-            return counted
-        return error
-
-
-class May(BearerScheme):
-    """The dependency that gives an endpoint its caller, who has the permission.
-
-    For routes of the class DoorRoute, which has found out who it is.
-    """
+    scheme_name = "Bearer"
+    model = HTTPBearer(
+        bearerFormat="ocw_<id>_<secret>", description="An operator's key, or a node's enrolment token."
+    )
 
     def __init__(self, permission: Permission) -> None:
-        self._permission = permission
+        self.permission: Final = permission
 
     async def __call__(self, request: Request) -> Caller:
-        """Raise ForbiddenError where the caller hasn't."""
+        """Return the caller; raise ForbiddenError or UnauthenticatedError."""
         caller: Caller = request.state.caller
-        request.state.access.authenticator.authorize(caller, self._permission)
+        request.state.access.authenticator.authorize(caller, self.permission)
         return caller
 
 
-# Whoever lets a node in: its own token, or an operator's key.
-Provisioner = Annotated[Caller, Depends(May(Permission.PROVISION))]
-Reader = Annotated[Caller, Depends(May(Permission.READ))]
-Operator = Annotated[Caller, Depends(May(Permission.OPERATE))]
-Admin = Annotated[Caller, Depends(May(Permission.ADMINISTER))]
+# For a node's token, or an operator's key.
+Provisioner = Annotated[Caller, Depends(Requires(Permission.PROVISION))]
+Reader = Annotated[Caller, Depends(Requires(Permission.READ))]
+Operator = Annotated[Caller, Depends(Requires(Permission.OPERATE))]
+Admin = Annotated[Caller, Depends(Requires(Permission.ADMINISTER))]
 
 
 async def _credentials(request: Request) -> CredentialService:
@@ -138,3 +82,106 @@ async def _audit(request: Request) -> AuditWriter:
 # The parts of the service's access control that an endpoint works with.
 Credentials = Annotated[CredentialService, Depends(_credentials)]
 Audit = Annotated[AuditWriter, Depends(_audit)]
+
+
+class SecuredRoute(DomainErrorRoute):
+    """A route for authenticated callers.
+
+    Its endpoint has an argument of one of the types Provisioner, Reader, Operator and Admin: without one
+    every valid credential could call it, a node's token too.
+    """
+
+    is_open: ClassVar[bool] = False
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Make the handler; raise TypeError for an endpoint without a permission."""
+        declared = any(isinstance(one.call, Requires) for one in self.dependant.dependencies)
+        if not declared and not self.is_open:
+            raise TypeError(f"{self.path}: no argument of the endpoint says who may call it")
+        return super().get_route_handler()
+
+    async def authenticate(self, request: Request) -> None:
+        """Find out who the caller is; raise an AccessError or RecordsUnavailableError."""
+        service = await service_for(request)
+        access = request.state.access = service.access
+        shown = request.headers.getlist("authorization")
+        caller = request.state.caller = await access.authenticator.authenticate(
+            # Two of them are as good as one that can't be read.
+            ",".join(shown) if shown else None,
+            _source(request, access.proxies),
+            request.state.request_id,
+        )
+        if caller.may_only_repeat:
+            await require_repeat(request, self.endpoint, caller, service)
+
+    def note_refusal(self, request: Request, error: Exception) -> None:
+        """Have the refusal logged, as the endpoint's act or as a failed authentication."""
+        access: AccessControl | None = getattr(request.state, "access", None)
+        # A change that may have happened after all was logged with it.
+        if access is None or isinstance(error, OutcomeUnknownError):
+            return
+        caller: Caller | None = getattr(request.state, "caller", None)
+        if caller is None:
+            caller = Caller(CallerKind.NOBODY, None, request.state.source, request.state.request_id)
+        subject = getattr(request.state, "subject", None) or request.path_params.get("node_id")
+        log_refusal(access, caller, action_of(self.endpoint), subject, error)
+
+    async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:
+        """Count a credential that turned out to be good for nothing after it was authenticated."""
+        caller: Caller | None = getattr(request.state, "caller", None)
+        if not isinstance(error, UnauthenticatedError) or caller is None or caller.may_only_repeat:
+            return error
+        access: AccessControl = request.state.access
+        counted = await access.authenticator.count_failure(error, caller.source)
+        if isinstance(counted, RateLimitedError):
+            access.limited.count(caller.source)
+        return counted
+
+
+class OpenRoute(SecuredRoute):
+    """A route for every caller, limited by source. It may tell more to callers with a credential.
+
+    A credential that isn't valid is counted and logged as elsewhere, and ignored.
+    """
+
+    is_open: ClassVar[bool] = True
+
+    async def authenticate(self, request: Request) -> None:
+        """Count the request against its source; authenticate the caller if there is a credential."""
+        access = request.state.access = (await service_for(request)).access
+        if access.authenticator.required and "authorization" not in request.headers:
+            await access.authenticator.limit_source(_source(request, access.proxies))
+            return
+        try:
+            await super().authenticate(request)
+        except RateLimitedError:
+            raise
+        except (AccessError, RecordsUnavailableError) as error:
+            # Whether a process lives doesn't depend on its database.
+            self.note_refusal(request, error)
+
+
+def is_authenticated(request: Request) -> bool:
+    """Say whether the caller of an OpenRoute has a valid credential."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    return caller is not None and not caller.may_only_repeat
+
+
+def require_declared(routes: Iterable[BaseRoute]) -> None:
+    """Raise TypeError where one of an app's routes is neither a SecuredRoute nor declared as an OpenRoute."""
+    for route in routes:
+        # FastAPI keeps the routers that are included in one another as they are.
+        included = getattr(route, "original_router", None)
+        if included is not None:
+            require_declared(included.routes)
+        elif not isinstance(route, SecuredRoute):
+            raise TypeError(f"{route}: its route_class doesn't say who may call it; use SecuredRoute")
+
+
+def _source(request: Request, proxies: TrustedProxies) -> str | None:
+    """Return the caller's address, None for a UNIX socket's, and keep it in `request.state`."""
+    client = request.scope.get("client")
+    peer = None if client is None else client[0]
+    source: str | None = proxies.source(peer, request.scope["headers"])
+    request.state.source = source
+    return source

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from backend.api import documentation
-from backend.api.open_route import OpenRoute
+from backend.api.security import OpenRoute
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from tests.harness.patience import eventually
 from tests.harness.service import ServiceProcess
@@ -129,11 +129,11 @@ def test_schema_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
         rendered.append(app)
         return {"openapi": "3.1.0"}
 
-    async def admit(*_: object) -> None:
+    async def authenticate(*_: object) -> None:
         pass
 
     monkeypatch.setattr(app, "openapi", openapi)
-    monkeypatch.setattr(OpenRoute, "admit", admit)
+    monkeypatch.setattr(OpenRoute, "authenticate", authenticate)
     app.include_router(documentation.documentation(app))
 
     async def schemas(root_path: str) -> list[object]:

@@ -7,8 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import ConfigDict, Field
 
+from backend.api.audit import audited
 from backend.api.errors import problem
-from backend.api.security import REFUSALS, Admin, Audit, Credentials, DoorRoute, Reader, audited
+from backend.api.security import REFUSALS, Admin, Audit, Credentials, Reader, SecuredRoute
 from backend.models.access.audit import AuditAction, AuditEntry, AuditPage, AuditQuery
 from backend.models.access.credentials import (
     CredentialKind,
@@ -21,7 +22,7 @@ from backend.models.access.credentials import (
 )
 from backend.models.fields import StrictModel
 
-router = APIRouter(prefix="/wireguard", tags=["access"], route_class=DoorRoute, responses=REFUSALS)
+router = APIRouter(prefix="/wireguard", tags=["access"], route_class=SecuredRoute, responses=REFUSALS)
 
 
 _NOT_FOUND = problem("No such credential.", "token 3f1c0e5a9b7d2468 not found")
@@ -46,7 +47,7 @@ async def list_tokens(_: Admin, credentials: Credentials) -> list[TokenInfo]:
 @router.delete("/tokens/{credential_id}", summary="Revoke an enrolment token", responses={404: _NOT_FOUND})
 @audited(AuditAction.TOKEN_REVOKED)
 async def revoke_token(credential_id: str, caller: Admin, credentials: Credentials) -> TokenInfo:
-    """Let nobody in with a token from now on. The nodes that it let in stay."""
+    """End a token at once. The nodes that it let in stay."""
     token = await asyncio.to_thread(credentials.revoke, CredentialKind.TOKEN, credential_id, caller)
     return TokenInfo.of(token, datetime.now(UTC))
 
@@ -70,7 +71,7 @@ async def list_keys(_: Admin, credentials: Credentials) -> list[KeyInfo]:
 @router.delete("/keys/{credential_id}", summary="Revoke an operator's key", responses={404: _NOT_FOUND})
 @audited(AuditAction.KEY_REVOKED)
 async def revoke_key(credential_id: str, caller: Admin, credentials: Credentials) -> KeyInfo:
-    """Let nobody in with a key from now on, be it the caller's own."""
+    """End a key at once, be it the caller's own."""
     key = await asyncio.to_thread(credentials.revoke, CredentialKind.KEY, credential_id, caller)
     return KeyInfo.of(key, datetime.now(UTC))
 

@@ -6,12 +6,13 @@ from typing import Any, Final, Literal
 from fastapi import APIRouter, HTTPException, Request, Response
 from pydantic import BaseModel, Field
 
+from backend.api.audit import audited
 from backend.api.dependencies import Service, outcome
 from backend.api.embedding import service_of_the_app
 from backend.api.errors import problem
 from backend.api.proofs import proven
 from backend.api.repeats import repeatable
-from backend.api.security import REFUSALS, DoorRoute, Operator, Provisioner, Reader, audited
+from backend.api.security import REFUSALS, Operator, Provisioner, Reader, SecuredRoute
 from backend.models.access.audit import AuditAction
 from backend.models.access.proof import (
     CHALLENGE_HEADER,
@@ -34,7 +35,7 @@ from backend.services.known_peers import has_its_key, is_repeat
 router = APIRouter(
     prefix="/wireguard",
     tags=["WireGuard"],
-    route_class=DoorRoute,
+    route_class=SecuredRoute,
     lifespan=service_of_the_app,
     responses=REFUSALS,
 )
