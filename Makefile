@@ -39,7 +39,7 @@ lint: $(STAMP) ## Check style, types and the direction of imports
 
 check: lint test ## Run lint and test
 
-bench: $(STAMP) ## Measure the service against the limit, as root (ARGS=--quick or --json)
+bench: $(STAMP) ## Measure the service against the limit, as root (ARGS=--quick or --json, ARGS="--against COMMIT")
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 format: $(STAMP) ## Put the code into its canonical form

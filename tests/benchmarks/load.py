@@ -142,6 +142,10 @@ async def _run(job: Job) -> Result:
     )
 
 
+def generate(job: Job) -> Result:
+    """Run a load in the calling process."""
+    return uvloop.run(_run(job))
+
+
 if __name__ == "__main__":
-    result = uvloop.run(_run(Job(**json.loads(sys.stdin.readline()))))
-    sys.stdout.write(json.dumps(asdict(result)))
+    sys.stdout.write(json.dumps(asdict(generate(Job(**json.loads(sys.stdin.readline()))))))

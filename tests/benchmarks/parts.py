@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.benchmarks.load import Job, Result
+from tests.harness.command_line import ROOT
 from tests.harness.hosts import LocalHost
 from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess, free_port
@@ -22,7 +23,6 @@ from tests.harness.wireguard import HubInterface
 
 PROVISION: Final = "/api/v1/wireguard/provision"
 PEERS: Final = "/api/v1/wireguard/peers"
-ROOT: Final = Path(__file__).parents[2]
 
 
 def load(job: Job) -> Result:
@@ -162,7 +162,12 @@ class Bench:
     """The service beside its hub, with a chosen number of peers."""
 
     def __init__(
-        self, directory: Path, module: str = "backend", interface: str = "wgbench", port: int = 38000
+        self,
+        directory: Path,
+        module: str = "backend",
+        interface: str = "wgbench",
+        port: int = 38000,
+        tree: Path = ROOT,
     ) -> None:
         directory.mkdir(exist_ok=True)
         self.directory = directory
@@ -173,7 +178,7 @@ class Bench:
         # What is measured is how fast it can be, not how fast it lets anybody be.
         for kind in ("SOURCE", "TOKEN", "KEY"):
             settings[f"WIREGUARD_RATE_LIMIT_{kind}"] = "1000000000/minute"
-        self.service = ServiceProcess(directory, settings, module=(module,))
+        self.service = ServiceProcess(directory, settings, module=(module,), tree=tree)
         self.service.start()
         self.names: list[str] = []
         self._number = 0

@@ -14,11 +14,10 @@ from typing import Final, Self
 
 import httpx
 
-from tests.harness.command_line import invoke
+from tests.harness.command_line import ROOT, invoke
 from tests.harness.hosts import LocalHost
 from tests.harness.requests import NO_TLS
 
-_ROOT: Final = Path(__file__).parents[2]
 _START_SECONDS: Final = 40.0
 _STOP_SECONDS: Final = 20.0
 _POLL_SECONDS: Final = 0.02
@@ -98,7 +97,8 @@ class ServiceProcess:
     """`python -m backend serve`, its environment made from `settings` and little else.
 
     `directory` is its working directory and takes its log. `ready` is the path whose 200 `start` waits for;
-    with None it doesn't wait. `module` takes the place of `backend`, `path_prefix` comes first in PATH,
+    with None it doesn't wait. `module` takes the place of `backend`, and comes from the sources in `tree`;
+    `path_prefix` comes first in PATH,
     `unix_socket` takes the place of address and port, `options` are further ones of `serve`.
     """
 
@@ -111,6 +111,7 @@ class ServiceProcess:
         address: str = "127.0.0.1",
         ready: str | None = "/readyz",
         module: tuple[str, ...] = ("backend",),
+        tree: Path = ROOT,
         path_prefix: Path | None = None,
         unix_socket: Path | None = None,
         options: Sequence[str] = (),
@@ -122,6 +123,7 @@ class ServiceProcess:
         self.port = free_port()
         self.ready = ready
         self._module = module
+        self._tree = tree
         self._path_prefix = path_prefix
         self._unix_socket = unix_socket
         self._options = options
@@ -258,7 +260,7 @@ class ServiceProcess:
         }
         if self._path_prefix is not None:
             inherited["PATH"] = f"{self._path_prefix}{os.pathsep}{inherited['PATH']}"
-        return inherited | {"LANG": "C.UTF-8", "PYTHONPATH": str(_ROOT)} | self.settings
+        return inherited | {"LANG": "C.UTF-8", "PYTHONPATH": str(self._tree)} | self.settings
 
     def _listening(self) -> list[str]:
         if self._unix_socket is not None:
