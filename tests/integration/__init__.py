@@ -1,0 +1,1 @@
+"""The service and its real parts: interfaces, databases, sockets and processes."""

@@ -20,7 +20,7 @@ from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
-from tests.integration.test_failing_hub import Wrapper
+from tests.reliability.test_failing_hub import Wrapper
 
 BASE = "/api/v1/wireguard"
 PROVISION = f"{BASE}/provision"

@@ -38,7 +38,7 @@ from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.wireguard import HubInterface
-from tests.integration.test_enrolment_races import admitted, audit, by, new_token, token_id, uses
+from tests.reliability.test_enrolment_races import admitted, audit, by, new_token, token_id, uses
 
 API: Final = "/api/v1/wireguard"
 PEERS: Final = f"{API}/peers"

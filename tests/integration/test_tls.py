@@ -24,8 +24,8 @@ from backend.adapters.http.tls_server import TlsServer
 from backend.errors import StartRefusedError
 from tests.harness.patience import eventually
 from tests.harness.service import ServiceProcess
-from tests.integration.test_floods import open_descriptors
 from tests.integration.test_http_hardening import Client, Server, get, settings
+from tests.reliability.test_floods import open_descriptors
 
 __all__ = ["settings"]
 

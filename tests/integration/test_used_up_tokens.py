@@ -15,7 +15,7 @@ from tests.harness.requests import NO_TLS, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
-from tests.integration.test_enrolment_races import admitted, audit, by, new_token, refused, token_id, uses
+from tests.reliability.test_enrolment_races import admitted, audit, by, new_token, refused, token_id, uses
 
 API: Final = "/api/v1/wireguard"
 PROVISION: Final = f"{API}/provision"

@@ -22,7 +22,7 @@ from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.torture import TORTURE
 from tests.harness.wireguard import HubInterface
-from tests.integration.test_failing_hub import Wrapper
+from tests.reliability.test_failing_hub import Wrapper
 
 API: Final = "/api/v1/wireguard"
 PROVISION: Final = f"{API}/provision"

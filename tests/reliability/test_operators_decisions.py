@@ -14,7 +14,7 @@ from tests.harness.requests import new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, settings_for
 from tests.harness.wireguard import HubInterface
-from tests.integration.test_lost_records import back_up, is_ready, names, provision, reconcile, restore
+from tests.reliability.test_lost_records import back_up, is_ready, names, provision, reconcile, restore
 
 PROVISION: Final = "/api/v1/wireguard/provision"
 PEERS: Final = "/api/v1/wireguard/peers"
