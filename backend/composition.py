@@ -111,7 +111,7 @@ def _config(settings: Settings, hub: Hub, guard: ConfigGuard) -> WireGuardConfig
     config.remove_stale_temporaries()
     try:
         config.refresh()
-        require_address(config.path, config.operator_text, settings.wireguard_hub_ip)
+        require_address(config.path, config.parsed.operator_text, settings.wireguard_hub_ip)
     except ConfigFileError as exc:
         raise StartRefusedError(str(exc)) from exc
     return config

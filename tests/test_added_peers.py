@@ -11,7 +11,7 @@ from backend.errors import DuplicatePeerError
 from backend.models.setting_values import ReloadMode
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
-from backend.services.hub.config_text import parse, strip
+from backend.services.hub.config_text import parse
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.settings import Settings
 from tests.harness.requests import other_spelling, provision_body
@@ -53,7 +53,7 @@ def test_peer_with_networks_and_an_endpoint_stands_in_the_file_as_given(
     add_site(manager)
     assert path.read_text() == _HUB + _SECTION
     assert manager.validate_config() is True
-    assert [list(map(str, peer.allowed_ips)) for peer in manager.operator_peers] == [
+    assert [list(map(str, peer.allowed_ips)) for peer in manager.parsed.operator_peers] == [
         ["172.16.0.0/24"],
         _NETWORKS,
     ]
@@ -76,7 +76,7 @@ def test_wg_takes_what_is_written(
     require("wg")
     manager.add_peer(_KEYS[1], ["10.0.0.7/32"])
     manager.add_peer(_KEYS[0], networks, endpoint)
-    stripped = strip(path.read_bytes())
+    stripped = parse(path.read_bytes()).stripped
     answer = subprocess.run(
         ["wg", "setconf", "nosuchif", "/dev/stdin"], input=stripped, capture_output=True, check=False
     )
@@ -93,14 +93,14 @@ def test_adding_again_replaces_the_peer_whatever_its_form(
     manager.add_peer(_KEYS[0], ["10.0.0.2/32"])
     manager.add_peer(_KEYS[1], ["10.0.0.3/32"])
     add_site(manager)
-    assert [peer.public_key for peer in manager.blocks] == [_KEYS[1]]
+    assert [peer.public_key for peer in manager.parsed.blocks] == [_KEYS[1]]
     add_site(manager)
     text = path.read_text()
     assert text.startswith(_HUB + _SECTION)
     assert text.count(_KEYS[0]) == 1
     manager.add_peer(_KEYS[0], ["10.0.0.2/32"])
-    assert [peer.public_key for peer in manager.blocks] == [_KEYS[1], _KEYS[0]]
-    assert [peer.public_key for peer in manager.operator_peers] == [_KEYS[3]]
+    assert [peer.public_key for peer in manager.parsed.blocks] == [_KEYS[1], _KEYS[0]]
+    assert [peer.public_key for peer in manager.parsed.operator_peers] == [_KEYS[3]]
 
 
 def test_networks_of_another_peer_are_not_taken_away_from_it(
@@ -144,7 +144,7 @@ def test_what_an_operator_wrote_behind_it_stays(
     assert manager.remove_peer(_KEYS[0])
     assert path.read_text().startswith(_HUB)
     assert path.read_text().endswith(behind)
-    assert list(manager.operator_peers) == others
+    assert list(manager.parsed.operator_peers) == others
 
 
 @pytest.fixture

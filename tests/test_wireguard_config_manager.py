@@ -17,8 +17,9 @@ from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.services import wireguard_config_manager
 from backend.services.hub import config_text
-from backend.services.hub.config_text import InvalidConfigError, parse, render, strip
-from backend.services.wireguard_config_manager import OperatorPeer, PeerBlock, WireGuardConfigManager
+from backend.services.hub.config_text import OperatorPeer, PeerBlock, parse, render
+from backend.services.hub.config_values import InvalidConfigError
+from backend.services.wireguard_config_manager import WireGuardConfigManager
 from tests.harness.peers import block, networks
 from tests.harness.requests import other_spelling
 from tests.harness.requirements import require
@@ -189,8 +190,8 @@ def test_keys_in_a_managed_block_are_ours_and_comments_in_it_are_the_operators()
 def test_damaged_block_is_no_peer_and_goes_with_the_next_write(config: Path, old: bytes, new: bytes) -> None:
     config.write_bytes(_MINIMAL + _block(0).replace(old, new) + _block(1))
     manager = WireGuardConfigManager(config)
-    assert manager.blocks == (_peer(1),)
-    assert manager.write(manager.blocks)
+    assert manager.parsed.blocks == (_peer(1),)
+    assert manager.write(manager.parsed.blocks)
     assert config.read_bytes().replace(b"#\n", b"").endswith(_block(1))
     assert b"node-0" not in config.read_bytes()
 
@@ -358,7 +359,7 @@ def wg_quick_strip(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes]
 
 
 def test_wg_takes_the_operators_file_and_our_blocks(wg_accepts: Callable[[bytes], bool]) -> None:
-    assert wg_accepts(strip(render(_OPERATORS, [_peer(0), _peer(1, None)])))
+    assert wg_accepts(parse(render(_OPERATORS, [_peer(0), _peer(1, None)])).stripped)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +386,7 @@ def test_wg_takes_the_operators_file_and_our_blocks(wg_accepts: Callable[[bytes]
 def test_what_operators_may_write_is_taken_by_both(line: str, wg_accepts: Callable[[bytes], bool]) -> None:
     text = _MINIMAL + line.encode() + b"\n"
     assert wg_accepts(text)
-    assert wg_accepts(strip(text))
+    assert wg_accepts(parse(text).stripped)
 
 
 _ODD_BYTES: Final = st.sampled_from(
@@ -507,7 +508,7 @@ def _texts(draw: st.DrawFn) -> bytes:
 @given(text=_texts())
 def test_what_we_accept_is_never_refused_by_wg(text: bytes, wg_accepts: Callable[[bytes], bool]) -> None:
     try:
-        stripped = strip(text)
+        stripped = parse(text).stripped
     except InvalidConfigError:
         return
     assert wg_accepts(stripped)
@@ -524,7 +525,7 @@ def test_line_that_we_accept_is_never_refused_by_wg(
     line = data.draw(st.sampled_from([line, line[:position] + odd + line[position:]]))
     for header in (b"", f"[Peer]\nPublicKey = {_KEYS[0]}\n".encode()):
         try:
-            stripped = strip(_MINIMAL + header + line)
+            stripped = parse(_MINIMAL + header + line).stripped
         except InvalidConfigError:
             continue
         assert wg_accepts(stripped)
@@ -631,7 +632,7 @@ def test_hundred_peers_come_and_go_and_the_operators_bytes_stay(
             peers[number] = _peer(number)
         assert manager.write(peers.values())
         assert config.read_bytes() == _OPERATORS + b"".join(map(_block, peers))
-    assert manager.operator_peers == _OPERATOR_PEERS
+    assert manager.parsed.operator_peers == _OPERATOR_PEERS
     assert manager.write([])
     assert config.read_bytes() == _OPERATORS
 
@@ -655,16 +656,16 @@ def test_stripped_text_is_the_one_that_strip_makes_of_the_file(
 ) -> None:
     peers = [_peer(0), _peer(1)]
     manager.write(peers)
-    stripped = manager.render_stripped(peers)
-    assert stripped == strip(config.read_bytes())
+    stripped = manager.parsed.stripped
+    assert stripped == parse(config.read_bytes()).stripped
     assert b"PostUp" not in stripped
-    assert manager.blocks == tuple(peers)
+    assert manager.parsed.blocks == tuple(peers)
 
 
 def test_first_look_is_taken_when_somebody_asks(config: Path, manager: WireGuardConfigManager) -> None:
     assert manager.path == config
     assert manager.interface == "wg0"
-    assert manager.hub_public_key == _HUB
+    assert manager.parsed.hub_public_key == _HUB
     assert not manager.refresh()
     assert WireGuardConfigManager(str(config)).refresh()
 
@@ -684,7 +685,7 @@ def test_the_file_is_rendered_the_same_whatever_came_and_went(
         peers = list(map(_peer, sorted(numbers) if comes_to_the_end else numbers))
         manager.write(peers)
         assert config.read_bytes() == render(_OPERATORS, peers)
-        assert manager.blocks == tuple(peers)
+        assert manager.parsed.blocks == tuple(peers)
 
 
 @pytest.mark.parametrize("settle", [True, False])
@@ -710,11 +711,11 @@ def test_refresh_says_whether_the_operators_part_is_new(
     assert not manager.refresh()
     config.write_bytes(render(_OPERATORS, [_peer(0)]))
     assert not manager.refresh()
-    assert manager.blocks == (_peer(0),)
+    assert manager.parsed.blocks == (_peer(0),)
     other = WireGuardPrivateKey(bytes([99] * 32))
     config.write_bytes(_OPERATORS.replace(_PRIVATE.encode(), other.reveal().encode(), 1))
     assert manager.refresh()
-    assert manager.hub_public_key == other.public_key()
+    assert manager.parsed.hub_public_key == other.public_key()
 
 
 def test_writing_does_not_parse_again_what_has_not_changed(
@@ -728,7 +729,7 @@ def test_writing_does_not_parse_again_what_has_not_changed(
     monkeypatch.setattr(wireguard_config_manager, "parse", no_parse)
     for number in range(10):
         assert manager.write([_peer(number)])
-        manager.render_stripped([_peer(number)])
+        assert _block(number) in manager.parsed.stripped
 
 
 def test_broken_file_is_refused_until_it_is_mended(config: Path, manager: WireGuardConfigManager) -> None:
@@ -745,7 +746,7 @@ def test_broken_file_is_refused_until_it_is_mended(config: Path, manager: WireGu
         with pytest.raises(ConfigFileError):
             manager.validate_config()
     assert config.read_bytes() == broken
-    assert manager.operator_peers == _OPERATOR_PEERS
+    assert manager.parsed.operator_peers == _OPERATOR_PEERS
     config.write_bytes(_OPERATORS)
     assert manager.validate_config() is True
     assert manager.write([_peer(1)])
@@ -881,7 +882,7 @@ def test_failed_replacement_leaves_the_old_file_and_nothing_else(
                 manager.write([_peer(0), _peer(1)])
     assert config.read_bytes() == _OPERATORS + _block(0)
     assert list(config.parent.iterdir()) == [config]
-    assert manager.blocks == (_peer(0),)
+    assert manager.parsed.blocks == (_peer(0),)
     assert manager.write([_peer(0), _peer(1)])
 
 
@@ -900,7 +901,7 @@ def test_directory_that_cannot_be_made_durable_is_said_and_the_file_is_known_to_
         patch.setattr(os, "fsync", fail_for_directory)
         with pytest.raises(HubUpdateError, match="Input/output error"):
             manager.write([_peer(0)])
-    assert manager.blocks == (_peer(0),)
+    assert manager.parsed.blocks == (_peer(0),)
     assert config.read_bytes() == _OPERATORS + _block(0)
 
 
@@ -925,7 +926,7 @@ def test_edit_that_is_quicker_than_our_replacement_is_kept(
     assert manager.write([_peer(0)])
     assert config.read_bytes() == _OPERATORS + b"\n# quick\n" + _block(0)
     assert config.stat().st_mode & 0o777 == 0o640
-    assert manager.operator_peers == _OPERATOR_PEERS
+    assert manager.parsed.operator_peers == _OPERATOR_PEERS
 
 
 def test_file_that_never_holds_still_is_not_replaced(
@@ -1009,12 +1010,12 @@ def test_leftover_of_a_real_writer_has_the_name_that_is_looked_for(
 def test_peer_is_added_replaced_and_removed(config: Path, manager: WireGuardConfigManager) -> None:
     manager.add_peer(_KEYS[0], ["10.0.0.2/32"])
     manager.add_peer(_KEYS[1], ["10.0.0.3"], None, 25, label="node-1")
-    assert manager.blocks == (
+    assert manager.parsed.blocks == (
         block("manual", _KEYS[0], "10.0.0.2"),
         _peer(1),
     )
     manager.add_peer(_KEYS[0], ["10.0.0.9/32"], persistent_keepalive=0)
-    assert [peer.allowed_ips for peer in manager.blocks] == [("10.0.0.3/32",), ("10.0.0.9/32",)]
+    assert [peer.allowed_ips for peer in manager.parsed.blocks] == [("10.0.0.3/32",), ("10.0.0.9/32",)]
     assert manager.remove_peer(_KEYS[0])
     assert not manager.remove_peer(_KEYS[0])
     assert not manager.remove_peer(_KEYS[30])
@@ -1068,7 +1069,7 @@ def test_reload_is_given_the_stripped_text_of_the_file(config: Path) -> None:
     manager = WireGuardConfigManager(config, given_texts.append)
     manager.add_peer(_KEYS[0], ["10.0.0.2/32"], None, 25, "node-0")
     assert manager.reload_config() is True
-    assert given_texts == [strip(_OPERATORS + _block(0))]
+    assert given_texts == [parse(_OPERATORS + _block(0)).stripped]
     config.write_bytes(b"")
     with pytest.raises(ConfigFileError, match="PrivateKey"):
         manager.reload_config()

@@ -11,7 +11,8 @@ import pytest
 from backend.adapters.host.config_guard import ConfigGuard
 from backend.errors import ConfigFileError, InUseError
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.wireguard_config_manager import PeerBlock, WireGuardConfigManager
+from backend.services.hub.config_text import PeerBlock
+from backend.services.wireguard_config_manager import WireGuardConfigManager
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
 from tests.harness.peers import block

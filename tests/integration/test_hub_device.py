@@ -152,7 +152,7 @@ def test_up_makes_an_interface_with_the_configs_key_port_and_peers(hub: Hub) -> 
     manager.write([block("node-1", key, hub.address.ip + 1)])
     raised = link.up(hub.config_path, hub.address)
     assert raised.created
-    assert wg(hub.name, "public-key") == manager.hub_public_key
+    assert wg(hub.name, "public-key") == manager.parsed.hub_public_key
     assert wg(hub.name, "listen-port") == str(hub.port)
     assert wg(hub.name, "allowed-ips") == f"{key}\t{hub.address.ip + 1}/32"
     assert f"inet {hub.address} " in ip("address", "show", "dev", hub.name)

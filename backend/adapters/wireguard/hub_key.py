@@ -90,7 +90,7 @@ def replace(config_path: Path, stated_key: WireGuardKey | None) -> Replaced | No
     """
     manager = WireGuardConfigManager(config_path)
     manager.refresh()
-    name, new = manager.interface, manager.hub_public_key
+    name, new = manager.interface, manager.parsed.hub_public_key
     if stated_key != new:
         raise HubUpdateError(
             f"the key of {config_path} is {new}; set WIREGUARD_HUB_PUBLIC_KEY to that first, if the hub "
@@ -102,14 +102,17 @@ def replace(config_path: Path, stated_key: WireGuardKey | None) -> Replaced | No
     if old == new:
         return None
     peers = set(_show(name, "peers").split())
-    ours: set[str] = {peer.public_key for peer in manager.blocks}
-    ours.update(peer.public_key for peer in manager.operator_peers)
+    ours: set[str] = {peer.public_key for peer in manager.parsed.blocks}
+    ours.update(peer.public_key for peer in manager.parsed.operator_peers)
     if peers and not peers & ours:
         raise HubUpdateError(
             f"interface {name} has {len(peers)} peer(s) and none of those in {config_path}, so it isn't this "
             "hub's; it was left alone"
         )
-    run([find("wg"), "set", name, "private-key", "/dev/stdin"], stdin=manager.private_key.reveal().encode())
+    run(
+        [find("wg"), "set", name, "private-key", "/dev/stdin"],
+        stdin=manager.parsed.private_key.reveal().encode(),
+    )
     return Replaced(None if old == _NONE else WireGuardKey.parse(old), new)
 
 

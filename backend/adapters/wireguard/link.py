@@ -120,13 +120,13 @@ def up(config_path: Path, address: IPv4Interface, stated_key: WireGuardKey | Non
     """
     require_trusted_file(config_path, "WIREGUARD_CONFIG_PATH")
     manager = _read(config_path, stated_key)
-    require_address(config_path, manager.operator_text, address.ip)
+    require_address(config_path, manager.parsed.operator_text, address.ip)
     name = manager.interface
     ip, wg = find("ip"), find("wg")
     routes = list(_other_routes(ip, name))
-    state = _state(name, manager.hub_public_key)
+    state = _state(name, manager.parsed.hub_public_key)
     if state is LinkState.NEW:
-        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.render_stripped(manager.blocks))
+        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.parsed.stripped)
         state = LinkState.OURS
     if state is LinkState.OURS:
         _set_up(ip, name)
@@ -134,14 +134,14 @@ def up(config_path: Path, address: IPv4Interface, stated_key: WireGuardKey | Non
         return Raised(created=False, warnings=(*warnings, *_forwarding_hint()))
     if state is not LinkState.ABSENT:
         raise HubUpdateError(
-            f"interface {name} exists and isn't this hub's, whose key is {manager.hub_public_key}; it was "
-            f"left alone. If only the file has another key by now: {put_key_back(name)}. If the interface is "
-            "another program's, give the hub another name with WIREGUARD_CONFIG_PATH"
+            f"interface {name} exists and isn't this hub's, whose key is {manager.parsed.hub_public_key}; it "
+            f"was left alone. If only the file has another key by now: {put_key_back(name)}. If the "
+            "interface is another program's, give the hub another name with WIREGUARD_CONFIG_PATH"
         )
     _require_free_port(config_path)
     _make_interface(ip, name)
     try:
-        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.render_stripped(manager.blocks))
+        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.parsed.stripped)
         _set_up(ip, name)
         warnings = _give_address(ip, name, address, routes)
     except BaseException:
@@ -155,7 +155,7 @@ def down(config_path: Path) -> bool:
     """Take the hub's interface away; return False if there was none."""
     manager = _read(config_path)
     name = manager.interface
-    state = _state(name, manager.hub_public_key)
+    state = _state(name, manager.parsed.hub_public_key)
     if state is LinkState.ABSENT:
         return False
     if state is not LinkState.OURS:
@@ -178,7 +178,7 @@ def show(
     name = manager.interface
     port = peers = None
     try:
-        state = _state(name, manager.hub_public_key)
+        state = _state(name, manager.parsed.hub_public_key)
         if state is LinkState.OURS:
             wg = find("wg")
             port = int(run([wg, "show", name, "listen-port"]))
@@ -189,16 +189,16 @@ def show(
     try:
         _read(config_path, stated_key)
         if hub_ip is not None:
-            require_address(config_path, manager.operator_text, hub_ip)
+            require_address(config_path, manager.parsed.operator_text, hub_ip)
     except ConfigFileError as exc:
         problems.append(str(exc))
     return HubState(
         config_path=config_path,
         interface=name,
-        public_key=manager.hub_public_key,
+        public_key=manager.parsed.hub_public_key,
         state=state,
         listen_port=port,
-        peers_in_file=len(manager.blocks) + len(manager.operator_peers),
+        peers_in_file=len(manager.parsed.blocks) + len(manager.parsed.operator_peers),
         peers_on_interface=peers,
         problems=tuple(problems),
     )

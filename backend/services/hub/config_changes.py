@@ -87,13 +87,13 @@ class NewPeer:
         return "\n".join([*lines, ""]).encode()
 
 
-def with_peer(config: ParsedConfig, hub_public_key: WireGuardKey, peer: NewPeer) -> Content:
+def with_peer(config: ParsedConfig, peer: NewPeer) -> Content:
     """Return what the file holds with this peer instead of one with the same key that was added before.
 
     ValueError where `wg` would leave the peer out, or take a key or a network away from another one, all
     without a word.
     """
-    if peer.public_key == hub_public_key:
+    if peer.public_key == config.hub_public_key:
         raise ValueError("that is the hub's own key: `wg` would leave the peer out without a word")
     operator_text, managed = without_peer(config, peer.public_key) or (config.operator_text, config.blocks)
     others = (config if operator_text == config.operator_text else parse(operator_text)).operator_peers

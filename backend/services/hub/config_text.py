@@ -40,7 +40,6 @@ __all__ = [
     "PeerBlock",
     "parse",
     "render",
-    "strip",
 ]
 
 _WHITESPACE: Final = b" \t\r\v\f"
@@ -122,6 +121,8 @@ class ParsedConfig:
     # The foreign lines as `wg` reads them: without wg-quick's keys, comments and white space.
     operator_stripped: bytes = field(repr=False)
     private_key: WireGuardPrivateKey
+    # The public half of it.
+    hub_public_key: WireGuardKey
     operator_peers: tuple[OperatorPeer, ...]
     # Without blocks that somebody has damaged.
     blocks: tuple[PeerBlock, ...]
@@ -129,6 +130,11 @@ class ParsedConfig:
     listen_port: int | None = None
     # 0 for none.
     fwmark: int = 0
+
+    @property
+    def stripped(self) -> bytes:
+        """The text for `wg syncconf`, as `wg-quick strip` would print it."""
+        return render(self.operator_stripped, self.blocks)
 
 
 def parse(text: bytes) -> ParsedConfig:
@@ -156,6 +162,7 @@ def parse(text: bytes) -> ParsedConfig:
         operator_text=_join(splitter.gaps),
         operator_stripped=b"".join(reader.stripped),
         private_key=private_key,
+        hub_public_key=private_key.public_key(),
         operator_peers=operator_peers,
         blocks=(*(peer for peer in managed if peer is not None), *behind),
         listen_port=reader.listen_port,
@@ -166,12 +173,6 @@ def parse(text: bytes) -> ParsedConfig:
 def render(operator_text: bytes, peers: Iterable[PeerBlock]) -> bytes:
     """Put our blocks behind the operator's text, raw or stripped."""
     return b"".join([operator_text, *(peer.text for peer in peers)])
-
-
-def strip(text: bytes) -> bytes:
-    """Return the text for `wg syncconf`, as `wg-quick strip` would; raise InvalidConfigError."""
-    parsed = parse(text)
-    return render(parsed.operator_stripped, parsed.blocks)
 
 
 def _take_off_blocks(text: bytes) -> tuple[bytes, list[PeerBlock]]:

@@ -1,31 +1,11 @@
 """How an interface differs from the file that it is made from."""
 
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
-from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.peer import cidr
-from backend.services.hub.config_text import OperatorPeer, PeerBlock
-
-
-@dataclass(frozen=True, slots=True)
-class DesiredInterface:
-    """What the file says. `listen_port` is None where it leaves the choice to `wg`, `fwmark` 0 for none."""
-
-    public_key: WireGuardKey
-    listen_port: int | None
-    fwmark: int
-    operator_peers: Collection[OperatorPeer]
-    blocks: Collection[PeerBlock]
-
-    @property
-    def text_keys(self) -> set[str]:
-        """Every key that the file names."""
-        keys = {peer.public_key for peer in self.operator_peers}
-        keys.update(peer.public_key for peer in self.blocks)
-        return keys
+from backend.services.hub.config_text import ParsedConfig
 
 
 @dataclass(slots=True)
@@ -44,8 +24,8 @@ class Drift:
         return ", ".join(self.found)
 
 
-def compare(actual: InterfaceState, desired: DesiredInterface) -> Drift:
-    """Compare all of an interface with all of the file, but for the keys and for endpoints, which roam."""
+def compare(actual: InterfaceState, desired: ParsedConfig) -> Drift:
+    """Compare the whole interface with the whole file, except private key and endpoints, which roam."""
     drift = Drift()
     if desired.listen_port is not None and actual.listen_port != desired.listen_port:
         drift.found.append(f"ListenPort {actual.listen_port} instead of {desired.listen_port}")
@@ -64,14 +44,16 @@ def compare(actual: InterfaceState, desired: DesiredInterface) -> Drift:
                 drift.preshared_keys.add(key)
             if peer.persistent_keepalive == 0 and present.persistent_keepalive != 0:
                 drift.keepalives.add(key)
-    surplus = len(actual.peers.keys() - desired.text_keys)
+    # Those that `wanted` leaves out are in the file all the same.
+    named = {peer.public_key for peer in desired.operator_peers}
+    surplus = len(actual.peers.keys() - wanted.keys() - named)
     for number, what in ((missing, "missing"), (changed, "changed"), (surplus, "not in the file")):
         if number:
             drift.found.append(f"{number} peer(s) {what}")
     return drift
 
 
-def _wanted(desired: DesiredInterface) -> dict[str, InterfacePeer]:
+def _wanted(desired: ParsedConfig) -> dict[str, InterfacePeer]:
     """Return what `wg` would make of the file's peers, by key.
 
     Left out is what depends on more than the file: a key that stands there twice takes some values of each
@@ -94,7 +76,7 @@ def _wanted(desired: DesiredInterface) -> dict[str, InterfacePeer]:
         owners.update(dict.fromkeys(peer.allowed_ips, peer.public_key))
     for operators in desired.operator_peers:
         key = operators.public_key
-        if named[key] > 1 or key in peers or key == desired.public_key:
+        if named[key] > 1 or key in peers or key == desired.hub_public_key:
             continue
         peers[key] = InterfacePeer(
             frozenset(text for text in map(cidr, operators.allowed_ips) if owners[text] == key),

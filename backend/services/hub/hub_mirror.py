@@ -15,12 +15,13 @@ from backend.models.access.audit import AuditAction
 from backend.models.operator_commands import bring_up, command, put_key_back
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.peer import Peer
+from backend.services.hub.config_text import PeerBlock, render
 from backend.services.hub.drift import Drift, compare
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.prepared_changes import PreparedChanges
 from backend.services.hub.removal_guard import FoundPeers, RemovalGuard
 from backend.services.ports import Change, Hub
-from backend.services.wireguard_config_manager import PeerBlock, WireGuardConfigManager
+from backend.services.wireguard_config_manager import WireGuardConfigManager
 
 log = logging.getLogger(__name__)
 
@@ -224,12 +225,12 @@ class HubMirror:
         with self._lock:
             try:
                 self._config.refresh()
-                if self._config.blocks != tuple(self._peers.values()):
+                if self._config.parsed.blocks != tuple(self._peers.values()):
                     self._notice(AuditAction.CONFIG_EDITED, "our own blocks")
                     return False
                 if not self._hub.live:
                     return True
-                present = _Seen(self._hub.ifindex(), self._config.operator_stripped)
+                present = _Seen(self._hub.ifindex(), self._config.parsed.operator_stripped)
                 if self._confirmed != present:
                     return False
                 if not self._verification_is_due(idle=idle):
@@ -269,8 +270,8 @@ class HubMirror:
         self._finish((), (), replaced=replaced, inspected=actual is not None)
 
     def _found(self, actual: InterfaceState | None) -> FoundPeers:
-        operators_keys = {peer.public_key for peer in self._config.operator_peers}
-        return FoundPeers.of(self._config.blocks, actual, operators_keys)
+        operators_keys = {peer.public_key for peer in self._config.parsed.operator_peers}
+        return FoundPeers.of(self._config.parsed.blocks, actual, operators_keys)
 
     def _inspect(self) -> InterfaceState | None:
         """Return what the interface has, None where there is none; raise HubUpdateError for another's."""
@@ -278,11 +279,12 @@ class HubMirror:
             return None
         state = self._hub.state()
         new = state.public_key is None and not state.peers
-        if state.public_key != self._config.hub_public_key and not new:
+        key = self._config.parsed.hub_public_key
+        if state.public_key != key and not new:
             name = self._config.interface
             raise HubUpdateError(
                 f"interface {name} has another private key (its public key is {state.public_key}) than "
-                f"{self._config.path} ({self._config.hub_public_key}), so it may belong to another program "
+                f"{self._config.path} ({key}), so it may belong to another program "
                 "and was left alone. If it does, give this hub another name with WIREGUARD_CONFIG_PATH. If "
                 f"it is this hub's: {put_key_back(name)}. Where the key was changed on purpose, run "
                 f"{command('hub up --replace-key')}"
@@ -314,7 +316,7 @@ class HubMirror:
         ifindex = self._hub.ifindex()
         if ifindex is None:
             raise self._no_interface()
-        present = _Seen(ifindex, self._config.operator_stripped)
+        present = _Seen(ifindex, self._config.parsed.operator_stripped)
         if told and self._confirmed == present:
             return
         self._confirmed = None
@@ -345,7 +347,7 @@ class HubMirror:
 
     def _sync(self) -> None:
         """Tell the interface everything, and look whether it took it; raise HubUpdateError."""
-        self._hub.sync(self._config.render_stripped(self._peers.values()))
+        self._hub.sync(render(self._config.parsed.operator_stripped, self._peers.values()))
         drift = self._verify()
         if drift:
             self._hub.clear(drift)
@@ -359,7 +361,7 @@ class HubMirror:
         actual = self._inspect()
         if actual is None:
             raise self._no_interface()
-        drift = compare(actual, self._config.desired_interface)
+        drift = compare(actual, self._config.parsed)
         self._verified_at = time.monotonic()
         self._verify_seconds = self._verified_at - began
         self._changed_since = False
@@ -390,12 +392,12 @@ class HubMirror:
         return HubUpdateError(f"interface {name} does not exist; bring it up with {bring_up(name)}")
 
     def _note_foreign(self) -> None:
-        foreign = self._config.operator_text
+        foreign = self._config.parsed.operator_text
         if foreign != self._noted_foreign:
             if self._noted_foreign is not None:
                 self._notice(AuditAction.CONFIG_EDITED, None)
             self._noted_foreign = foreign
-            self._hand_made.note(self._config.operator_peers, self._config.hub_public_key)
+            self._hand_made.note(self._config.parsed.operator_peers, self._config.parsed.hub_public_key)
 
     def _note_problem(self, problem: str | None) -> None:
         if problem != self._problem:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from backend.models.wireguard.peer import Peer
+from backend.services.hub.config_text import PeerBlock
 from backend.services.ports import Action, Change
-from backend.services.wireguard_config_manager import PeerBlock, StagedConfig
+from backend.services.wireguard_config_manager import StagedConfig
 
 
 @dataclass(frozen=True, slots=True)

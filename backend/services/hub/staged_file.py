@@ -13,8 +13,8 @@ from typing import Final
 
 from backend.services.hub.config_reader import FileIdentity
 
-# What `_make_temporary` puts between the prefix and the suffix, or tempfile did.
-_RANDOM_PART: Final = "[a-z0-9_]{8}"
+# What `_make_temporary` puts behind the name, as tempfile does.
+_TEMPORARY: Final = re.compile(r"\.[a-z0-9_]{8}\.tmp\Z")
 _ATTEMPTS: Final = 100
 
 
@@ -161,10 +161,9 @@ def try_directory(path: Path, size: int) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def is_temporary(name: str, path: Path) -> bool:
-    """Say whether a file beside `path` has the name of one that was to replace it."""
-    pattern = re.escape(f".{path.name}.") + _RANDOM_PART + re.escape(".tmp")
-    return re.fullmatch(pattern, name) is not None
+def temporaries(path: Path) -> list[Path]:
+    """Return the files beside `path` that were to replace it, by their names; raise OSError."""
+    return [other for other in path.parent.iterdir() if _TEMPORARY.sub("", other.name) == f".{path.name}"]
 
 
 def _mark(descriptor: int) -> bool:
