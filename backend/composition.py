@@ -16,7 +16,7 @@ from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import IN_MEMORY, Database, open_beside
 from backend.adapters.records.hub_decisions import HubDecisions
 from backend.adapters.records.sql_journal import SqlJournal
-from backend.adapters.wireguard.interface_kind import WIREGUARD_GO_PEERS, most_peers
+from backend.adapters.wireguard.host_link import WIREGUARD_GO_PEERS, most_peers
 from backend.adapters.wireguard.wg import FileOnly, WgInterface
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
 from backend.models.access.callers import SERVICE

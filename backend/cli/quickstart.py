@@ -16,6 +16,7 @@ from backend.adapters.host.admin_header import NAME as ADMIN_HEADER
 from backend.adapters.host.programs import obstacles
 from backend.adapters.records.recorded_peers import count_recorded_peers
 from backend.adapters.wireguard import hub_key, link
+from backend.adapters.wireguard.host_link import interface_exists
 from backend.adapters.wireguard.hub_key import Consent
 from backend.errors import StartRefusedError
 from backend.models.setting_values import ReloadMode
@@ -154,7 +155,7 @@ def _choose_config(settings: Settings, say: Callable[[str], None]) -> Path:
         # Under another name the hub would come up with a new key, beside the interface that has its own.
         return lost
     for name in _NAMES:
-        if link.interface_exists(name):
+        if interface_exists(name):
             say(f"{name} is left alone: an interface of that name exists")
         elif lexists(_SYSTEM_CONFIGS / f"{name}.conf"):
             say(f"{name} is left alone: {_SYSTEM_CONFIGS / name}.conf exists")

@@ -17,7 +17,8 @@ from typing import Final
 import pytest
 
 from backend.adapters.host import programs
-from backend.adapters.wireguard import link
+from backend.adapters.wireguard import hub_key, link
+from backend.adapters.wireguard.host_link import interface_exists
 from backend.adapters.wireguard.link import LinkState
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.wireguard.keys import WireGuardKey
@@ -82,9 +83,9 @@ def hub(needs_wireguard: None, tmp_path: Path) -> Iterator[Hub]:
     made = Hub(
         tmp_path / "etc" / f"wgdev{number}.conf", IPv4Interface(f"10.66.{number}.1/24"), 41000 + number
     )
-    assert link.init(made.config_path, made.address, made.port)
+    assert hub_key.write_config(made.config_path, made.address, made.port)
     yield made
-    if link.interface_exists(made.name):
+    if interface_exists(made.name):
         ip("link", "delete", "dev", made.name)
 
 
@@ -117,7 +118,7 @@ def test_init_writes_a_file_that_wg_takes_and_only_its_owner_reads(hub: Hub) -> 
 
 def test_init_twice_keeps_the_first_key(hub: Hub) -> None:
     before = hub.config_path.read_bytes()
-    assert not link.init(hub.config_path, hub.address, hub.port)
+    assert not hub_key.write_config(hub.config_path, hub.address, hub.port)
     assert hub.config_path.read_bytes() == before
 
 
@@ -128,7 +129,7 @@ def test_of_many_inits_at_once_one_makes_the_file(tmp_path: Path) -> None:
 
     def make() -> None:
         barrier.wait()
-        made.append(link.init(path, IPv4Interface("10.0.0.1/24"), 51820))
+        made.append(hub_key.write_config(path, IPv4Interface("10.0.0.1/24"), 51820))
 
     threads = [threading.Thread(target=make) for _ in range(16)]
     for thread in threads:
@@ -143,7 +144,7 @@ def test_init_says_why_it_could_not_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "wg0.conf"
     with pytest.raises(HubUpdateError, match=f"{re.escape(str(path))} could not be written"):
-        link.init(path, IPv4Interface("10.0.0.1/24"), 51820)
+        hub_key.write_config(path, IPv4Interface("10.0.0.1/24"), 51820)
 
 
 def test_up_makes_an_interface_with_the_configs_key_port_and_peers(hub: Hub) -> None:
@@ -181,7 +182,7 @@ def test_a_terminals_ctrl_c_does_not_reach_the_interface(hub: Hub) -> None:
 def test_down_takes_the_interface_and_its_process_away(hub: Hub) -> None:
     link.up(hub.config_path, hub.address)
     assert link.down(hub.config_path)
-    assert not link.interface_exists(hub.name)
+    assert not interface_exists(hub.name)
     assert gone(hub.name)
     assert not link.down(hub.config_path)
 
@@ -190,7 +191,7 @@ def test_a_foreign_wireguard_interface_of_the_name_is_refused_and_untouched(
     hub_interface: HubInterface, tmp_path: Path
 ) -> None:
     ours = tmp_path / "ours" / f"{hub_interface.name}.conf"
-    link.init(ours, IPv4Interface("10.66.250.1/24"), 41999)
+    hub_key.write_config(ours, IPv4Interface("10.66.250.1/24"), 41999)
     before = ip("-details", "address", "show", "dev", hub_interface.name)
     with pytest.raises(HubUpdateError, match=f"interface {hub_interface.name} exists and isn't this hub's"):
         link.up(ours, IPv4Interface("10.66.250.1/24"))
@@ -207,7 +208,7 @@ def test_an_interface_that_is_not_wireguard_is_refused_and_untouched(
 ) -> None:
     name = other_network("192.0.2.1/24")
     config_path = tmp_path / f"{name}.conf"
-    link.init(config_path, IPv4Interface("10.66.251.1/24"), 41998)
+    hub_key.write_config(config_path, IPv4Interface("10.66.251.1/24"), 41998)
     before = ip("-details", "address", "show", "dev", name)
     with pytest.raises(HubUpdateError, match=f"interface {name} exists and isn't this hub's"):
         link.up(config_path, IPv4Interface("10.66.251.1/24"))
@@ -221,7 +222,7 @@ def test_up_that_fails_half_way_leaves_no_interface(hub: Hub) -> None:
         holder.bind(("", hub.port))
         with pytest.raises(HubUpdateError, match=f"UDP port {hub.port} is in use; choose another ListenPort"):
             link.up(hub.config_path, hub.address)
-    assert not link.interface_exists(hub.name)
+    assert not interface_exists(hub.name)
     assert gone(hub.name)
 
 
@@ -336,7 +337,7 @@ def test_a_config_without_a_key_makes_nothing(hub: Hub) -> None:
     hub.config_path.write_bytes(b"[Interface]\nListenPort = 1\n")
     with pytest.raises(ConfigFileError):
         link.up(hub.config_path, hub.address)
-    assert not link.interface_exists(hub.name)
+    assert not interface_exists(hub.name)
 
 
 def test_what_a_tool_quotes_is_not_repeated() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters.wireguard import interface_kind
-from backend.adapters.wireguard.interface_kind import KERNEL_PEERS, WIREGUARD_GO_PEERS, most_peers
+from backend.adapters.wireguard import host_link
+from backend.adapters.wireguard.host_link import KERNEL_PEERS, WIREGUARD_GO_PEERS, most_peers
 from backend.api.errors import answer
 from backend.errors import DuplicatePeerError, PeerLimitError
 from backend.services.hub.peer_limit import PeerLimit
@@ -63,7 +63,7 @@ def test_limit_is_that_of_what_implements_the_interface(
         subprocess.run(["ip", "link", "delete", "dev", "wgkernel"], check=True)
     # Where there is none, the one that would be made.
     for kernel, most in ((True, KERNEL_PEERS), (False, WIREGUARD_GO_PEERS)):
-        monkeypatch.setattr(interface_kind, "_kernel", lambda kernel=kernel: kernel)
+        monkeypatch.setattr(host_link, "_kernel", lambda kernel=kernel: kernel)
         assert most_peers("wgabsent") == most
 
 

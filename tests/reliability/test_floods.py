@@ -18,8 +18,7 @@ from backend.adapters.host.descriptors import Descriptors
 from backend.adapters.http.connections import Connections
 from backend.adapters.http.http_protocol import MAX_AHEAD, BoundedProtocol
 from backend.adapters.http.unix_socket import listening_at
-from backend.adapters.wireguard import link
-from backend.adapters.wireguard.host_link import HostLinks
+from backend.adapters.wireguard.host_link import HostLinks, interface_exists
 from backend.errors import HubUpdateError
 from tests.harness.patience import eventually
 from tests.harness.requests import provision_body
@@ -252,7 +251,7 @@ def test_interface_is_looked_up_without_a_new_descriptor() -> None:
         with pytest.raises(HubUpdateError, match=re.escape("interface lo can't be looked at (Too many open")):
             HostLinks().index("lo")
         with pytest.raises(HubUpdateError, match="Too many open files"):
-            link.interface_exists("lo")
+            interface_exists("lo")
     links.close()
-    assert link.interface_exists("lo")
-    assert not link.interface_exists("nothing0")
+    assert interface_exists("lo")
+    assert not interface_exists("nothing0")

@@ -1,13 +1,17 @@
-"""What the kernel says of a network interface, without a program: netdevice(7)."""
+"""What this host says of a network interface, without starting a program: netdevice(7)."""
 
 import array
 import errno
 import fcntl
 import socket
 import struct
+from contextlib import closing
+from functools import cache
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Final
 
+from backend.adapters.host.programs import kernel_has_wireguard
 from backend.errors import HubUpdateError
 from backend.models.operator_commands import command
 
@@ -21,6 +25,10 @@ _IFREQ_BYTES: Final = _NAME_BYTES + 2 * struct.calcsize("l") + 8
 # struct sockaddr_in behind the name: family, port, address.
 _ADDRESS: Final = slice(_NAME_BYTES + 4, _NAME_BYTES + 8)
 _MOST_ADDRESSES: Final = 4096
+# Linux, drivers/net/wireguard/messages.h: MAX_PEERS_PER_DEVICE. wireguard-go, device/constants: MaxPeers.
+KERNEL_PEERS: Final = 2**20
+WIREGUARD_GO_PEERS: Final = 2**16
+_SOCKETS: Final = Path("/var/run/wireguard")
 
 
 class HostLinks:
@@ -100,3 +108,26 @@ class HostLinks:
 
 def _unanswered(name: str, error: OSError) -> HubUpdateError:
     return HubUpdateError(f"interface {name} can't be looked at ({error.strerror})")
+
+
+def interface_exists(name: str) -> bool:
+    """Tell whether this network namespace has an interface of that name, of whatever kind."""
+    with closing(HostLinks()) as links:
+        return links.index(name) is not None
+
+
+def most_peers(name: str) -> int:
+    """Return how many peers the interface of that name takes, or would take if it were made now.
+
+    wg(8): an implementation outside of the kernel is known by its socket.
+    """
+    if (_SOCKETS / f"{name}.sock").exists():
+        return WIREGUARD_GO_PEERS
+    if interface_exists(name) or _kernel():
+        return KERNEL_PEERS
+    return WIREGUARD_GO_PEERS
+
+
+@cache
+def _kernel() -> bool:
+    return kernel_has_wireguard()

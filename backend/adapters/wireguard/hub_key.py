@@ -4,18 +4,22 @@ Every node that has joined knows the public half. A hub with another key is anot
 """
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Final
 
 from backend.adapters.host.programs import ToolRefusedError, find, query, run
-from backend.adapters.wireguard import link
+from backend.adapters.wireguard.host_link import interface_exists
+from backend.adapters.wireguard.link import wg_show
 from backend.errors import HubUpdateError
 from backend.models.operator_commands import command
+from backend.models.trusted_paths import make_private_directory, require_trusted_file
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from backend.services.hub.staged_file import sync_directory
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 
 _NONE: Final = "(none)"
@@ -69,7 +73,7 @@ def init(
     if found is None:
         if not consent.new_key:
             _refuse_to_forget(config_path, consent, recorded_peers)
-        return Made() if link.init(config_path, address, port) else None
+        return Made() if write_config(config_path, address, port) else None
     public_key = found.public_key()
     _require_consent(name, public_key, config_path, consent)
     lines = _other_addresses(name, address)
@@ -77,9 +81,38 @@ def init(
         lines.append(f"FwMark = {mark}")
     port = int(_show(name, "listen-port")) or port
     noted = _note_peers(name, config_path)
-    if not link.init(config_path, address, port, found, lines):
+    if not write_config(config_path, address, port, found, lines):
         return None
     return Made(public_key, noted)
+
+
+def write_config(
+    config_path: Path,
+    address: IPv4Interface,
+    port: int,
+    key: WireGuardPrivateKey | None = None,
+    lines: Sequence[str] = (),
+) -> bool:
+    """Write a minimal config where there is none, with a new key unless one is given; return whether it did.
+
+    `init` decides whether a hub was here before, whose key has to be kept.
+    """
+    if os.path.lexists(config_path):
+        return False
+    text = [
+        "[Interface]",
+        f"PrivateKey = {(key or WireGuardPrivateKey.generate()).reveal()}",
+        f"Address = {address}",
+        f"ListenPort = {port}",
+        *lines,
+        "",
+    ]
+    try:
+        make_private_directory(config_path.parent)
+        require_trusted_file(config_path, "WIREGUARD_CONFIG_PATH")
+        return _create(config_path, "\n".join(text).encode("ascii"))
+    except OSError as exc:
+        raise HubUpdateError(f"{config_path} could not be written ({exc.strerror})") from exc
 
 
 def replace(config_path: Path, stated_key: WireGuardKey | None) -> Replaced | None:
@@ -89,21 +122,21 @@ def replace(config_path: Path, stated_key: WireGuardKey | None) -> Replaced | No
     hub's by the peers that it has. Raises HubUpdateError otherwise.
     """
     manager = WireGuardConfigManager(config_path)
-    manager.refresh()
-    name, new = manager.interface, manager.parsed.hub_public_key
+    config, name = manager.parsed, manager.interface
+    new = config.hub_public_key
     if stated_key != new:
         raise HubUpdateError(
             f"the key of {config_path} is {new}; set WIREGUARD_HUB_PUBLIC_KEY to that first, if the hub "
             "shall have it from now on"
         )
-    if not link.interface_exists(name):
+    if not interface_exists(name):
         return None
     old = _show(name, "public-key")
     if old == new:
         return None
     peers = set(_show(name, "peers").split())
-    ours: set[str] = {peer.public_key for peer in manager.parsed.blocks}
-    ours.update(peer.public_key for peer in manager.parsed.operator_peers)
+    ours: set[str] = {peer.public_key for peer in config.blocks}
+    ours.update(peer.public_key for peer in config.operator_peers)
     if peers and not peers & ours:
         raise HubUpdateError(
             f"interface {name} has {len(peers)} peer(s) and none of those in {config_path}, so it isn't this "
@@ -111,14 +144,14 @@ def replace(config_path: Path, stated_key: WireGuardKey | None) -> Replaced | No
         )
     run(
         [find("wg"), "set", name, "private-key", "/dev/stdin"],
-        stdin=manager.parsed.private_key.reveal().encode(),
+        stdin=config.private_key.reveal().encode(),
     )
     return Replaced(None if old == _NONE else WireGuardKey.parse(old), new)
 
 
 def _private_key_of(name: InterfaceName) -> WireGuardPrivateKey | None:
     """Return the key of the interface of that name, if there is one and it has one."""
-    if not link.interface_exists(name):
+    if not interface_exists(name):
         return None
     try:
         key = _show(name, "private-key")
@@ -179,14 +212,37 @@ def _note_peers(name: InterfaceName, config_path: Path) -> Path | None:
         return None
     text = run([find("wg"), "showconf", name])
     path = config_path.with_name(f"{config_path.name}.interface")
-    link.write_private(path, text.encode())
+    try:
+        path.unlink(missing_ok=True)
+        _create(path, text.encode())
+    except OSError as exc:
+        raise HubUpdateError(f"{path} could not be written ({exc.strerror})") from exc
     return path
 
 
 def _show(name: InterfaceName, what: str) -> str:
     try:
-        return run([find("wg"), "show", name, what]).strip()
+        return wg_show(name, what)
     except ToolRefusedError as exc:
         if exc.not_permitted:
             raise
         raise HubUpdateError(f"interface {name} is no WireGuard interface") from exc
+
+
+def _create(path: Path, content: bytes) -> bool:
+    """Make the whole file at once, 0600; return False if there is something of that name by now."""
+    # mkstemp's files are 0600 from birth.
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # A link, since unlike a rename it doesn't replace what somebody else has just made.
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        Path(temporary).unlink()
+    sync_directory(path.parent)
+    return True

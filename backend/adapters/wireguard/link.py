@@ -1,14 +1,13 @@
-"""The hub's file and interface, made and taken away by an operator's hand: what `hub init|up|down|show` do.
+"""The hub's interface, made and deleted by an operator's command: `hub up|down|show`, by ip(8) and wg(8).
 
-Nothing here touches an interface, an address or a file that it didn't make: an interface is this hub's if,
-and only if, it has the key of the hub's config.
+No interface and no address is touched that this hub doesn't own: an interface is this hub's if, and only if,
+it has the key of the hub's config.
 """
 
 import os
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import Final
 
 from backend.adapters.host.programs import ToolRefusedError, find, query, run
-from backend.adapters.wireguard.host_link import HostLinks
+from backend.adapters.wireguard.host_link import interface_exists
 from backend.errors import ConfigFileError, HubUpdateError
 from backend.models.operator_commands import put_key_back
-from backend.models.trusted_paths import make_private_directory, require_trusted_file
+from backend.models.trusted_paths import require_trusted_file
 from backend.models.wireguard.interface import InterfaceName
-from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
+from backend.models.wireguard.keys import WireGuardKey
+from backend.services.hub.config_text import ParsedConfig
 from backend.services.hub.quick_keys import require_address
-from backend.services.hub.staged_file import sync_directory
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 
 # 1500 less 80 for IPv6, UDP and WireGuard's own header, as wg-quick(8) does.
@@ -75,87 +74,44 @@ class _Route:
     local: bool
 
 
-def init(
-    config_path: Path,
-    address: IPv4Interface,
-    port: int,
-    key: WireGuardPrivateKey | None = None,
-    lines: Sequence[str] = (),
-) -> bool:
-    """Write a minimal config where there is none, with a new key unless one is given; return whether it did.
-
-    Whether a hub was here before, whose key has to be kept, is for `hub_key.init` to say.
-    """
-    if os.path.lexists(config_path):
-        return False
-    text = [
-        "[Interface]",
-        f"PrivateKey = {(key or WireGuardPrivateKey.generate()).reveal()}",
-        f"Address = {address}",
-        f"ListenPort = {port}",
-        *lines,
-        "",
-    ]
-    try:
-        make_private_directory(config_path.parent)
-        require_trusted_file(config_path, "WIREGUARD_CONFIG_PATH")
-        return _create(config_path, "\n".join(text).encode("ascii"))
-    except OSError as exc:
-        raise HubUpdateError(f"{config_path} could not be written ({exc.strerror})") from exc
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Make the whole file at once, 0600, in place of what was there; raise HubUpdateError."""
-    try:
-        path.unlink(missing_ok=True)
-        _create(path, content)
-    except OSError as exc:
-        raise HubUpdateError(f"{path} could not be written ({exc.strerror})") from exc
-
-
 def up(config_path: Path, address: IPv4Interface, stated_key: WireGuardKey | None = None) -> Raised:
     """Make the hub's interface from its config, or see that it has its address and is up.
 
     `stated_key` is WIREGUARD_HUB_PUBLIC_KEY, which has to be the file's.
     """
     require_trusted_file(config_path, "WIREGUARD_CONFIG_PATH")
-    manager = _read(config_path, stated_key)
-    require_address(config_path, manager.parsed.operator_text, address.ip)
-    name = manager.interface
+    name, config = _read(config_path, stated_key)
+    require_address(config_path, config.operator_text, address.ip)
     ip, wg = find("ip"), find("wg")
     routes = list(_other_routes(ip, name))
-    state = _state(name, manager.parsed.hub_public_key)
-    if state is LinkState.NEW:
-        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.parsed.stripped)
-        state = LinkState.OURS
-    if state is LinkState.OURS:
-        _set_up(ip, name)
-        warnings = _give_address(ip, name, address, routes)
-        return Raised(created=False, warnings=(*warnings, *_forwarding_hint()))
-    if state is not LinkState.ABSENT:
+    state = _state(name, config.hub_public_key)
+    if state is LinkState.ANOTHERS:
         raise HubUpdateError(
-            f"interface {name} exists and isn't this hub's, whose key is {manager.parsed.hub_public_key}; it "
-            f"was left alone. If only the file has another key by now: {put_key_back(name)}. If the "
-            "interface is another program's, give the hub another name with WIREGUARD_CONFIG_PATH"
+            f"interface {name} exists and isn't this hub's, whose key is {config.hub_public_key}; it was "
+            f"left alone. If only the file has another key by now: {put_key_back(name)}. If the interface is "
+            "another program's, give the hub another name with WIREGUARD_CONFIG_PATH"
         )
-    _require_free_port(config_path)
-    _make_interface(ip, name)
+    created = state is LinkState.ABSENT
+    if created:
+        _require_free_port(config_path, config.listen_port or 0)
+        _make_interface(ip, name)
     try:
-        run([wg, "setconf", name, "/dev/stdin"], stdin=manager.parsed.stripped)
-        _set_up(ip, name)
+        if state is not LinkState.OURS:
+            run([wg, "setconf", name, "/dev/stdin"], stdin=config.stripped)
+        run([ip, "link", "set", "dev", name, "mtu", str(_MTU), "up"])
         warnings = _give_address(ip, name, address, routes)
     except BaseException:
-        with suppress(HubUpdateError):
-            run([ip, "link", "delete", "dev", name])
+        if created:
+            with suppress(HubUpdateError):
+                run([ip, "link", "delete", "dev", name])
         raise
-    return Raised(created=True, warnings=(*warnings, *_forwarding_hint()))
+    return Raised(created, (*warnings, *_forwarding_hint()))
 
 
 def down(config_path: Path) -> bool:
     """Take the hub's interface away; return False if there was none."""
-    manager = _read(config_path)
-    name = manager.interface
-    state = _state(name, manager.parsed.hub_public_key)
+    name, config = _read(config_path)
+    state = _state(name, config.hub_public_key)
     if state is LinkState.ABSENT:
         return False
     if state is not LinkState.OURS:
@@ -174,40 +130,32 @@ def show(
 
     Where the settings WIREGUARD_HUB_IP and WIREGUARD_HUB_PUBLIC_KEY don't fit the file, that's said, too.
     """
-    manager = _read(config_path)
-    name = manager.interface
+    name, config = _read(config_path)
     port = peers = None
     try:
-        state = _state(name, manager.parsed.hub_public_key)
+        state = _state(name, config.hub_public_key)
         if state is LinkState.OURS:
-            wg = find("wg")
-            port = int(run([wg, "show", name, "listen-port"]))
-            peers = len(run([wg, "show", name, "peers"]).split())
+            port = int(wg_show(name, "listen-port"))
+            peers = len(wg_show(name, "peers").split())
     except HubUpdateError:
         state = LinkState.UNKNOWN
     problems = []
     try:
         _read(config_path, stated_key)
         if hub_ip is not None:
-            require_address(config_path, manager.parsed.operator_text, hub_ip)
+            require_address(config_path, config.operator_text, hub_ip)
     except ConfigFileError as exc:
         problems.append(str(exc))
     return HubState(
         config_path=config_path,
         interface=name,
-        public_key=manager.parsed.hub_public_key,
+        public_key=config.hub_public_key,
         state=state,
         listen_port=port,
-        peers_in_file=len(manager.parsed.blocks) + len(manager.parsed.operator_peers),
+        peers_in_file=len(config.blocks) + len(config.operator_peers),
         peers_on_interface=peers,
         problems=tuple(problems),
     )
-
-
-def interface_exists(name: str) -> bool:
-    """Tell whether this network namespace has an interface of that name, of whatever kind."""
-    with closing(HostLinks()) as links:
-        return links.index(name) is not None
 
 
 def listen_port(config_path: Path) -> int | None:
@@ -220,12 +168,16 @@ def listen_port(config_path: Path) -> int | None:
     return None
 
 
-def _require_free_port(config_path: Path) -> None:
-    """Raise HubUpdateError where somebody else listens on the hub's port.
+def wg_show(name: InterfaceName, what: str) -> str:
+    """Return what `wg show NAME what` prints; raise HubUpdateError."""
+    return run([find("wg"), "show", name, what]).strip()
+
+
+def _require_free_port(config_path: Path, port: int) -> None:
+    """Raise HubUpdateError where another program listens on the hub's port.
 
     Asked of the port itself: wireguard-go takes it in the background, and may say nothing when it can't.
     """
-    port = listen_port(config_path) or 0
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.bind(("", port))
@@ -236,22 +188,21 @@ def _require_free_port(config_path: Path) -> None:
         ) from exc
 
 
-def _read(config_path: Path, stated_key: WireGuardKey | None = None) -> WireGuardConfigManager:
+def _read(config_path: Path, stated_key: WireGuardKey | None = None) -> tuple[InterfaceName, ParsedConfig]:
     manager = WireGuardConfigManager(config_path, stated_key=stated_key)
-    manager.refresh()
-    return manager
+    return manager.interface, manager.parsed
 
 
 def _state(name: InterfaceName, public_key: WireGuardKey) -> LinkState:
     if not interface_exists(name):
         return LinkState.ABSENT
     try:
-        found = run([find("wg"), "show", name, "public-key"]).strip()
+        found = wg_show(name, "public-key")
     except ToolRefusedError as exc:
         if exc.not_permitted:
             raise
         return LinkState.ANOTHERS  # not a WireGuard interface at all
-    if found == "(none)" and not run([find("wg"), "show", name, "peers"]).strip():
+    if found == "(none)" and not wg_show(name, "peers"):
         return LinkState.NEW
     return LinkState.OURS if found == public_key else LinkState.ANOTHERS
 
@@ -274,10 +225,6 @@ def _make_interface(ip: str, name: InterfaceName) -> None:
             raise HubUpdateError(
                 "the kernel has no WireGuard, and wireguard-go takes root; as root run `modprobe wireguard`"
             ) from exc
-
-
-def _set_up(ip: str, name: InterfaceName) -> None:
-    run([ip, "link", "set", "dev", name, "mtu", str(_MTU), "up"])
 
 
 def _give_address(
@@ -370,22 +317,3 @@ def _forwarding_hint() -> tuple[str, ...]:
     except OSError:
         return ()
     return () if forwards else ("peers reach each other only with `sysctl -w net.ipv4.ip_forward=1`",)
-
-
-def _create(path: Path, content: bytes) -> bool:
-    """Make the whole file at once, 0600; return False if there is something of that name by now."""
-    # mkstemp's files are 0600 from birth.
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # A link, since unlike a rename it doesn't replace what somebody else has just made.
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        Path(temporary).unlink()
-    sync_directory(path.parent)
-    return True
