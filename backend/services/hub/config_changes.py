@@ -21,8 +21,8 @@ from typing import Final, Self
 
 from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, canonical_spelling
 from backend.models.wireguard.peer import cidr, only_address
-from backend.services.hub.config_text import InvalidConfigError, ParsedConfig, PeerBlock, parse
-from backend.services.hub.config_values import allowed_ip, check_endpoint
+from backend.services.hub.config_text import ParsedConfig, PeerBlock, parse
+from backend.services.hub.config_values import InvalidConfigError, allowed_ip, check_endpoint
 
 _SECTION: Final = (
     rb"\n# wireguard-provisioning: added peer [A-Za-z0-9_-]{1,128}\n\[Peer\]\nPublicKey = %s\n"

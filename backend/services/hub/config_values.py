@@ -63,7 +63,7 @@ def number(value: bytes, limit: int, name: str) -> int:
     return found
 
 
-def key_text(value: bytes, name: str) -> str:
+def key_text(value: bytes, name: str = "PublicKey") -> str:
     """Read a key of a peer's as `wg` spells it."""
     if _KEY_BYTES.fullmatch(value) is None:
         raise InvalidConfigError(f"{name} is not the canonical base64 of 32 bytes", _KEY_REMEDY)
@@ -86,6 +86,11 @@ def allowed_ip(value: bytes) -> IPv4Network | IPv6Network:
         return IPv4Network((IPv4Address(text), int(match[2] or 32)), strict=False)
     except ValueError:
         raise InvalidConfigError("AllowedIPs is not a list of addresses in CIDR notation") from None
+
+
+def allowed_ips(value: bytes) -> tuple[IPv4Network | IPv6Network, ...]:
+    """Read one line of AllowedIPs."""
+    return tuple(map(allowed_ip, value.split(b",")))
 
 
 def _is_host(value: bytes) -> bool:
@@ -120,10 +125,10 @@ def keepalive(value: bytes) -> int:
     return 0 if value.lower() == b"off" else number(value, UINT16_MAX, "PersistentKeepalive")
 
 
-def port_number(value: bytes) -> int:
-    """Read ListenPort, 0 for any."""
+def port_number(value: bytes) -> int | None:
+    """Read ListenPort, None for any."""
     # getaddrinfo(3) reads it for `wg`, so service names would do as well; they depend on the machine.
-    return number(value, UINT16_MAX, "ListenPort")
+    return number(value, UINT16_MAX, "ListenPort") or None
 
 
 def preshared_key(value: bytes) -> str | None:
