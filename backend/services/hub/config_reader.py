@@ -1,9 +1,8 @@
-"""Reads the hub's file: where it is by now, which version of it that is, and its bytes."""
+"""Reads the hub's file: where it is now, which version it is, and its bytes."""
 
 import os
 import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -11,39 +10,30 @@ from backend.errors import ConfigFileError
 from backend.models.operator_commands import command
 
 _ATTEMPTS: Final = 5
-# A file system's clock ticks up to every 10 ms: a change within a tick of the last look may leave the time of
-# modification as it was, so a version counts as known by its time only when that lies well behind.
+# A file system's clock ticks every 10 ms or more often, and two changes within a tick have the same time of
+# modification: a version is known by its time only when that is well past.
 _SETTLED_NS: Final = 50_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """What tells one version of the file from another without reading it; whose it is counts, too."""
+# What tells one version of the file from another without reading it. Owner and mode count, too.
+FileIdentity = tuple[int, ...]
 
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    mode: int
-    user: int
-    group: int
 
-    @classmethod
-    def of(cls, status: os.stat_result) -> "FileIdentity":
-        """Take what counts out of a status."""
-        return cls(
-            status.st_dev,
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_mode,
-            status.st_uid,
-            status.st_gid,
-        )
+def identity_of(status: os.stat_result) -> FileIdentity:
+    """Return which version of a file has this status."""
+    return (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_mode,
+        status.st_uid,
+        status.st_gid,
+    )
 
 
 class ConfigReader:
-    """A file that an operator may edit, replace, chmod, or turn into a symbolic link at any time."""
+    """A file that an operator may edit, replace, chmod or turn into a symbolic link at any time."""
 
     def __init__(self, path: Path) -> None:
         self._given: Final = path.absolute()
@@ -54,17 +44,17 @@ class ConfigReader:
         return self.look()[0]
 
     def look(self) -> tuple[Path, FileIdentity | None]:
-        """Return `path` and which version there is now; None if there is none, or it can't be looked at."""
+        """Return `path` and which version is there now; None if there is none, or stat(2) fails."""
         path = self._given
         try:
-            # One look where it is no link. Links among the directories are of no consequence.
+            # One call where it is no link. Links among the directories make no difference.
             status = os.lstat(path)
             if stat.S_ISLNK(status.st_mode):
                 path = Path(os.path.realpath(path))
                 status = os.stat(path)  # noqa: PTH116 - called for each batch
         except OSError:
             return path, None
-        return path, FileIdentity.of(status)
+        return path, identity_of(status)
 
     def read(self) -> tuple[bytes, FileIdentity, bool]:
         """Return the file's bytes, which version that is, and whether its time tells it from the next.
@@ -81,10 +71,11 @@ class ConfigReader:
                         raise _not_a_file(path)
                     file.seek(0)
                     text = file.read()
-                    identity = FileIdentity.of(os.fstat(file.fileno()))
                     # Otherwise the file is being written at this moment.
-                    if identity == FileIdentity.of(before) and len(text) == identity.size:
-                        return text, identity, now - identity.modified_ns > _SETTLED_NS
+                    if identity_of(before) == identity_of(os.fstat(file.fileno())) and (
+                        len(text) == before.st_size
+                    ):
+                        return text, identity_of(before), now - before.st_mtime_ns > _SETTLED_NS
         except FileNotFoundError:
             raise ConfigFileError(
                 str(path),

@@ -1,4 +1,4 @@
-"""A file that is to replace another one: written and synced beside it, and then put in its place at once."""
+"""A file that is to replace another one: written and synced beside it, then renamed to its name."""
 
 import errno
 import os
@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from backend.services.hub.config_reader import FileIdentity
+from backend.services.hub.config_reader import FileIdentity, identity_of
 
 # What `_make_temporary` puts behind the name, as tempfile does.
 _TEMPORARY: Final = re.compile(r"\.[a-z0-9_]{8}\.tmp\Z")
-_ATTEMPTS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,8 @@ class StagedFile:
     identity: FileIdentity
     settled: bool
     _expected: FileIdentity = field(repr=False)
-    # Done when its content is durable.
-    _synced: Future[None] = field(repr=False)
+    # Done when its content is durable; None where it is already.
+    _synced: Future[None] | None = field(repr=False)
 
     def replace(self) -> bool:
         """Put the new version in the old one's place, unless that isn't what it was; raise OSError.
@@ -40,13 +39,14 @@ class StagedFile:
         The change is durable once the directory is synced. The temporary name is gone in any case.
         """
         try:
-            self._synced.result()
+            if self._synced is not None:
+                self._synced.result()
             # Not followed: a link that has just taken its place would be replaced.
-            if FileIdentity.of(os.lstat(self.path)) == self._expected:
+            if identity_of(os.lstat(self.path)) == self._expected:
                 os.replace(self.temporary, self.path)  # noqa: PTH105 - called for each batch
                 return True
         except FileNotFoundError:
-            # The file is being replaced in two steps, or was taken away: the next look tells.
+            # Another program is replacing the file in two steps, or has deleted it.
             pass
         except BaseException:
             self.discard()
@@ -71,7 +71,9 @@ def stage_file(
     descriptor, temporary = _make_temporary(path)
     try:
         old, identity, settled = _fill(descriptor, path, text)
-        synced = _sync(descriptor, executor)
+        synced = None if executor is None else executor.submit(_sync, descriptor)
+        if synced is None:
+            _sync(descriptor)
     except BaseException as exc:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -79,7 +81,7 @@ def stage_file(
             return None
         raise
     staged = StagedFile(path, temporary, identity, settled, expected, synced)
-    if FileIdentity.of(old) != expected:
+    if old != expected:
         staged.discard()
         return None
     return staged
@@ -88,17 +90,19 @@ def stage_file(
 def _make_temporary(path: Path) -> tuple[int, Path]:
     """Make an empty file beside `path`, for its owner alone; raise OSError.
 
-    For each batch: tempfile.mkstemp takes several times as long.
+    Called for each batch: tempfile.mkstemp takes several times as long.
     """
-    for _ in range(_ATTEMPTS):
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        with suppress(FileExistsError):
-            return os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), temporary
-    raise FileExistsError(errno.EEXIST, "all names for a temporary file are taken", str(path.parent))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), temporary
 
 
-def _fill(descriptor: int, path: Path, text: bytes) -> tuple[os.stat_result, FileIdentity, bool]:
-    """Write a file with the owner and mode of `path`; return what that was, and what it is now."""
+def _fill(descriptor: int, path: Path, text: bytes) -> tuple[FileIdentity, FileIdentity, bool]:
+    """Write a file with the owner and mode of `path`.
+
+    Returns which version `path` is, which one the new file is, and whether its time of modification tells it
+    from every later one: it is set to a nanosecond after the clock's tick. A change within that tick brings
+    it back to the tick, a later change to a later one. Without that, each batch would read the file again.
+    """
     try:
         old = path.stat()
         # Ownership first: changing it may take mode bits away.
@@ -108,46 +112,36 @@ def _fill(descriptor: int, path: Path, text: bytes) -> tuple[os.stat_result, Fil
         view = memoryview(text)
         while view:
             view = view[os.write(descriptor, view) :]
-        settled = _mark(descriptor)
-        return old, FileIdentity.of(os.fstat(descriptor)), settled
+        moment = os.fstat(descriptor).st_mtime_ns + 1
+        with suppress(OSError):
+            os.utime(descriptor, ns=(moment, moment))
+        new = os.fstat(descriptor)
+        return identity_of(old), identity_of(new), new.st_mtime_ns == moment
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def _sync(descriptor: int, executor: Executor | None) -> Future[None]:
-    """Make a file's content durable, here or by the executor, and close it."""
-
-    def sync() -> None:
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    if executor is not None:
-        return executor.submit(sync)
-    sync()
-    synced: Future[None] = Future()
-    synced.set_result(None)
-    return synced
-
-
-def sync_directory(directory: Path) -> None:
-    """Make durable what was renamed in a directory; raise OSError."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(descriptor: int) -> None:
+    """Make a file's content durable, and close it."""
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def try_directory(path: Path, size: int) -> None:
-    """Find out whether `path` could be replaced by a file of `size` bytes; raise OSError where it can't.
+def sync_directory(directory: Path) -> None:
+    """Make durable what was renamed in a directory; raise OSError."""
+    _sync(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
 
-    Asks for the room itself (posix_fallocate(3)): quotas and reserved blocks don't show in statvfs(3).
+
+def try_directory(path: Path, size: int) -> None:
+    """Check that `path` could be replaced by a file of `size` bytes; raise OSError if it couldn't.
+
+    Allocates the room (posix_fallocate(3)): quotas and reserved blocks don't show in statvfs(3).
     """
-    # An immutable file can't be replaced either, and says so when it's opened. Its mode doesn't matter: what
-    # is replaced is the directory's entry.
+    # An immutable file can't be replaced either, and open(2) says so. Its mode doesn't matter: a rename
+    # replaces the directory's entry.
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     except PermissionError as exc:
@@ -164,15 +158,3 @@ def try_directory(path: Path, size: int) -> None:
 def temporaries(path: Path) -> list[Path]:
     """Return the files beside `path` that were to replace it, by their names; raise OSError."""
     return [other for other in path.parent.iterdir() if _TEMPORARY.sub("", other.name) == f".{path.name}"]
-
-
-def _mark(descriptor: int) -> bool:
-    """Give a file a time of modification that no later change can have; return whether that could be done.
-
-    A nanosecond after the clock's tick: a change within that tick brings it back to the tick, a later change
-    to a later one.
-    """
-    moment = os.fstat(descriptor).st_mtime_ns + 1
-    with suppress(OSError):
-        os.utime(descriptor, ns=(moment, moment))
-    return os.fstat(descriptor).st_mtime_ns == moment
