@@ -18,12 +18,10 @@ import pytest
 
 from tests.harness.command_line import ROOT, backend, invoke
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import PEERS, PROVISION, provision_body
 from tests.harness.service import ServiceProcess
 from tests.test_command_line import hub_settings
 
-PROVISION = "/api/v1/wireguard/provision"
-PEERS = "/api/v1/wireguard/peers"
 SECRET = re.compile(r"ocw_([0-9a-f]{16})_[0-9a-f]{64}")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

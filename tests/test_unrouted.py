@@ -10,8 +10,9 @@ from fastapi import FastAPI
 from backend.api.v1.endpoints.wireguard_provisioning import router
 from backend.main import create_app
 from backend.settings import Settings
+from tests.harness.requests import PEERS, PROVISION, TOKENS
 
-PEER = "/api/v1/wireguard/peers/node-1"
+PEER = f"{PEERS}/node-1"
 
 
 def ask(app: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:
@@ -47,8 +48,8 @@ def test_refusals_before_any_route_carry_the_request_id(
     ("method", "path", "allowed"),
     [
         ("PUT", PEER, "GET, DELETE"),
-        ("PATCH", "/api/v1/wireguard/tokens", "GET, POST"),
-        ("GET", "/api/v1/wireguard/provision", "POST"),
+        ("PATCH", TOKENS, "GET, POST"),
+        ("GET", PROVISION, "POST"),
         ("POST", "/healthz", "GET, HEAD"),
         ("DELETE", "/readyz", "GET, HEAD"),
     ],

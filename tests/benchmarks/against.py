@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tests.benchmarks.load import Job, Result, generate
-from tests.benchmarks.parts import PEERS, Bench, adding
+from tests.benchmarks.parts import Bench, adding
 from tests.harness.command_line import ROOT
+from tests.harness.requests import PEERS
 
 _Value = TypeVar("_Value")
 

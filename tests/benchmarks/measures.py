@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.benchmarks.load import Job
-from tests.benchmarks.parts import PEERS, Bench, Floor, adding, load, noop_server
+from tests.benchmarks.parts import Bench, Floor, adding, load, noop_server
 from tests.harness.hosts import LocalHost
-from tests.harness.requests import provision_body
+from tests.harness.requests import PEERS, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.wireguard import Interface
 

@@ -11,18 +11,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tests.benchmarks.load import Job, Result
 from tests.harness.command_line import ROOT
 from tests.harness.hosts import LocalHost
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import PEERS, PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess, free_port
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
-
-PROVISION: Final = "/api/v1/wireguard/provision"
-PEERS: Final = "/api/v1/wireguard/peers"
 
 
 def load(job: Job) -> Result:

@@ -1,4 +1,4 @@
-"""What clients of the service need: valid requests to provision a node."""
+"""What clients of the service need: its paths, the header for a credential, and valid bodies."""
 
 import base64
 import ssl
@@ -6,8 +6,21 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+API: Final = "/api/v1/wireguard"
+PROVISION: Final = f"{API}/provision"
+PEERS: Final = f"{API}/peers"
+STATS: Final = f"{API}/pool/stats"
+TOKENS: Final = f"{API}/tokens"
+KEYS: Final = f"{API}/keys"
+AUDIT: Final = f"{API}/audit"
+
 # For clients that speak plain HTTP: to load the machine's certificates takes 20 ms for each.
 NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def bearer(secret: str) -> dict[str, str]:
+    """Return the header that shows a token or a key."""
+    return {"Authorization": f"Bearer {secret}"}
 
 
 def new_key() -> str:

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, Final
 
+from tests.harness.requests import PEERS
 from tests.harness.service import ServiceProcess
 from tests.harness.wireguard import HubInterface
 
@@ -27,7 +28,7 @@ def settings_for(hub: HubInterface, directory: Path, **over: object) -> dict[str
 
 def listed(service: ServiceProcess) -> dict[str, dict[str, Any]]:
     """Return what GET /peers answers."""
-    response = service.client.get("/api/v1/wireguard/peers")
+    response = service.client.get(PEERS)
     response.raise_for_status()
     peers: dict[str, dict[str, Any]] = response.json()
     return peers

@@ -16,18 +16,12 @@ import pytest
 from backend.errors import UnauthenticatedError
 from tests.harness.hosts import LocalHost
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import API, AUDIT, KEYS, PEERS, PROVISION, TOKENS, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_failing_hub import Wrapper
 
-BASE = "/api/v1/wireguard"
-PROVISION = f"{BASE}/provision"
-PEERS = f"{BASE}/peers"
-TOKENS = f"{BASE}/tokens"
-KEYS = f"{BASE}/keys"
-AUDIT = f"{BASE}/audit"
 UNAUTHENTICATED = {"detail": str(UnauthenticatedError("whatever"))}
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 PATIENT = {"WIREGUARD_RATE_LIMIT_FAILED_AUTHENTICATION": "100000/minute"}
@@ -303,7 +297,7 @@ def test_a_node_with_a_token_reads_and_removes_nothing(admin: Holder, node: str)
         ("GET", PEERS),
         ("GET", f"{PEERS}/{node}"),
         ("DELETE", f"{PEERS}/{node}"),
-        ("GET", f"{BASE}/pool/stats"),
+        ("GET", f"{API}/pool/stats"),
         ("GET", AUDIT),
         ("GET", TOKENS),
         ("DELETE", f"{TOKENS}/{token.id}"),

@@ -30,7 +30,7 @@ from backend.models.access.proof import (
 )
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.services.access.challenges import Proof, ProofVerifier
-from tests.harness.requests import new_key
+from tests.harness.requests import PROVISION, new_key
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
 
@@ -130,7 +130,7 @@ def signed_nonce(timestamp: int) -> Nonce:
     verifier, key = ProofVerifier(WireGuardChallenges()), private.public_key()
     request: dict[str, Any] = {
         "method": "POST",
-        "path": "/api/v1/wireguard/provision",
+        "path": PROVISION,
         "audience": new_key(),
         "body_sha256": secrets.token_bytes(32),
     }

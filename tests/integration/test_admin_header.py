@@ -12,14 +12,9 @@ from fastapi import FastAPI
 from backend.api.v1.endpoints.wireguard_provisioning import router
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import AUDIT, KEYS, PEERS, PROVISION, TOKENS, provision_body
 from tests.harness.requirements import require
 from tests.harness.service import ServiceFailedError, ServiceProcess
-
-BASE = "/api/v1/wireguard"
-PROVISION, PEERS, TOKENS, KEYS, AUDIT = (
-    f"{BASE}/{name}" for name in ("provision", "peers", "tokens", "keys", "audit")
-)
 
 StartService = Callable[..., ServiceProcess]
 

@@ -14,18 +14,12 @@ import pytest
 
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import AUDIT, KEYS, PEERS, PROVISION, TOKENS, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for, without_ours
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_failing_hub import Wrapper
 
-PREFIX: Final = "/api/v1/wireguard"
-PROVISION: Final = f"{PREFIX}/provision"
-PEERS: Final = f"{PREFIX}/peers"
-TOKENS: Final = f"{PREFIX}/tokens"
-KEYS: Final = f"{PREFIX}/keys"
-AUDIT: Final = f"{PREFIX}/audit"
 MALFORMED: Final = "ocw_"
 
 StartService = Callable[..., ServiceProcess]

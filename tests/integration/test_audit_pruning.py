@@ -29,7 +29,7 @@ from backend.services.access.audit_pruning import AuditPruning
 from backend.services.hub.mark import HubMark, Mark
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import PROVISION, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
@@ -37,7 +37,6 @@ from tests.test_command_line import hub_settings
 
 NOON: Final = datetime(2026, 2, 19, 12, tzinfo=UTC)
 DAY: Final = timedelta(days=1)
-PROVISION: Final = "/api/v1/wireguard/provision"
 PRUNE: Final = SERVICE.event(NOON + 30 * DAY, AuditAction.AUDIT_PRUNED, AuditOutcome.NOTED)
 
 

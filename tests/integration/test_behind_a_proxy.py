@@ -13,13 +13,12 @@ from backend.adapters.http.connections import Connections
 from backend.adapters.http.http_protocol import BoundedProtocol
 from backend.models.access.sources import TrustedProxies
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import API, provision_body
 from tests.harness.service import ServiceProcess
 from tests.integration.test_http_hardening import Client, Server, settings
 
 __all__ = ["settings"]
 
-API = "/api/v1/wireguard"
 StartService = Callable[..., ServiceProcess]
 
 

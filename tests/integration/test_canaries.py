@@ -17,14 +17,11 @@ import pytest
 
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import API, PEERS, PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface, genkey
 
-API: Final = "/api/v1/wireguard"
-PROVISION: Final = f"{API}/provision"
-PEERS: Final = f"{API}/peers"
 StartService = Callable[..., ServiceProcess]
 
 REDIS_PASSWORD: Final = "canary-of-redis-5f1d"  # noqa: S105 - guards nothing

@@ -16,12 +16,11 @@ from backend.services.wireguard_config_manager import WireGuardConfigManager
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
 from tests.harness.peers import block
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import in_file
 from tests.test_command_line import hub_settings
 
-PROVISION = "/api/v1/wireguard/provision"
 StartService = Callable[..., ServiceProcess]
 # Nobody of this host's.
 STRANGER = 54321

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.harness.command_line import invoke
-from tests.harness.requests import provision_body
+from tests.harness.requests import PROVISION, provision_body
 from tests.harness.service import ServiceFailedError, ServiceProcess
 from tests.test_command_line import hub_settings
 
@@ -37,7 +37,7 @@ FOREIGN_APP = """
             from tests.harness.requests import provision_body
             name, _, value = Path("var/lib/admin.header").read_text().strip().partition(": ")
             client.headers[name] = value
-            answer = await client.post("/api/v1/wireguard/provision", json=provision_body("node-1"))
+            answer = await client.post(PROVISION, json=provision_body("node-1"))
             assert answer.status_code == 200, answer.text
             assert modes(Path.cwd()) == FILES, modes(Path.cwd())
 
@@ -84,7 +84,7 @@ def test_every_file_of_a_running_service_is_private(tmp_path: Path) -> None:
         with ServiceProcess(tmp_path, settings) as service:
             for number in range(3):
                 body = provision_body(f"node-{number}")
-                assert service.client.post("/api/v1/wireguard/provision", json=body).status_code == 200
+                assert service.client.post(PROVISION, json=body).status_code == 200
             status = Path(f"/proc/{service.pid}/status").read_text()
             limits = Path(f"/proc/{service.pid}/limits").read_text()
             found = modes(tmp_path)

@@ -28,11 +28,9 @@ from backend.main import create_app
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.settings import load_settings
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import PEERS, PROVISION, provision_body
 from tests.harness.service import free_port
 
-PROVISION = "/api/v1/wireguard/provision"
-PEERS = "/api/v1/wireguard/peers"
 ROOT = Path(__file__).parents[2]
 
 
@@ -81,7 +79,7 @@ def test_the_router_alone_is_enough(environment: Path, monkeypatch: pytest.Monke
         assert (await client.post(PROVISION, json=body)).status_code == 409
         assert (await client.post(PROVISION, json={})).status_code == 422
         assert (await client.post(PROVISION, content=b" " * 70_000)).status_code == 413
-        assert (await client.get("/api/v1/wireguard/peers/nobody")).status_code == 404
+        assert (await client.get(f"{PEERS}/nobody")).status_code == 404
 
     started(app, act)
     assert body["wireguard_public_key"] in environment.read_text()
@@ -90,7 +88,7 @@ def test_the_router_alone_is_enough(environment: Path, monkeypatch: pytest.Monke
 
 
 async def act_again(client: httpx.AsyncClient) -> None:
-    assert list((await client.get("/api/v1/wireguard/peers")).json()) == ["node-1"]
+    assert list((await client.get(PEERS)).json()) == ["node-1"]
 
 
 def test_an_app_may_bring_its_own_settings(environment: Path) -> None:

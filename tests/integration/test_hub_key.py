@@ -15,13 +15,12 @@ from backend.services.wireguard_config_manager import WireGuardConfigManager
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
 from tests.harness.peers import block
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface, genkey
 
 ADDRESS = IPv4Interface("10.0.0.1/24")
-PROVISION = "/api/v1/wireguard/provision"
 StartService = Callable[..., ServiceProcess]
 
 

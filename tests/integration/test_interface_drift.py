@@ -6,19 +6,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 import httpx
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import AUDIT, PEERS, PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface, genkey
 
-PROVISION: Final = "/api/v1/wireguard/provision"
-PEERS: Final = "/api/v1/wireguard/peers"
 StartService = Callable[..., ServiceProcess]
 
 
@@ -99,7 +96,7 @@ def test_whatever_is_changed_on_the_interface_by_hand_is_mended(
         eventually(lambda: sorted(hub_interface.show("dump").splitlines()) == sorted(before.splitlines()))
         # Before the next change the service has looked at what it did.
         eventually(lambda: readiness(service)[0] == 200)
-    assert "drift_found" in service.client.get("/api/v1/wireguard/audit").text
+    assert "drift_found" in service.client.get(AUDIT).text
     eventually(lambda: readiness(service)[0] == 200)
 
 

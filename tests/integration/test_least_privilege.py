@@ -13,7 +13,7 @@ from typing import IO, Final
 import pytest
 
 from tests.harness.hosts import Host, LocalHost, connect
-from tests.harness.requests import provision_body
+from tests.harness.requests import PEERS, PROVISION, provision_body
 from tests.harness.requirements import require
 from tests.harness.service import ServiceProcess
 from tests.harness.wireguard import HubInterface
@@ -120,11 +120,11 @@ def test_the_service_needs_no_privilege_but_cap_net_admin(hub: Hub) -> None:
         assert Path(f"/proc/{service.pid}/environ").stat().st_uid == 0
         body = provision_body("node-1")
         key = body["wireguard_public_key"]
-        answer = service.client.post("/api/v1/wireguard/provision", json=body)
+        answer = service.client.post(PROVISION, json=body)
         assert answer.status_code == 200, answer.text
         assert hub.interface.peers() == {key: {"10.0.0.2/32"}}
         service.restart()
-        assert service.client.delete("/api/v1/wireguard/peers/node-1").status_code == 200
+        assert service.client.delete(f"{PEERS}/node-1").status_code == 200
         assert hub.interface.peers() == {}
         owners = {path.stat().st_uid for path in hub.directory.rglob("*") if path.suffix != ".log"}
     assert owners == {hub.user}

@@ -16,6 +16,7 @@ from backend.api import documentation
 from backend.api.security import OpenRoute
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from tests.harness.patience import eventually
+from tests.harness.requests import AUDIT, PEERS, PROVISION
 from tests.harness.service import ServiceProcess
 
 OPEN = ("/healthz", "/readyz", "/openapi.json", "/docs", "/docs/swagger-ui-bundle.js")
@@ -40,7 +41,7 @@ def file_only(directory: Path) -> dict[str, object]:
 def become_admin(service: ServiceProcess) -> None:
     service.become_admin()
     # When this is answered, the service has the key.
-    service.client.get("/api/v1/wireguard/peers").raise_for_status()
+    service.client.get(PEERS).raise_for_status()
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_clients_that_read_none_of_the_script_share_one_copy_of_it() -> None:
 
 
 def test_redirect_never_follows_the_host_header(outsider: httpx.Client) -> None:
-    for path in ("/healthz/", "/docs/", "/api/v1/wireguard/peers/"):
+    for path in ("/healthz/", "/docs/", f"{PEERS}/"):
         answer = outsider.get(path, headers={"Host": "evil.example"})
         assert (answer.status_code, answer.headers.get("Location")) == (404, None)
 
@@ -168,7 +169,7 @@ def test_reasons_are_for_callers_with_a_credential(service: ServiceProcess, outs
     forged = outsider.get("/readyz", headers={"Authorization": f"Bearer ocw_{'0' * 16}_{'0' * 43}"})
     assert forged.json() == {"detail": "not ready"}
     config.with_suffix(".away").rename(config)
-    tries = service.client.get("/api/v1/wireguard/audit").json()["entries"]
+    tries = service.client.get(AUDIT).json()["entries"]
     assert ("authenticate", "refused", "malformed") in {
         (row["action"], row["outcome"], row["reason"]) for row in tries
     }
@@ -180,7 +181,7 @@ def test_schema_declares_the_credential_and_the_proofs(outsider: httpx.Client) -
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             assert operation.get("security") == ([{"Bearer": []}] if "/api/" in path else None), path
-    parameters = schema["paths"]["/api/v1/wireguard/provision"]["post"]["parameters"]
+    parameters = schema["paths"][PROVISION]["post"]["parameters"]
     assert {parameter["name"] for parameter in parameters} == {
         "Idempotency-Key",
         "X-Node-Timestamp",

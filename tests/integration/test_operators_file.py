@@ -6,13 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, other_spelling, provision_body
+from tests.harness.requests import PEERS, PROVISION, new_key, other_spelling, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import in_file, listed, settings_for, without_ours
 from tests.harness.wireguard import HubInterface
 
-PROVISION = "/api/v1/wireguard/provision"
-PEERS = "/api/v1/wireguard/peers"
 StartService = Callable[..., ServiceProcess]
 
 

@@ -11,7 +11,7 @@ import pytest
 from backend.adapters.records.recorded_peers import count_recorded_peers
 from tests.harness.command_line import ROOT
 from tests.harness.hosts import CommandFailedError, Host, LocalHost, connect
-from tests.harness.requests import provision_body
+from tests.harness.requests import PEERS, PROVISION, provision_body
 from tests.harness.requirements import require
 from tests.harness.service import ServiceProcess
 from tests.harness.wireguard import HubInterface
@@ -87,7 +87,7 @@ def test_readmes_script_lets_a_node_in_and_can_be_pasted_again(
 
     assert "3 received" in node.paste()
     assert [path.name for path in node.etc.iterdir() if path.stat().st_mode & 0o077] == []
-    peers = service.client.get("/api/v1/wireguard/peers").json()
+    peers = service.client.get(PEERS).json()
     assert peers[NODE]["assigned_ip"] == "10.0.0.2"
     key = (node.etc / "swarm.key").read_text().strip()
     assert key not in json.dumps(peers)
@@ -106,7 +106,7 @@ def test_readmes_script_lets_a_node_in_and_can_be_pasted_again(
     assert json.loads((node.etc / "swarm.json").read_text())["detail"]["existing_config"] == peers[NODE]
 
     token_id = (node.home / "node.token").read_text().split("_")[1]
-    assert service.client.delete(f"/api/v1/wireguard/peers/{NODE}").status_code == 200
+    assert service.client.delete(f"{PEERS}/{NODE}").status_code == 200
     assert service.command("token", "revoke", token_id).returncode == 0
     with pytest.raises(CommandFailedError, match="send a valid credential"):
         node.paste()
@@ -122,14 +122,12 @@ def test_a_backup_by_the_docs_has_the_peers_that_a_plain_copy_lacks(
     assert made.returncode == 0, made.stderr
     with first:
         for number in range(4):
-            first.client.post(
-                "/api/v1/wireguard/provision", json=provision_body(f"node-{number}")
-            ).raise_for_status()
+            first.client.post(PROVISION, json=provision_body(f"node-{number}")).raise_for_status()
         state = tmp_path / "var"
         text = block("docs/operations.md", ".backup")
         LocalHost().run(["bash", "-ec", elsewhere(text, state=state, backups=tmp_path / "backups")])
         shutil.copy(state / "provisioning.sqlite", tmp_path / "plain.sqlite")
-        peers = first.client.get("/api/v1/wireguard/peers").json()
+        peers = first.client.get(PEERS).json()
     (backup,) = (tmp_path / "backups" / "wireguard-provisioning").iterdir()
     assert {path.name: path.stat().st_mode & 0o777 for path in backup.iterdir()} == {
         "wg0.conf": 0o600,
@@ -140,4 +138,4 @@ def test_a_backup_by_the_docs_has_the_peers_that_a_plain_copy_lacks(
     second = tmp_path / "second"
     shutil.copytree(backup, second / "var")
     with ServiceProcess(second, settings) as service:
-        assert service.client.get("/api/v1/wireguard/peers").json() == peers
+        assert service.client.get(PEERS).json() == peers

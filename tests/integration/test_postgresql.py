@@ -9,14 +9,12 @@ import pytest
 import sqlalchemy as sa
 
 from backend.adapters.records.database import Database
-from tests.harness.requests import provision_body
+from tests.harness.requests import PEERS, PROVISION, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_concurrency import post_all
 
-PROVISION = "/api/v1/wireguard/provision"
-PEERS = "/api/v1/wireguard/peers"
 StartService = Callable[..., ServiceProcess]
 
 

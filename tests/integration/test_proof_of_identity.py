@@ -34,14 +34,12 @@ from backend.models.access.proof import (
 )
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from tests.harness.hosts import LocalHost
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import API, PEERS, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_enrolment_races import admitted, audit, by, new_token, token_id, uses
 
-API: Final = "/api/v1/wireguard"
-PEERS: Final = f"{API}/peers"
 PROOF_HEADERS: Final = (
     TIMESTAMP_HEADER,
     NONCE_HEADER,

@@ -18,7 +18,7 @@ from typing import Any, Final
 import pytest
 
 from tests.harness.hosts import Host, LocalHost, connect
-from tests.harness.requests import provision_body
+from tests.harness.requests import PEERS, PROVISION, provision_body
 from tests.harness.requirements import require
 from tests.harness.service import ServiceProcess
 from tests.harness.wireguard import HubInterface, Interface, genkey
@@ -229,6 +229,6 @@ def test_deprovisioned_node_is_cut_off_and_the_others_notice_nothing(swarm: Swar
 def _visit(swarm: Swarm, node_id: str) -> int:
     """Come and go; return the status of the going."""
     client = swarm.service.client
-    answer = client.post("/api/v1/wireguard/provision", json=provision_body(node_id))
+    answer = client.post(PROVISION, json=provision_body(node_id))
     assert answer.status_code == 200, answer.text
-    return client.delete(f"/api/v1/wireguard/peers/{node_id}").status_code
+    return client.delete(f"{PEERS}/{node_id}").status_code

@@ -22,18 +22,13 @@ from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import TokenRequest
 from backend.models.access.nonces import Nonce
 from backend.services.ports import Batch, Change
-from tests.harness.requests import provision_body
+from tests.harness.requests import AUDIT, KEYS, PEERS, PROVISION, TOKENS, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.integration.test_records import adding, removing
 
 ROOT = Path(__file__).parents[2]
-PROVISION = "/api/v1/wireguard/provision"
-PEERS = "/api/v1/wireguard/peers"
-TOKENS = "/api/v1/wireguard/tokens"
-KEYS = "/api/v1/wireguard/keys"
-AUDIT = "/api/v1/wireguard/audit"
 # Where the functions are that a test makes fail.
 MODULES = (audit, credentials, idempotency)
 

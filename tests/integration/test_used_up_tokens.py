@@ -11,14 +11,12 @@ import pytest
 
 from tests.harness.hosts import LocalHost
 from tests.harness.patience import eventually
-from tests.harness.requests import NO_TLS, provision_body
+from tests.harness.requests import API, NO_TLS, PROVISION, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_enrolment_races import admitted, audit, by, new_token, refused, token_id, uses
 
-API: Final = "/api/v1/wireguard"
-PROVISION: Final = f"{API}/provision"
 # Failures in a minute, for each test an address and a token of its own.
 LIMIT: Final = 16
 # Requests with one token in a minute.

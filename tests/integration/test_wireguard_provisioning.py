@@ -11,14 +11,10 @@ import pytest
 
 from tests.harness.hosts import LocalHost
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import PEERS, PROVISION, STATS, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
-
-PROVISION = "/api/v1/wireguard/provision"
-PEERS = "/api/v1/wireguard/peers"
-STATS = "/api/v1/wireguard/pool/stats"
 
 StartService = Callable[..., ServiceProcess]
 

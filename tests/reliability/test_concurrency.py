@@ -10,12 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.harness.requests import NO_TLS, new_key, provision_body
+from tests.harness.requests import NO_TLS, PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
 
-PROVISION = "/api/v1/wireguard/provision"
 StartService = Callable[..., ServiceProcess]
 
 

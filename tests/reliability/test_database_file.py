@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
 
 import pytest
 import sqlalchemy as sa
@@ -21,13 +20,12 @@ from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import TokenRequest
 from backend.services.ports import Batch
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import PROVISION, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.integration.test_records import adding
 
-PROVISION: Final = "/api/v1/wireguard/provision"
 StartService = Callable[..., ServiceProcess]
 
 

@@ -21,12 +21,11 @@ from backend.services.ports import Batch
 from tests.harness.outages import Server, lossy_network
 from tests.harness.patience import eventually
 from tests.harness.postgres import fresh_database, postgres_cluster
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import PEERS, PROVISION, TOKENS, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
 
-PROVISION: Final = "/api/v1/wireguard/provision"
 StartService = Callable[..., ServiceProcess]
 
 CLIENTS: Final = 8
@@ -225,9 +224,9 @@ def test_a_server_that_hangs_holds_up_nobody_who_has_to_show_a_credential(
     for number in range(20):
         body, key = provision_body(f"late-{number}"), {"Idempotency-Key": f"key-{number}"}
         requests += [
-            partial(service.client.get, "/api/v1/wireguard/peers", headers=stranger),
+            partial(service.client.get, PEERS, headers=stranger),
             partial(service.client.post, PROVISION, json=body, headers=key),
-            partial(service.client.get, "/api/v1/wireguard/tokens"),
+            partial(service.client.get, TOKENS),
             partial(service.client.get, "/readyz"),
         ]
     with ThreadPoolExecutor(len(requests)) as threads:

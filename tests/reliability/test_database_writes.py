@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 import pytest
 import sqlalchemy as sa
@@ -19,13 +18,12 @@ from backend.adapters.records.sql_journal import SqlJournal
 from backend.errors import RecordsUnavailableError
 from backend.services.ports import Batch
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import PROVISION, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.integration.test_records import adding
 
-PROVISION: Final = "/api/v1/wireguard/provision"
 StartService = Callable[..., ServiceProcess]
 
 

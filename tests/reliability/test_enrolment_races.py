@@ -17,16 +17,13 @@ import pytest
 
 from tests.benchmarks.load import encode
 from tests.harness.patience import eventually
-from tests.harness.requests import NO_TLS, new_key, provision_body
+from tests.harness.requests import API, NO_TLS, PEERS, PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.torture import TORTURE
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_failing_hub import Wrapper
 
-API: Final = "/api/v1/wireguard"
-PROVISION: Final = f"{API}/provision"
-PEERS: Final = f"{API}/peers"
 StartService = Callable[..., ServiceProcess]
 Answers = Sequence[tuple[int, bytes]]
 

@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import PEERS, PROVISION, STATS, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
 
-PROVISION = "/api/v1/wireguard/provision"
-PEERS = "/api/v1/wireguard/peers"
-STATS = "/api/v1/wireguard/pool/stats"
 StartService = Callable[..., ServiceProcess]
 
 

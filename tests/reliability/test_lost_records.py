@@ -6,18 +6,16 @@ import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import AUDIT, PEERS, PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.wireguard import HubInterface
 
-PROVISION: Final = "/api/v1/wireguard/provision"
-PEERS: Final = "/api/v1/wireguard/peers"
 StartService = Callable[..., ServiceProcess]
 
 
@@ -70,7 +68,7 @@ def test_records_switched_from_memory_to_disk_keep_every_peer(
     assert "WARNING backend.services.hub.history peers_adopted peers=8" in service.log
     (notice,) = service.client.get("/readyz").json()["notices"]
     assert notice.startswith("8 peers were taken from the config")
-    entries = service.client.get("/api/v1/wireguard/audit").json()["entries"]
+    entries = service.client.get(AUDIT).json()["entries"]
     assert [e["reason"] for e in entries if e["action"] == "peers_adopted"] == ["8 peers, from the config"]
     assert "1 notice(s) acknowledged" in reconcile(service, "--acknowledge").stdout
     eventually(lambda: service.client.get("/readyz").json()["notices"] == [])
@@ -214,7 +212,7 @@ def test_an_operator_adopts_what_restored_records_do_not_know(
     assert len(assert_in_step(service, hub_interface)) == 13
     actors = [
         (entry["action"], entry["actor"].partition(":")[0])
-        for entry in service.client.get("/api/v1/wireguard/audit").json()["entries"]
+        for entry in service.client.get(AUDIT).json()["entries"]
     ]
     assert ("peers_adopted", "cli") in actors
     assert ("hub_paused", "service") in actors
@@ -338,7 +336,7 @@ def test_an_audit_log_that_lost_a_revocation_is_said_at_the_start_and_by_verify(
     copy = back_up(tmp_path / "state")
     mark = hub_interface.config_path.with_name(f".{hub_interface.config_path.name}.mark")
     assert service.command("key", "revoke", key.split("_")[1]).returncode == 0
-    last = service.client.get("/api/v1/wireguard/audit").json()["entries"][0]["sequence"]
+    last = service.client.get(AUDIT).json()["entries"][0]["sequence"]
     eventually(lambda: json.loads(mark.read_text())["audit_sequence"] >= last)
     service.terminate()
     restore(tmp_path / "state", copy)

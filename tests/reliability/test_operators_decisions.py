@@ -4,20 +4,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
 
 import httpx
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import new_key, provision_body
+from tests.harness.requests import PEERS, PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_lost_records import back_up, is_ready, names, provision, reconcile, restore
 
-PROVISION: Final = "/api/v1/wireguard/provision"
-PEERS: Final = "/api/v1/wireguard/peers"
 StartService = Callable[..., ServiceProcess]
 
 

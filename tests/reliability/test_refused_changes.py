@@ -6,19 +6,16 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.requests import AUDIT, PEERS, PROVISION, provision_body
 from tests.harness.requirements import require
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
 
-PROVISION: Final = "/api/v1/wireguard/provision"
-PEERS: Final = "/api/v1/wireguard/peers"
 StartService = Callable[..., ServiceProcess]
 
 
@@ -90,7 +87,7 @@ def test_a_change_that_the_disk_refuses_touches_no_tunnel(
         service.client.post(PROVISION, json=body).raise_for_status()
     before = (listed(service), path.read_bytes(), hub_interface.peers())
     told = written(calls)
-    audited = service.client.get("/api/v1/wireguard/audit").json()["entries"][0]["sequence"]
+    audited = service.client.get(AUDIT).json()["entries"][0]["sequence"]
     disk.spoil(how)
     red = service.client.get("/readyz")
     assert red.status_code == 503
@@ -106,7 +103,7 @@ def test_a_change_that_the_disk_refuses_touches_no_tunnel(
     assert (listed(service), path.read_bytes(), hub_interface.peers()) == before
     # The cause is one line in the log, and what is tried again writes nothing into the records.
     assert service.log.count("could not be replaced") == 1
-    later = service.client.get("/api/v1/wireguard/audit").json()["entries"]
+    later = service.client.get(AUDIT).json()["entries"]
     fresh = [entry for entry in later if entry["sequence"] > audited]
     assert sum(entry["action"] == "revert" for entry in fresh) <= 1
     disk.mend()

@@ -15,14 +15,12 @@ import httpx
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import NO_TLS, new_key, provision_body
+from tests.harness.requests import NO_TLS, PEERS, PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.torture import TORTURE
 from tests.harness.wireguard import HubInterface
 
-PROVISION = "/api/v1/wireguard/provision"
-PEERS = "/api/v1/wireguard/peers"
 StartService = Callable[..., ServiceProcess]
 
 CLIENTS: Final = 16
