@@ -18,7 +18,7 @@ import pytest
 
 from tests.harness.command_line import ROOT, backend, invoke
 from tests.harness.patience import eventually
-from tests.harness.requests import PEERS, PROVISION, provision_body
+from tests.harness.requests import PEERS, PROVISION, bearer, provision_body
 from tests.harness.service import ServiceProcess
 from tests.test_command_line import hub_settings
 
@@ -47,10 +47,6 @@ def records_of(directory: Path) -> Path:
 def lines(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     assert (done.returncode, done.stderr) == (0, "")
     return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def bearer(secret: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {secret}"}
 
 
 def id_of(secret: str) -> str:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
@@ -331,3 +331,7 @@ class ServiceProcess:
     def _with_log(self, problem: str) -> str:
         tail = "\n".join(self.log.splitlines()[-_TAIL_LINES:])
         return f"{problem}\n--- {self._log_path}\n{tail}"
+
+
+# What the fixture `start_service` gives a test: it takes settings and ServiceProcess's other arguments.
+StartService = Callable[..., ServiceProcess]

@@ -4,7 +4,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from backend.errors import UnauthenticatedError
 from tests.harness.hosts import LocalHost
 from tests.harness.patience import eventually
 from tests.harness.requests import API, AUDIT, KEYS, PEERS, PROVISION, TOKENS, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_failing_hub import Wrapper
@@ -25,8 +25,6 @@ from tests.reliability.test_failing_hub import Wrapper
 UNAUTHENTICATED = {"detail": str(UnauthenticatedError("whatever"))}
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 PATIENT = {"WIREGUARD_RATE_LIMIT_FAILED_AUTHENTICATION": "100000/minute"}
-
-StartService = Callable[..., ServiceProcess]
 
 
 class Holder:

@@ -2,7 +2,7 @@
 
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -12,11 +12,9 @@ from fastapi import FastAPI
 from backend.api.v1.endpoints.wireguard_provisioning import router
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from tests.harness.patience import eventually
-from tests.harness.requests import AUDIT, KEYS, PEERS, PROVISION, TOKENS, provision_body
+from tests.harness.requests import AUDIT, KEYS, PEERS, PROVISION, TOKENS, bearer, provision_body
 from tests.harness.requirements import require
-from tests.harness.service import ServiceFailedError, ServiceProcess
-
-StartService = Callable[..., ServiceProcess]
+from tests.harness.service import ServiceFailedError, ServiceProcess, StartService
 
 
 def settings_in(directory: Path) -> dict[str, object]:
@@ -136,7 +134,7 @@ def test_a_file_that_can_not_be_written_is_said_and_stops_nothing(
     eventually(lambda: "admin_header_not_written" in service.log)
     assert [path.name for path in file.parent.iterdir() if "admin" in path.name] == ["admin.header"]
     key = service.credential("key", "create", "--role", "read")
-    answer = service.client.get(PEERS, headers={"Authorization": f"Bearer {key}"}, auth=None)
+    answer = service.client.get(PEERS, headers=bearer(key), auth=None)
     assert answer.status_code == 200
 
 
@@ -167,7 +165,7 @@ def test_with_the_switch_off_every_caller_may_all_but_make_credentials(
             ("POST", KEYS),
             ("DELETE", f"{KEYS}/{'0' * 16}"),
         ):
-            refused = client.request(method, path, headers={"Authorization": f"Bearer {key}"})
+            refused = client.request(method, path, headers=bearer(key))
             assert refused.status_code == 403, path
             assert "WIREGUARD_AUTH=off" in refused.json()["detail"]
         assert {entry["actor"] for entry in client.get(AUDIT).json()["entries"]} >= {"anyone"}

@@ -4,7 +4,6 @@ import getpass
 import re
 import sqlite3
 import subprocess
-from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,14 +14,13 @@ import pytest
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
 from tests.harness.requests import AUDIT, KEYS, PEERS, PROVISION, TOKENS, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import settings_for, without_ours
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_failing_hub import Wrapper
 
 MALFORMED: Final = "ocw_"
 
-StartService = Callable[..., ServiceProcess]
 Entry = dict[str, Any]
 
 

@@ -1,7 +1,7 @@
 """What a trusted proxy's X-Forwarded-For decides, and that it decides nothing from anywhere else."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,11 @@ from backend.adapters.http.connections import Connections
 from backend.adapters.http.http_protocol import BoundedProtocol
 from backend.models.access.sources import TrustedProxies
 from tests.harness.patience import eventually
-from tests.harness.requests import API, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.requests import API, bearer, provision_body
+from tests.harness.service import ServiceProcess, StartService
 from tests.integration.test_http_hardening import Client, Server, settings
 
 __all__ = ["settings"]
-
-StartService = Callable[..., ServiceProcess]
 
 
 @pytest.fixture
@@ -42,7 +40,7 @@ def behind(source: str) -> dict[str, str]:
 
 def test_limits_audit_and_source_cidr_go_by_the_last_hop(service: ServiceProcess) -> None:
     token = service.credential("token", "create", "--max-uses", "5", "--source-cidr", "203.0.113.0/24")
-    shown = {"Authorization": f"Bearer {token}"}
+    shown = bearer(token)
     provision = partial(service.client.post, f"{API}/provision")
     assert provision(json=provision_body("a"), headers=shown | behind("203.0.113.7")).status_code == 200
     statuses = [
@@ -61,7 +59,7 @@ def test_header_from_any_other_address_is_not_believed(service: ServiceProcess) 
     token = service.credential("token", "create", "--source-cidr", "203.0.113.0/24")
     transport = httpx.HTTPTransport(local_address="127.0.0.2")
     with httpx.Client(base_url=service.url, transport=transport, timeout=30) as client:
-        headers = {"Authorization": f"Bearer {token}"} | behind("203.0.113.7")
+        headers = bearer(token) | behind("203.0.113.7")
         answer = client.post(f"{API}/provision", json=provision_body("a"), headers=headers)
     assert answer.status_code == 401
     rows = service.client.get(f"{API}/audit").json()["entries"]

@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,10 @@ import pytest
 
 from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
-from tests.harness.requests import API, PEERS, PROVISION, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.requests import API, PEERS, PROVISION, bearer, new_key, provision_body
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface, genkey
-
-StartService = Callable[..., ServiceProcess]
 
 REDIS_PASSWORD: Final = "canary-of-redis-5f1d"  # noqa: S105 - guards nothing
 POSTGRES_PASSWORD: Final = "canary-of-postgres-93ab"  # noqa: S105 - as above
@@ -99,7 +97,7 @@ class Ear:
 
 
 def by(secret: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {secret}"}
+    return bearer(secret)
 
 
 def made_by_command(canaries: Canaries, directory: Path, settings: dict[str, object], *arguments: str) -> str:
@@ -157,9 +155,9 @@ def misuse_everything(ear: Ear, secrets: Iterable[str], admin: str) -> None:
             {"Authorization": f"Basic {secret}"},
             {"Authorization": f"Basic {base64.b64encode(f'admin:{secret}'.encode()).decode()}"},
             {"Authorization": f"Token {secret}"},
-            {"Authorization": f"Bearer {secret}x"},
-            {"Authorization": f"Bearer {secret}, Bearer {secret}"},
-            {"Authorization": f"Bearer {secret[:-1]}"},
+            bearer(f"{secret}x"),
+            bearer(f"{secret}, Bearer {secret}"),
+            bearer(secret[:-1]),
             {"X-Request-ID": f"{secret} {secret}"},
             {"Cookie": f"token={secret}", "Origin": f"http://{secret[:30].lower()}.example"},
             {"Forwarded": f"for={secret}", "Host": "hub.example.com", "User-Agent": secret},

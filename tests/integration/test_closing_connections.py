@@ -15,7 +15,7 @@ from backend.adapters.http.http_protocol import BoundedProtocol, answering_when_
 from backend.adapters.http.unix_socket import listening_at
 from tests.harness.patience import eventually
 from tests.harness.requests import provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import StartService
 from tests.integration.test_http_hardening import (
     CHUNKED,
     PROVISION,
@@ -29,8 +29,6 @@ from tests.integration.test_http_hardening import (
 )
 
 __all__ = ["server", "settings"]
-
-StartService = Callable[..., ServiceProcess]
 
 
 def half_close(client: Client) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -17,11 +17,10 @@ from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
 from tests.harness.peers import block
 from tests.harness.requests import PROVISION, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import StartService
 from tests.harness.three_places import in_file
 from tests.test_command_line import hub_settings
 
-StartService = Callable[..., ServiceProcess]
 # Nobody of this host's.
 STRANGER = 54321
 

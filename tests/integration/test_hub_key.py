@@ -1,7 +1,6 @@
 """The hub's key when its config is lost, and when it is changed on purpose: with real interfaces."""
 
 import subprocess
-from collections.abc import Callable
 from ipaddress import IPv4Interface
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from tests.harness.command_line import invoke
 from tests.harness.patience import eventually
 from tests.harness.peers import block
 from tests.harness.requests import PROVISION, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import StartService
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface, genkey
 
 ADDRESS = IPv4Interface("10.0.0.1/24")
-StartService = Callable[..., ServiceProcess]
 
 
 @pytest.fixture

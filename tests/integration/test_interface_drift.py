@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,11 +12,9 @@ import pytest
 
 from tests.harness.patience import eventually
 from tests.harness.requests import AUDIT, PEERS, PROVISION, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface, genkey
-
-StartService = Callable[..., ServiceProcess]
 
 
 def wg(hub: HubInterface, *arguments: str, text: str = "") -> None:

@@ -20,11 +20,9 @@ from backend.errors import StartRefusedError
 from backend.models.setting_values import ReloadMode
 from backend.settings import Settings
 from tests.harness.requests import new_key
-from tests.harness.service import ServiceProcess
+from tests.harness.service import StartService
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
-
-StartService = Callable[..., ServiceProcess]
 
 
 def make_old(path: Path) -> sqlite3.Connection:

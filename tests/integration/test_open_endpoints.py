@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,11 +16,10 @@ from backend.api import documentation
 from backend.api.security import OpenRoute
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from tests.harness.patience import eventually
-from tests.harness.requests import AUDIT, PEERS, PROVISION
-from tests.harness.service import ServiceProcess
+from tests.harness.requests import AUDIT, PEERS, PROVISION, bearer
+from tests.harness.service import ServiceProcess, StartService
 
 OPEN = ("/healthz", "/readyz", "/openapi.json", "/docs", "/docs/swagger-ui-bundle.js")
-StartService = Callable[..., ServiceProcess]
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +155,8 @@ def test_reasons_are_for_callers_with_a_credential(service: ServiceProcess, outs
     assert outsider.get("/readyz").json() == {"status": "ready"}
     assert service.client.get("/readyz").json() == {"status": "ready", "reload": "off", "notices": []}
     config = Path(service.settings["WIREGUARD_CONFIG_PATH"])
-    key = {"Authorization": f"Bearer {service.credential('key', 'create', '--role', 'read')}"}
-    token = {"Authorization": f"Bearer {service.credential('token', 'create')}"}
+    key = bearer(service.credential("key", "create", "--role", "read"))
+    token = bearer(service.credential("token", "create"))
     config.rename(config.with_suffix(".away"))
     told, other = service.client.get("/readyz"), outsider.get("/readyz")
     assert (told.status_code, other.status_code) == (503, 503)
@@ -166,7 +165,7 @@ def test_reasons_are_for_callers_with_a_credential(service: ServiceProcess, outs
     assert other.headers["Retry-After"]
     for shown in (key, token):
         eventually(partial(is_told, outsider, shown, told.json()))
-    forged = outsider.get("/readyz", headers={"Authorization": f"Bearer ocw_{'0' * 16}_{'0' * 43}"})
+    forged = outsider.get("/readyz", headers=bearer(f"ocw_{'0' * 16}_{'0' * 43}"))
     assert forged.json() == {"detail": "not ready"}
     config.with_suffix(".away").rename(config)
     tries = service.client.get(AUDIT).json()["entries"]

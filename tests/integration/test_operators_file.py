@@ -1,17 +1,14 @@
 """What an operator wrote into wg0.conf, with the whole service at work on it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.harness.patience import eventually
 from tests.harness.requests import PEERS, PROVISION, new_key, other_spelling, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import StartService
 from tests.harness.three_places import in_file, listed, settings_for, without_ours
 from tests.harness.wireguard import HubInterface
-
-StartService = Callable[..., ServiceProcess]
 
 
 def hand_made(hub: HubInterface, first: str, second: str) -> str:

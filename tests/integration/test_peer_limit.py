@@ -1,7 +1,6 @@
 """The interface takes so many peers and no more: a limit with a name, in place of a `wg` that fails."""
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,12 @@ from backend.errors import DuplicatePeerError, PeerLimitError
 from backend.services.hub.peer_limit import PeerLimit
 from tests.harness.fakes import FakeHub
 from tests.harness.requests import new_key
-from tests.harness.service import ServiceProcess
+from tests.harness.service import StartService
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
 from tests.test_provisioning_service import World, hub, make_world, world
 
 __all__ = ["hub", "make_world", "world"]
-
-StartService = Callable[..., ServiceProcess]
 
 
 def test_peer_beyond_the_limit_is_refused_before_anything_is_written(world: World, hub: FakeHub) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,10 @@ import sqlalchemy as sa
 
 from backend.adapters.records.database import Database
 from tests.harness.requests import PEERS, PROVISION, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import StartService
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_concurrency import post_all
-
-StartService = Callable[..., ServiceProcess]
 
 
 def test_peers_survive_a_kill_in_postgresql_too(

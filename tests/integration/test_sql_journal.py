@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,8 +22,8 @@ from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import TokenRequest
 from backend.models.access.nonces import Nonce
 from backend.services.ports import Batch, Change
-from tests.harness.requests import AUDIT, KEYS, PEERS, PROVISION, TOKENS, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.requests import AUDIT, KEYS, PEERS, PROVISION, TOKENS, bearer, provision_body
+from tests.harness.service import StartService
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.integration.test_records import adding, removing
@@ -31,8 +31,6 @@ from tests.integration.test_records import adding, removing
 ROOT = Path(__file__).parents[2]
 # Where the functions are that a test makes fail.
 MODULES = (audit, credentials, idempotency)
-
-StartService = Callable[..., ServiceProcess]
 
 
 @pytest.fixture(params=["file", "memory", "postgresql"])
@@ -376,10 +374,10 @@ def test_records_in_memory_have_a_door_too_and_forget_it_with_the_process(
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path, ENABLE_DBOS="false"))
     key = service.client.post(KEYS, json={"role": "admin"}).json()["secret"]
-    admin = {"Authorization": f"Bearer {key}"}
+    admin = bearer(key)
     assert service.client.get(PEERS, auth=None).status_code == 401
     token = service.client.post(TOKENS, json={}, headers=admin).json()["secret"]
-    node = {"Authorization": f"Bearer {token}"}
+    node = bearer(token)
     answers = [
         service.client.post(PROVISION, json=provision_body(name), headers=node).status_code
         for name in ("node-1", "node-2")

@@ -7,7 +7,7 @@ import resource
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,12 @@ from backend.adapters.http.http_protocol import BoundedProtocol
 from backend.adapters.http.tls_server import TlsServer
 from backend.errors import StartRefusedError
 from tests.harness.patience import eventually
-from tests.harness.service import ServiceProcess
+from tests.harness.service import ServiceProcess, StartService
 from tests.integration.test_http_hardening import Client, Server, get, settings
 from tests.reliability.test_floods import open_descriptors
 
 __all__ = ["settings"]
 
-StartService = Callable[..., ServiceProcess]
 HEALTH = get("/healthz")
 
 

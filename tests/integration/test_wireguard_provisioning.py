@@ -3,7 +3,7 @@
 import base64
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ import pytest
 from tests.harness.hosts import LocalHost
 from tests.harness.patience import eventually
 from tests.harness.requests import PEERS, PROVISION, STATS, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
-
-StartService = Callable[..., ServiceProcess]
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,9 @@ import httpx
 import pytest
 
 from tests.harness.requests import NO_TLS, PROVISION, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
-
-StartService = Callable[..., ServiceProcess]
 
 
 async def post_all(

@@ -21,12 +21,10 @@ from backend.models.access.credentials import TokenRequest
 from backend.services.ports import Batch
 from tests.harness.patience import eventually
 from tests.harness.requests import PROVISION, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.integration.test_records import adding
-
-StartService = Callable[..., ServiceProcess]
 
 
 @pytest.fixture

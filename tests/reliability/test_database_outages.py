@@ -21,12 +21,10 @@ from backend.services.ports import Batch
 from tests.harness.outages import Server, lossy_network
 from tests.harness.patience import eventually
 from tests.harness.postgres import fresh_database, postgres_cluster
-from tests.harness.requests import PEERS, PROVISION, TOKENS, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.requests import PEERS, PROVISION, TOKENS, bearer, new_key, provision_body
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
-
-StartService = Callable[..., ServiceProcess]
 
 CLIENTS: Final = 8
 # What was promised is 5 s for an answer and 2 s for coming back; twice that on a busy machine.
@@ -216,7 +214,7 @@ def test_a_server_that_hangs_holds_up_nobody_who_has_to_show_a_credential(
     service.become_admin()
     assert service.client.post(PROVISION, json=provision_body("node-1")).status_code == 200
     known_at = time.monotonic()
-    stranger = {"Authorization": f"Bearer ocw_{'0' * 16}_{'a' * 64}"}
+    stranger = bearer(f"ocw_{'0' * 16}_{'a' * 64}")
     # Until the look at the records that found the key is too old to stand for another one.
     eventually(lambda: time.monotonic() - known_at > 0.6)
     server.hang()

@@ -4,7 +4,7 @@ import itertools
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +19,10 @@ from backend.errors import RecordsUnavailableError
 from backend.services.ports import Batch
 from tests.harness.patience import eventually
 from tests.harness.requests import PROVISION, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import StartService
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.integration.test_records import adding
-
-StartService = Callable[..., ServiceProcess]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,13 @@ import pytest
 
 from tests.benchmarks.load import encode
 from tests.harness.patience import eventually
-from tests.harness.requests import API, NO_TLS, PEERS, PROVISION, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.requests import API, NO_TLS, PEERS, PROVISION, bearer, new_key, provision_body
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.torture import TORTURE
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_failing_hub import Wrapper
 
-StartService = Callable[..., ServiceProcess]
 Answers = Sequence[tuple[int, bytes]]
 
 CLIENTS: Final = 64
@@ -59,7 +58,7 @@ def token_id(token: str) -> str:
 
 
 def by(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
+    return bearer(token)
 
 
 def audit(service: ServiceProcess, **parameters: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import re
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from backend.adapters.wireguard.host_link import HostLinks, interface_exists
 from backend.errors import HubUpdateError
 from tests.harness.patience import eventually
 from tests.harness.requests import provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
 from tests.integration.test_closing_connections import connections
@@ -40,7 +40,6 @@ __all__ = ["settings"]
 
 STALLED_SECONDS = 0.5
 LARGE = 4 * 1024 * 1024
-StartService = Callable[..., ServiceProcess]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import json
 import sqlite3
 import subprocess
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,10 @@ from typing import Any
 import pytest
 
 from tests.harness.patience import eventually
-from tests.harness.requests import AUDIT, PEERS, PROVISION, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.requests import AUDIT, PEERS, PROVISION, bearer, new_key, provision_body
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.wireguard import HubInterface
-
-StartService = Callable[..., ServiceProcess]
 
 
 def provision(service: ServiceProcess, *node_ids: str) -> list[dict[str, Any]]:
@@ -134,7 +131,7 @@ def test_an_adopted_peer_is_told_to_no_token_alone_and_gets_its_identity_from_an
     service.settings["ENABLE_DBOS"] = "true"
     service.restart()
     service.become_admin()
-    token = {"Authorization": f"Bearer {service.credential('token', 'create')}"}
+    token = bearer(service.credential("token", "create"))
     refused = service.client.post(PROVISION, json=body, headers=token)
     assert refused.status_code == 409
     assert refused.json()["detail"]["existing_config"] == {}

@@ -1,7 +1,6 @@
 """What an operator decides where the records don't fit the hub, and what must not come in between."""
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,12 +9,10 @@ import pytest
 
 from tests.harness.patience import eventually
 from tests.harness.requests import PEERS, PROVISION, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, in_file, settings_for
 from tests.harness.wireguard import HubInterface
 from tests.reliability.test_lost_records import back_up, is_ready, names, provision, reconcile, restore
-
-StartService = Callable[..., ServiceProcess]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import itertools
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,11 +12,9 @@ import pytest
 from tests.harness.patience import eventually
 from tests.harness.requests import AUDIT, PEERS, PROVISION, provision_body
 from tests.harness.requirements import require
-from tests.harness.service import ServiceProcess
+from tests.harness.service import StartService
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
-
-StartService = Callable[..., ServiceProcess]
 
 
 class Disk:

@@ -6,7 +6,6 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -16,12 +15,10 @@ import pytest
 
 from tests.harness.patience import eventually
 from tests.harness.requests import NO_TLS, PEERS, PROVISION, new_key, provision_body
-from tests.harness.service import ServiceProcess
+from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.torture import TORTURE
 from tests.harness.wireguard import HubInterface
-
-StartService = Callable[..., ServiceProcess]
 
 CLIENTS: Final = 16
 
