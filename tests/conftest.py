@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import pytest
 
+from tests.harness.failing_wg import FailingWg
 from tests.harness.hosts import LocalHost
 from tests.harness.namespaces import Guard, enter_new_namespaces
 from tests.harness.postgres import fresh_database, postgres_cluster
@@ -146,6 +147,12 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
     finally:
         for service in reversed(running):
             service.close()
+
+
+@pytest.fixture
+def wg(tmp_path: Path) -> FailingWg:
+    """Give the test a `wg` that fails when told to; its `directory` goes first in PATH."""
+    return FailingWg(tmp_path / "bin")
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests.harness.command_line import ROOT, backend, invoke
+from tests.harness.command_line import ROOT, backend, hub_settings, invoke
 from tests.harness.patience import eventually
 from tests.harness.requests import PEERS, PROVISION, bearer, provision_body
 from tests.harness.service import ServiceProcess
-from tests.test_command_line import hub_settings
 
 SECRET = re.compile(r"ocw_([0-9a-f]{16})_[0-9a-f]{64}")
 

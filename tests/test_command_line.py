@@ -10,20 +10,10 @@ from pathlib import Path
 import pytest
 
 from backend import __version__
-from tests.harness.command_line import ROOT, backend, invoke
+from tests.harness.command_line import ROOT, backend, hub_settings, invoke
 from tests.harness.service import ServiceProcess, free_port
 
 KEY = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
-
-
-def hub_settings(directory: Path) -> dict[str, object]:
-    """Return the settings of a hub that is a file only."""
-    return {
-        "WIREGUARD_CONFIG_PATH": directory / "wg0.conf",
-        "WIREGUARD_RELOAD": "off",
-        "STATE_DIRECTORY": directory / "state",
-        "ENABLE_DBOS": "false",
-    }
 
 
 def test_help_names_the_commands(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ import pytest
 
 from backend.errors import ConfigFileError
 from backend.services.hub.quick_keys import addresses, require_address
-from tests.harness.command_line import backend, invoke
-from tests.test_command_line import hub_settings
+from tests.harness.command_line import backend, hub_settings, invoke
 
 KEY = "PrivateKey = iB4Y8yRkAyI8mdFBYCpOUXLTn1kAbGbyGmtXGvRZ/F4=\n"
 

@@ -51,6 +51,16 @@ def invoke(
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
+def hub_settings(directory: Path) -> dict[str, object]:
+    """Return the settings of a hub that is a file only."""
+    return {
+        "WIREGUARD_CONFIG_PATH": directory / "wg0.conf",
+        "WIREGUARD_RELOAD": "off",
+        "STATE_DIRECTORY": directory / "state",
+        "ENABLE_DBOS": "false",
+    }
+
+
 def _given(settings: Mapping[str, object] | None) -> dict[str, str]:
     return {name: str(value) for name, value in (settings or {}).items()}
 

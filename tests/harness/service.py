@@ -160,6 +160,11 @@ class ServiceProcess:
             raise ServiceFailedError("the service isn't running")
         return self._process.pid
 
+    @property
+    def open_descriptors(self) -> int:
+        """How many file descriptors the running process has open."""
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
     def start(self) -> None:
         """Start it and wait until it is ready; raise ServiceFailedError."""
         for attempt in range(1, _PORT_ATTEMPTS + 1):

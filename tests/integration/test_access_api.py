@@ -14,13 +14,13 @@ import httpx
 import pytest
 
 from backend.errors import UnauthenticatedError
+from tests.harness.failing_wg import FailingWg
 from tests.harness.hosts import LocalHost
 from tests.harness.patience import eventually
 from tests.harness.requests import API, AUDIT, KEYS, PEERS, PROVISION, TOKENS, new_key, provision_body
 from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
-from tests.reliability.test_failing_hub import Wrapper
 
 UNAUTHENTICATED = {"detail": str(UnauthenticatedError("whatever"))}
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -380,7 +380,7 @@ def test_a_key_that_is_revoked_while_a_body_comes_in_makes_nothing(
 def test_a_use_that_was_seen_under_way_and_taken_back_can_be_made_again(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
-    wg = Wrapper(tmp_path / "bin")
+    wg = FailingWg(tmp_path / "bin")
     service = start_service(settings_for(hub_interface, tmp_path), path_prefix=wg.directory)
     admin = Holder(service.client, service.client.post(KEYS, json={"role": "admin"}).json())
     token, body = admin.make(TOKENS), provision_body("node-1")

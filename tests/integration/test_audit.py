@@ -12,12 +12,12 @@ from typing import Any, Final
 import pytest
 
 from tests.harness.command_line import invoke
+from tests.harness.failing_wg import FailingWg
 from tests.harness.patience import eventually
 from tests.harness.requests import AUDIT, KEYS, PEERS, PROVISION, TOKENS, new_key, provision_body
 from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import settings_for, without_ours
 from tests.harness.wireguard import HubInterface
-from tests.reliability.test_failing_hub import Wrapper
 
 MALFORMED: Final = "ocw_"
 
@@ -25,13 +25,8 @@ Entry = dict[str, Any]
 
 
 @pytest.fixture
-def wg(tmp_path: Path) -> Wrapper:
-    return Wrapper(tmp_path / "bin")
-
-
-@pytest.fixture
 def service(
-    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, wg: Wrapper
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, wg: FailingWg
 ) -> ServiceProcess:
     return start_service(settings_for(hub_interface, tmp_path), path_prefix=wg.directory)
 
@@ -280,7 +275,7 @@ def test_what_is_noticed_is_logged_though_nobody_asked_for_it(
     ]
 
 
-def test_a_hub_that_fails_is_on_record_with_what_it_took_back(service: ServiceProcess, wg: Wrapper) -> None:
+def test_a_hub_that_fails_is_on_record_with_what_it_took_back(service: ServiceProcess, wg: FailingWg) -> None:
     script = Script(service)
     script.ask("first", "POST", PROVISION, 200, json=provision_body("node-1"))
     wg.be("fails")

@@ -27,13 +27,12 @@ from backend.models.access.audit import (
 from backend.models.access.callers import SERVICE
 from backend.services.access.audit_pruning import AuditPruning
 from backend.services.hub.mark import HubMark, Mark
-from tests.harness.command_line import invoke
+from tests.harness.command_line import hub_settings, invoke
 from tests.harness.patience import eventually
 from tests.harness.requests import PROVISION, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
-from tests.test_command_line import hub_settings
 
 NOON: Final = datetime(2026, 2, 19, 12, tzinfo=UTC)
 DAY: Final = timedelta(days=1)

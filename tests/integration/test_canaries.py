@@ -96,10 +96,6 @@ class Ear:
         return answer
 
 
-def by(secret: str) -> dict[str, str]:
-    return bearer(secret)
-
-
 def made_by_command(canaries: Canaries, directory: Path, settings: dict[str, object], *arguments: str) -> str:
     """Make a credential with the command line."""
     done = invoke(*arguments, directory=directory, settings=settings)
@@ -118,11 +114,11 @@ def run_command(canaries: Canaries, directory: Path, settings: dict[str, object]
 def use_everything(ear: Ear, canaries: Canaries, admin: str, token: str) -> None:
     """Do with the two credentials whatever can be done, right and wrong."""
     body = provision_body("node-1")
-    operator = ear.ask("POST", f"{API}/keys", json={"role": "operate"}, headers=by(admin), secretly=True)
+    operator = ear.ask("POST", f"{API}/keys", json={"role": "operate"}, headers=bearer(admin), secretly=True)
     operate = canaries.plant("a key made over HTTP", operator.json()["secret"])
-    reader = ear.ask("POST", f"{API}/keys", json={"role": "read"}, headers=by(admin), secretly=True)
+    reader = ear.ask("POST", f"{API}/keys", json={"role": "read"}, headers=bearer(admin), secretly=True)
     read = canaries.plant("another", reader.json()["secret"])
-    single = ear.ask("POST", f"{API}/tokens", json={}, headers=by(admin), secretly=True).json()["secret"]
+    single = ear.ask("POST", f"{API}/tokens", json={}, headers=bearer(admin), secretly=True).json()["secret"]
     canaries.plant("a token made over HTTP", single)
     for secret in (single, token):
         for request in (
@@ -132,19 +128,19 @@ def use_everything(ear: Ear, canaries: Canaries, admin: str, token: str) -> None
             provision_body("node-2"),
             {**body, "version": "x"},
         ):
-            keyed = {**by(secret), "Idempotency-Key": "retry"}
-            ear.ask("POST", PROVISION, json=request, headers=by(secret))
+            keyed = {**bearer(secret), "Idempotency-Key": "retry"}
+            ear.ask("POST", PROVISION, json=request, headers=bearer(secret))
             ear.ask("POST", PROVISION, json=request, headers=keyed)
         for method, path in (("GET", PEERS), ("DELETE", f"{PEERS}/node-1"), ("GET", f"{API}/audit")):
-            ear.ask(method, path, headers=by(secret))
+            ear.ask(method, path, headers=bearer(secret))
     for secret in (read, operate, admin):
         for path in ("peers", "peers/node-1", "peers/nobody", "pool/stats", "audit", "tokens", "keys"):
-            ear.ask("GET", f"{API}/{path}", headers=by(secret))
-    ear.ask("DELETE", f"{PEERS}/node-1", headers=by(operate))
-    ear.ask("DELETE", f"{API}/tokens/{single.split('_')[1]}", headers=by(admin))
-    ear.ask("DELETE", f"{API}/keys/{read.split('_')[1]}", headers=by(admin))
+            ear.ask("GET", f"{API}/{path}", headers=bearer(secret))
+    ear.ask("DELETE", f"{PEERS}/node-1", headers=bearer(operate))
+    ear.ask("DELETE", f"{API}/tokens/{single.split('_')[1]}", headers=bearer(admin))
+    ear.ask("DELETE", f"{API}/keys/{read.split('_')[1]}", headers=bearer(admin))
     for secret in (single, read):
-        ear.ask("GET", PEERS, headers=by(secret))
+        ear.ask("GET", PEERS, headers=bearer(secret))
 
 
 def misuse_everything(ear: Ear, secrets: Iterable[str], admin: str) -> None:
@@ -167,16 +163,16 @@ def misuse_everything(ear: Ear, secrets: Iterable[str], admin: str) -> None:
             ear.ask("POST", PROVISION, json=provision_body("node-9"), headers=headers)
         asked = {"token": secret, "authorization": f"Bearer {secret}"}
         for path in (PEERS, f"{API}/audit", "/healthz", "/readyz", "/nowhere"):
-            ear.ask("GET", path, params=asked, headers=by(admin))
-        ear.ask("GET", f"{API}/audit", params={"actor": secret, "action": secret}, headers=by(admin))
-        identified = {**by(admin), "X-Request-ID": secret}
+            ear.ask("GET", path, params=asked, headers=bearer(admin))
+        ear.ask("GET", f"{API}/audit", params={"actor": secret, "action": secret}, headers=bearer(admin))
+        identified = {**bearer(admin), "X-Request-ID": secret}
         ear.ask("GET", PEERS, headers=identified)
         ear.ask("DELETE", f"{PEERS}/nobody", headers=identified)
         if secret.startswith("ocw_"):
             # Whole, where the ID alone belongs: an easy mistake.
             for path in (f"{API}/tokens", f"{API}/keys", PEERS):
-                ear.ask("DELETE", f"{path}/{secret}", headers=by(admin))
-            ear.ask("GET", f"{PEERS}/{secret}", headers=by(admin))
+                ear.ask("DELETE", f"{path}/{secret}", headers=bearer(admin))
+            ear.ask("GET", f"{PEERS}/{secret}", headers=bearer(admin))
         for content in (
             f'{{"node_id": "{secret}',
             f'{{"node_id": "node-9", "wireguard_public_key": "{secret}"}}',
@@ -197,7 +193,7 @@ def misuse_everything(ear: Ear, secrets: Iterable[str], admin: str) -> None:
             secret,
         ):
             for path in (PROVISION, f"{API}/challenge", f"{API}/tokens", f"{API}/keys"):
-                sent = {**by(admin), "Content-Type": "application/json"}
+                sent = {**bearer(admin), "Content-Type": "application/json"}
                 ear.ask("POST", path, content=content, headers=sent)
 
 
@@ -216,7 +212,7 @@ def break_the_file(ear: Ear, hub: HubInterface, canaries: Canaries, admin: str) 
     """Have an operator mistype a secret in the file, and put it right again."""
 
     def provision() -> int:
-        return ear.ask("POST", PROVISION, json=provision_body("node-5"), headers=by(admin)).status_code
+        return ear.ask("POST", PROVISION, json=provision_body("node-5"), headers=bearer(admin)).status_code
 
     right = hub.config_path.read_text()
     for text in mistyped(hub, canaries):
@@ -288,13 +284,13 @@ def test_no_secret_comes_out_of_anything(
         ear.ask("GET", path)
 
     hub_interface.down()
-    ear.ask("POST", PROVISION, json=provision_body("node-6"), headers=by(admin))
+    ear.ask("POST", PROVISION, json=provision_body("node-6"), headers=bearer(admin))
     ear.ask("GET", "/readyz")
     hub_interface.start()
     eventually(lambda: ear.ask("GET", "/readyz").status_code == 200)
     break_the_file(ear, hub_interface, canaries, admin)
-    ear.ask("POST", PROVISION, json=provision_body("node-7"), headers=by(admin))
-    ear.ask("GET", f"{API}/audit", params={"limit": 1000}, headers=by(admin))
+    ear.ask("POST", PROVISION, json=provision_body("node-7"), headers=bearer(admin))
+    ear.ask("GET", f"{API}/audit", params={"limit": 1000}, headers=bearer(admin))
 
     for command in ("token", "key"):
         assert run_command(canaries, tmp_path, settings, command, "list") == 0

@@ -13,13 +13,12 @@ from backend.errors import ConfigFileError, InUseError
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.services.hub.config_text import PeerBlock
 from backend.services.wireguard_config_manager import WireGuardConfigManager
-from tests.harness.command_line import invoke
+from tests.harness.command_line import hub_settings, invoke
 from tests.harness.patience import eventually
 from tests.harness.peers import block
 from tests.harness.requests import PROVISION, new_key, provision_body
 from tests.harness.service import StartService
 from tests.harness.three_places import in_file
-from tests.test_command_line import hub_settings
 
 # Nobody of this host's.
 STRANGER = 54321

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.harness.command_line import invoke
+from tests.harness.command_line import hub_settings, invoke
 from tests.harness.requests import PROVISION, provision_body
 from tests.harness.service import ServiceFailedError, ServiceProcess
-from tests.test_command_line import hub_settings
 
 ROOT = Path(__file__).parents[2]
 

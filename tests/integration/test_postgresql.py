@@ -8,11 +8,11 @@ import pytest
 import sqlalchemy as sa
 
 from backend.adapters.records.database import Database
+from tests.harness.crowds import post_all
 from tests.harness.requests import PEERS, PROVISION, provision_body
 from tests.harness.service import StartService
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
-from tests.reliability.test_concurrency import post_all
 
 
 def test_peers_survive_a_kill_in_postgresql_too(

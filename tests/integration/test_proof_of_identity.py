@@ -33,12 +33,12 @@ from backend.models.access.proof import (
     sign,
 )
 from backend.models.wireguard.keys import WireGuardPrivateKey
+from tests.harness.credentials import audit_entries, new_token, token_id, uses, with_admin_key
 from tests.harness.hosts import LocalHost
-from tests.harness.requests import API, PEERS, new_key, provision_body
+from tests.harness.requests import API, PEERS, bearer, new_key, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.wireguard import HubInterface
-from tests.reliability.test_enrolment_races import admitted, audit, by, new_token, token_id, uses
 
 PROOF_HEADERS: Final = (
     TIMESTAMP_HEADER,
@@ -73,7 +73,7 @@ def service(hub: HubInterface) -> Iterator[ServiceProcess]:
     directory = hub.config_path.parent
     settings = settings_for(hub, directory, WIREGUARD_REQUIRE_PROOF="true")
     with ServiceProcess(directory, settings) as service:
-        yield admitted(service)
+        yield with_admin_key(service)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def trusting(
     directory = tmp_path_factory.mktemp("trusting")
     hub = HubInterface(LocalHost(), "wgtrusting", directory)
     with ServiceProcess(directory, settings_for(hub, directory, WIREGUARD_RELOAD="off")) as service:
-        yield admitted(service), hub
+        yield with_admin_key(service), hub
 
 
 def new_node(node_id: str = "") -> Node:
@@ -107,7 +107,7 @@ def nothing_changed(service: ServiceProcess, hub: HubInterface) -> Iterator[None
 
 def newest(service: ServiceProcess, node_id: str) -> tuple[str, str, str, str]:
     """Return what the audit log has of the newest act on a node."""
-    entry = audit(service, subject=node_id)[0]
+    entry = audit_entries(service, subject=node_id)[0]
     return entry["action"], entry["outcome"], entry["reason"], entry["actor"]
 
 
@@ -131,7 +131,7 @@ class Attempt:
         """Ask for a challenge, for the key in the body."""
         wanted = key or json.loads(self.body)["wireguard_public_key"]
         answer = self.service.client.post(
-            CHALLENGE_PATH, json={"wireguard_public_key": wanted}, headers=by(self.token)
+            CHALLENGE_PATH, json={"wireguard_public_key": wanted}, headers=bearer(self.token)
         ).raise_for_status()
         fields = answer.json()
         return Challenge(fields["challenge_id"], fields["server_public_key"], fields["challenge"])
@@ -142,7 +142,7 @@ class Attempt:
         question = self.service.client.post(
             CHALLENGE_PATH,
             json={"wireguard_public_key": self.node.wireguard_public_key},
-            headers=by(self.token),
+            headers=bearer(self.token),
         )
         truth = {
             "method": "POST",
@@ -163,7 +163,12 @@ class Attempt:
 
     def send(self, *more: tuple[str, str]) -> httpx.Response:
         """Send it with its proof, and with more headers."""
-        headers = [("Content-Type", "application/json"), *by(self.token).items(), *self.proof.items(), *more]
+        headers = [
+            ("Content-Type", "application/json"),
+            *bearer(self.token).items(),
+            *self.proof.items(),
+            *more,
+        ]
         return self.service.client.post(PROVISION_PATH, content=self.body, headers=headers)
 
 
@@ -515,23 +520,23 @@ def test_a_challenge_is_for_whoever_may_come_in(service: ServiceProcess) -> None
     def ask(body: Any, **headers: str) -> httpx.Response:
         return service.client.post(CHALLENGE_PATH, json=body, headers=headers)
 
-    given = ask(question, **by(token))
+    given = ask(question, **bearer(token))
     assert given.status_code == 200
     fields = given.json()
     assert fields.keys() == {"challenge_id", "server_public_key", "challenge", "expires_in", "audience"}
     assert fields["expires_in"] == 60
     assert given.headers["Cache-Control"] == "no-store"
-    assert ask(question, **by(token)).json()["challenge"] != fields["challenge"]
+    assert ask(question, **bearer(token)).json()["challenge"] != fields["challenge"]
     assert ask(question, Authorization="Bearer none").status_code == 401
     reader = service.client.post(f"{API}/keys", json={"role": "read"}).json()["secret"]
-    assert ask(question, **by(reader)).status_code == 403
+    assert ask(question, **bearer(reader)).status_code == 403
     for wrong in ({}, {"wireguard_public_key": "A" * 43 + "="}, {**question, "more": 1}, [question]):
-        assert ask(wrong, **by(token)).status_code == 422
+        assert ask(wrong, **bearer(token)).status_code == 422
     # Whose token is used up may still have to ask again, for the node that it let in.
     node = new_node()
     Client(service.url, token).provision(node, version="1.0.0")
-    assert ask({"wireguard_public_key": node.wireguard_public_key}, **by(token)).status_code == 200
-    assert ask(question, **by(token)).status_code == 401
+    assert ask({"wireguard_public_key": node.wireguard_public_key}, **bearer(token)).status_code == 200
+    assert ask(question, **bearer(token)).status_code == 401
 
 
 def test_where_no_proof_is_asked_for_the_client_gives_none(
@@ -540,7 +545,7 @@ def test_where_no_proof_is_asked_for_the_client_gives_none(
     service, _ = trusting
     token, node = new_token(service), new_node()
     answer = service.client.post(
-        CHALLENGE_PATH, json={"wireguard_public_key": node.wireguard_public_key}, headers=by(token)
+        CHALLENGE_PATH, json={"wireguard_public_key": node.wireguard_public_key}, headers=bearer(token)
     )
     assert answer.status_code == 404
     assert "no proof" in answer.json()["detail"]
@@ -578,7 +583,7 @@ def test_the_same_key_and_body_get_the_same_bytes_again(
     again = ask_once(service, token, body, "key-1")
     assert (again.status_code, again.content) == (200, first.content)
     assert uses(service)[token_id(token)] == 1
-    assert len(audit(service, subject=body["node_id"])) == 1
+    assert len(audit_entries(service, subject=body["node_id"])) == 1
     # Without the key, or with another, it is a node that is known.
     assert ask_once(service, token, body).status_code == 409
     assert ask_once(service, token, body, "key-2").status_code == 409
@@ -595,7 +600,7 @@ def test_the_same_key_at_the_same_time_provisions_once(
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 1
     assert uses(service)[token_id(token)] == 1
-    assert [entry["outcome"] for entry in audit(service, subject=body["node_id"])] == ["accepted"]
+    assert [entry["outcome"] for entry in audit_entries(service, subject=body["node_id"])] == ["accepted"]
 
 
 def test_the_same_key_with_other_bodies_at_the_same_time_is_the_first_ones(

@@ -25,7 +25,6 @@ from backend.errors import StartRefusedError
 from tests.harness.patience import eventually
 from tests.harness.service import ServiceProcess, StartService
 from tests.integration.test_http_hardening import Client, Server, get, settings
-from tests.reliability.test_floods import open_descriptors
 
 __all__ = ["settings"]
 
@@ -126,14 +125,14 @@ def test_certificate_is_read_again_and_no_connection_is_dropped(
 
 
 def test_plain_http_gets_no_answer_and_leaves_nothing_behind(service: ServiceProcess) -> None:
-    before = open_descriptors(service)
+    before = service.open_descriptors
     with socket.create_connection(("127.0.0.1", service.port), 10) as plain:
         client = Client(plain)
         client.send(HEALTH)
         # An alert at most.
         with pytest.raises(ConnectionError):
             client.answer()
-    eventually(lambda: open_descriptors(service) <= before)
+    eventually(lambda: service.open_descriptors <= before)
     assert "Traceback" not in service.log
 
 
@@ -143,7 +142,7 @@ def test_handshakes_that_never_end_count_as_connections(
     few = {"WIREGUARD_MAX_CONNECTIONS_PER_SOURCE": "10", "DESCRIPTORS": "256"}
     service = start_service(settings | few, module=("tests.harness.few_descriptors",), **with_tls(files))
     wait_until_it_serves(service)
-    before = open_descriptors(service)
+    before = service.open_descriptors
     with ExitStack() as stack:
         for _ in range(50):
             stack.enter_context(socket.create_connection(("127.0.0.1", service.port), 10))
@@ -151,10 +150,10 @@ def test_handshakes_that_never_end_count_as_connections(
         with connected(service.port, "127.0.0.2") as client:
             client.send(HEALTH)
             assert client.status() == 200
-            assert open_descriptors(service) <= before + 11
+            assert service.open_descriptors <= before + 11
         with pytest.raises(OSError), connected(service.port):
             pass
-    eventually(lambda: open_descriptors(service) <= before)
+    eventually(lambda: service.open_descriptors <= before)
     with connected(service.port) as client:
         client.send(HEALTH)
         assert client.status() == 200

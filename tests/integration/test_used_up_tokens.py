@@ -9,13 +9,13 @@ from typing import Any, Final
 import httpx
 import pytest
 
+from tests.harness.credentials import audit_entries, new_token, refusals, token_id, uses, with_admin_key
 from tests.harness.hosts import LocalHost
 from tests.harness.patience import eventually
-from tests.harness.requests import API, NO_TLS, PROVISION, provision_body
+from tests.harness.requests import API, NO_TLS, PROVISION, bearer, provision_body
 from tests.harness.service import ServiceProcess
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
-from tests.reliability.test_enrolment_races import admitted, audit, by, new_token, refused, token_id, uses
 
 # Failures in a minute, for each test an address and a token of its own.
 LIMIT: Final = 16
@@ -36,7 +36,7 @@ def service(needs_wireguard: None, tmp_path_factory: pytest.TempPathFactory) -> 
         WIREGUARD_RATE_LIMIT_FAILED_AUTHENTICATION=f"{LIMIT}/minute",
     )
     with ServiceProcess(directory, settings) as service:
-        yield admitted(service)
+        yield with_admin_key(service)
 
 
 class Source:
@@ -50,7 +50,7 @@ class Source:
         )
 
     def provision(self, token: str, body: dict[str, Any], **headers: str) -> httpx.Response:
-        return self.client.post(PROVISION, json=body, headers={**by(token), **headers})
+        return self.client.post(PROVISION, json=body, headers={**bearer(token), **headers})
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def source(service: ServiceProcess) -> Iterator[Callable[[], Source]]:
 def used_token(service: ServiceProcess, node_id: str) -> tuple[str, dict[str, Any]]:
     """Return a token that is used up, and the body of the request that it was used for."""
     token, body = new_token(service), provision_body(node_id)
-    service.client.post(PROVISION, json=body, headers=by(token)).raise_for_status()
+    service.client.post(PROVISION, json=body, headers=bearer(token)).raise_for_status()
     return token, body
 
 
@@ -145,12 +145,12 @@ def test_anything_but_the_repeat_gets_the_one_401(
         )
     ]
     bodies += [b"", b"{", b"[" * 1000, b'{"node_id": "repeated"}' + b" " * 70_000]
-    client, headers = source().client, {**by(token), "Content-Type": "application/json"}
+    client, headers = source().client, {**bearer(token), "Content-Type": "application/json"}
     # In chunks: what says beforehand that it is too long is refused to everybody.
     answers = [client.post(PROVISION, content=iter([content]), headers=headers) for content in bodies]
     assert [answer.status_code for answer in answers] == [401] * len(bodies)
     assert len({answer.content for answer in answers}) == 1
-    assert client.post(PROVISION, json=body, headers=by(token)).status_code == 409
+    assert client.post(PROVISION, json=body, headers=bearer(token)).status_code == 409
     assert {answer.headers["WWW-Authenticate"] for answer in answers} == {"Bearer"}
 
 
@@ -170,7 +170,7 @@ def test_elsewhere_a_token_that_is_used_up_gets_the_same_401(
 ) -> None:
     token, _ = used_token(service, f"elsewhere-{method}-{path.replace('/', '-')}")
     stranger = source().client
-    answer = stranger.request(method, f"{API}/{path}", headers=by(token))
+    answer = stranger.request(method, f"{API}/{path}", headers=bearer(token))
     nobody = stranger.request(method, f"{API}/{path}")
     assert (answer.status_code, answer.content) == (nobody.status_code, nobody.content)
     assert answer.status_code == 401
@@ -197,14 +197,14 @@ def test_a_client_that_goes_away_in_the_middle_of_its_body_is_only_refused(
     service: ServiceProcess, source: Callable[[], Source]
 ) -> None:
     token, _ = used_token(service, "cut-off")
-    before = refused(service, "used_up")
+    before = refusals(service, "used_up")
     head = [f"POST {PROVISION} HTTP/1.1", "Host: hub", f"Authorization: Bearer {token}"]
     head += ["Content-Type: application/json", "Content-Length: 100", "Expect: 100-continue"]
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
         connection.sendall("\r\n".join([*head, "", ""]).encode())
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(b"{")
-    eventually(lambda: refused(service, "used_up") == before + 1)
+    eventually(lambda: refusals(service, "used_up") == before + 1)
     assert "Traceback" not in service.log
 
 
@@ -212,8 +212,8 @@ def test_a_409_counts_against_the_tokens_rate_and_not_against_its_uses(service: 
     """Otherwise a token asks for as many names as it likes."""
     token, body = new_token(service, max_uses=2), provision_body("counted")
     statuses = [
-        service.client.post(PROVISION, json=body, headers=by(token)).status_code for _ in range(RATE + 1)
+        service.client.post(PROVISION, json=body, headers=bearer(token)).status_code for _ in range(RATE + 1)
     ]
     assert statuses == [200] + [409] * (RATE - 1) + [429]
     assert uses(service)[token_id(token)] == 1
-    assert audit(service, subject=body["node_id"], action="provision")[-1]["outcome"] == "accepted"
+    assert audit_entries(service, subject=body["node_id"], action="provision")[-1]["outcome"] == "accepted"

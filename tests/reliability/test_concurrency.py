@@ -2,35 +2,16 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
-from tests.harness.requests import NO_TLS, PROVISION, new_key, provision_body
-from tests.harness.service import ServiceProcess, StartService
+from tests.harness.crowds import post_all
+from tests.harness.requests import new_key, provision_body
+from tests.harness.service import StartService
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
-
-
-async def post_all(
-    service: ServiceProcess, bodies: Iterator[dict[str, Any]], clients: int
-) -> list[httpx.Response]:
-    """Send the bodies over as many keep-alive connections, each as soon as its last answer is in."""
-    answers: list[httpx.Response] = []
-
-    async def client() -> None:
-        async with httpx.AsyncClient(
-            base_url=service.url, auth=service.local_admin, timeout=60.0, trust_env=False, verify=NO_TLS
-        ) as session:
-            for body in bodies:
-                answers.append(await session.post(PROVISION, json=body))  # noqa: PERF401 - as they come
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return answers
 
 
 @pytest.mark.parametrize("nodes", [400, pytest.param(2000, marks=pytest.mark.torture(only=True))])

@@ -16,13 +16,14 @@ import httpx
 import pytest
 
 from tests.benchmarks.load import encode
+from tests.harness.credentials import audit_entries, new_token, refusals, token_id, uses, with_admin_key
+from tests.harness.failing_wg import FailingWg
 from tests.harness.patience import eventually
 from tests.harness.requests import API, NO_TLS, PEERS, PROVISION, bearer, new_key, provision_body
 from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.torture import TORTURE
 from tests.harness.wireguard import HubInterface
-from tests.reliability.test_failing_hub import Wrapper
 
 Answers = Sequence[tuple[int, bytes]]
 
@@ -30,53 +31,6 @@ CLIENTS: Final = 64
 RACES: Final = pytest.mark.parametrize(
     "races", [15, pytest.param(200, marks=pytest.mark.torture(only=True))], ids=["few", "many"]
 )
-
-
-def admitted(service: ServiceProcess) -> ServiceProcess:
-    """Make the first key, and have the service's own client show it from now on."""
-    made = service.client.post(f"{API}/keys", json={"role": "admin"})
-    made.raise_for_status()
-    service.client.headers["Authorization"] = f"Bearer {made.json()['secret']}"
-    return service
-
-
-def new_token(service: ServiceProcess, max_uses: int = 1) -> str:
-    made = service.client.post(f"{API}/tokens", json={"max_uses": max_uses})
-    made.raise_for_status()
-    secret: str = made.json()["secret"]
-    return secret
-
-
-def uses(service: ServiceProcess) -> dict[str, int]:
-    """Return how often each token was used, by its ID."""
-    tokens = service.client.get(f"{API}/tokens").raise_for_status().json()
-    return {token["id"]: token["uses"] for token in tokens}
-
-
-def token_id(token: str) -> str:
-    return token.split("_")[1]
-
-
-def by(token: str) -> dict[str, str]:
-    return bearer(token)
-
-
-def audit(service: ServiceProcess, **parameters: str) -> list[dict[str, Any]]:
-    """Return the whole audit log, as far as it matches, the newest first."""
-    entries: list[dict[str, Any]] = []
-    query: dict[str, Any] = {"limit": 1000, **parameters}
-    while True:
-        page = service.client.get(f"{API}/audit", params=query).raise_for_status().json()
-        entries += page["entries"]
-        if page["next"] is None:
-            return entries
-        query["before"] = page["next"]
-
-
-def refused(service: ServiceProcess, reason: str) -> int:
-    """Return how many tries the audit log says were refused for this reason."""
-    entries = audit(service, action="authenticate")
-    return sum(entry["count"] for entry in entries if entry["reason"] == reason)
 
 
 def enrolment(service: ServiceProcess, token: str, body: dict[str, Any]) -> bytes:
@@ -147,8 +101,8 @@ def assert_single_use_tokens_let_one_in_each(service: ServiceProcess, rounds: in
     stats = service.client.get(f"{API}/pool/stats").json()
     assert stats["allocated_addresses"] == rounds
     assert stats["available_addresses"] == stats["total_addresses"] - stats["reserved_addresses"] - rounds
-    assert refused(service, "used_up") == rounds * (CLIENTS - 1)
-    provisioned = audit(service, action="provision")
+    assert refusals(service, "used_up") == rounds * (CLIENTS - 1)
+    provisioned = audit_entries(service, action="provision")
     assert {entry["outcome"] for entry in provisioned} == {"accepted"}
     assert Counter(entry["actor"] for entry in provisioned) == {f"token:{token_id(t)}": 1 for t in tokens}
 
@@ -159,7 +113,7 @@ def test_of_64_clients_that_race_for_a_single_use_token_one_gets_in(
 ) -> None:
     # An address is held for each who is still in the race.
     settings = settings_for(hub_interface, tmp_path, WIREGUARD_IP_POOL="10.0.0.0/22")
-    service = admitted(start_service(settings))
+    service = with_admin_key(start_service(settings))
     assert_single_use_tokens_let_one_in_each(service, races)
     before = assert_in_step(service, hub_interface)
     assert len(before) == races
@@ -183,7 +137,7 @@ def test_of_64_clients_that_race_for_a_single_use_token_one_gets_in_with_postgre
         WIREGUARD_IP_POOL="10.0.0.0/22",
         WIREGUARD_RELOAD="off",
     )
-    service = admitted(start_service(settings))
+    service = with_admin_key(start_service(settings))
     assert_single_use_tokens_let_one_in_each(service, races)
     peers = {node: peer["assigned_ip"] for node, peer in listed(service).items()}
     assert {node: address for node, (_, address) in in_file(hub_interface.config_path).items()} == peers
@@ -197,7 +151,7 @@ def service(
     over = {}
     if request.param == "postgresql":
         over = {"DATABASE_URL": request.getfixturevalue("postgres_database")}
-    return admitted(start_service(settings_for(hub_interface, tmp_path, **over)))
+    return with_admin_key(start_service(settings_for(hub_interface, tmp_path, **over)))
 
 
 def test_a_token_for_five_lets_five_of_a_crowd_in(
@@ -247,8 +201,8 @@ def test_the_node_itself_may_ask_again_with_a_token_that_is_used_up_and_nobody_e
 ) -> None:
     token = new_token(service)
     body = provision_body("node-1")
-    config = service.client.post(PROVISION, json=body, headers=by(token)).json()["config"]
-    retry = service.client.post(PROVISION, json=body, headers=by(token))
+    config = service.client.post(PROVISION, json=body, headers=bearer(token)).json()["config"]
+    retry = service.client.post(PROVISION, json=body, headers=bearer(token))
     assert retry.status_code == 409
     assert retry.json()["detail"]["existing_config"] == config
     key = body["wireguard_public_key"]
@@ -258,7 +212,7 @@ def test_the_node_itself_may_ask_again_with_a_token_that_is_used_up_and_nobody_e
         provision_body("node-1"),
         provision_body("node-1", key, public_key="another"),
     )
-    answers = [service.client.post(PROVISION, json=other, headers=by(token)) for other in others]
+    answers = [service.client.post(PROVISION, json=other, headers=bearer(token)) for other in others]
     assert [answer.status_code for answer in answers] == [401] * len(others)
     assert {answer.headers["WWW-Authenticate"] for answer in answers} == {"Bearer"}
     assert len({answer.text for answer in answers}) == 1
@@ -266,19 +220,19 @@ def test_the_node_itself_may_ask_again_with_a_token_that_is_used_up_and_nobody_e
     assert set(assert_in_step(service, hub_interface)) == {"node-1"}
     # Also where all that is left of it is what the records have.
     service.restart()
-    assert service.client.post(PROVISION, json=body, headers=by(token)).status_code == 409
-    assert service.client.post(PROVISION, json=others[2], headers=by(token)).status_code == 401
+    assert service.client.post(PROVISION, json=body, headers=bearer(token)).status_code == 409
+    assert service.client.post(PROVISION, json=others[2], headers=bearer(token)).status_code == 401
     assert uses(service) == {token_id(token): 1}
 
 
 def test_a_node_that_leaves_takes_its_use_along(service: ServiceProcess, hub_interface: HubInterface) -> None:
     token = new_token(service)
     body = provision_body("node-1")
-    service.client.post(PROVISION, json=body, headers=by(token)).raise_for_status()
+    service.client.post(PROVISION, json=body, headers=bearer(token)).raise_for_status()
     service.client.delete(f"{PEERS}/node-1").raise_for_status()
-    assert service.client.post(PROVISION, json=body, headers=by(token)).status_code == 401
+    assert service.client.post(PROVISION, json=body, headers=bearer(token)).status_code == 401
     service.restart()
-    assert service.client.post(PROVISION, json=body, headers=by(token)).status_code == 401
+    assert service.client.post(PROVISION, json=body, headers=bearer(token)).status_code == 401
     assert uses(service) == {token_id(token): 1}
     assert assert_in_step(service, hub_interface) == {}
 
@@ -286,20 +240,20 @@ def test_a_node_that_leaves_takes_its_use_along(service: ServiceProcess, hub_int
 def test_a_use_that_the_hub_could_not_honour_is_given_back(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
-    wg = Wrapper(tmp_path / "bin")
-    service = admitted(start_service(settings_for(hub_interface, tmp_path), path_prefix=wg.directory))
+    wg = FailingWg(tmp_path / "bin")
+    service = with_admin_key(start_service(settings_for(hub_interface, tmp_path), path_prefix=wg.directory))
     token = new_token(service)
     wg.be("fails")
-    answer = service.client.post(PROVISION, json=provision_body("node-1"), headers=by(token))
+    answer = service.client.post(PROVISION, json=provision_body("node-1"), headers=bearer(token))
     assert answer.status_code == 503
     assert uses(service) == {token_id(token): 0}
-    (revert,) = audit(service, action="revert")
+    (revert,) = audit_entries(service, action="revert")
     assert (revert["subject"], revert["actor"], revert["outcome"]) == ("node-1", "service", "noted")
     assert "wg" in revert["reason"]
     wg.be("works")
     eventually(lambda: service.client.get("/readyz").status_code == 200)
     # Another node may have it now: nothing is bound to who was told that it isn't in.
-    service.client.post(PROVISION, json=provision_body("node-2"), headers=by(token)).raise_for_status()
+    service.client.post(PROVISION, json=provision_body("node-2"), headers=bearer(token)).raise_for_status()
     assert uses(service) == {token_id(token): 1}
     assert set(assert_in_step(service, hub_interface)) == {"node-2"}
 
@@ -307,15 +261,15 @@ def test_a_use_that_the_hub_could_not_honour_is_given_back(
 def test_no_use_is_taken_while_the_interface_is_away(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
-    service = admitted(start_service(settings_for(hub_interface, tmp_path)))
+    service = with_admin_key(start_service(settings_for(hub_interface, tmp_path)))
     token = new_token(service)
     hub_interface.down()
-    answer = service.client.post(PROVISION, json=provision_body("node-1"), headers=by(token))
+    answer = service.client.post(PROVISION, json=provision_body("node-1"), headers=bearer(token))
     assert answer.status_code == 503
     assert uses(service) == {token_id(token): 0}
     hub_interface.start()
     eventually(lambda: service.client.get("/readyz").status_code == 200)
-    service.client.post(PROVISION, json=provision_body("node-1"), headers=by(token)).raise_for_status()
+    service.client.post(PROVISION, json=provision_body("node-1"), headers=bearer(token)).raise_for_status()
     assert uses(service) == {token_id(token): 1}
     assert set(assert_in_step(service, hub_interface)) == {"node-1"}
 
@@ -323,15 +277,15 @@ def test_no_use_is_taken_while_the_interface_is_away(
 def test_a_use_that_somebody_saw_before_it_was_given_back_is_there_again(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
-    wg = Wrapper(tmp_path / "bin")
-    service = admitted(start_service(settings_for(hub_interface, tmp_path), path_prefix=wg.directory))
+    wg = FailingWg(tmp_path / "bin")
+    service = with_admin_key(start_service(settings_for(hub_interface, tmp_path), path_prefix=wg.directory))
     token = new_token(service)
     wg.be("held")
     answers: list[httpx.Response] = []
 
     def ask() -> None:
         body = provision_body("node-1")
-        answers.append(service.client.post(PROVISION, json=body, headers=by(token), timeout=60.0))
+        answers.append(service.client.post(PROVISION, json=body, headers=bearer(token), timeout=60.0))
 
     waiting = threading.Thread(target=ask)
     waiting.start()
@@ -341,7 +295,7 @@ def test_a_use_that_somebody_saw_before_it_was_given_back_is_there_again(
     assert [answer.status_code for answer in answers] == [503]
     wg.be("works")
     eventually(lambda: service.client.get("/readyz").status_code == 200)
-    answer = service.client.post(PROVISION, json=provision_body("node-1"), headers=by(token))
+    answer = service.client.post(PROVISION, json=provision_body("node-1"), headers=bearer(token))
     assert answer.status_code == 200, answer.text
     assert uses(service) == {token_id(token): 1}
 
@@ -359,7 +313,7 @@ class Enroller:
     def work(self) -> None:
         with (
             httpx.Client(
-                base_url=self.url, timeout=20.0, trust_env=False, verify=NO_TLS, headers=by(self.token)
+                base_url=self.url, timeout=20.0, trust_env=False, verify=NO_TLS, headers=bearer(self.token)
             ) as client,
             contextlib.suppress(httpx.TransportError),
         ):
@@ -382,7 +336,7 @@ def test_killed_under_load_no_token_has_let_in_more_than_were_counted(
     chance: random.Random,
 ) -> None:
     settings = settings_for(hub_interface, tmp_path, WIREGUARD_IP_POOL="10.0.0.0/16")
-    service = admitted(start_service(settings))
+    service = with_admin_key(start_service(settings))
     # The first is used up in the middle of it.
     tokens = [new_token(service, max_uses) for max_uses in (20, 100_000, 100_000)]
     acknowledged: dict[str, str] = {}

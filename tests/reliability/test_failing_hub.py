@@ -1,13 +1,13 @@
 """A `wg` that fails, really: everybody is told, nothing is left, and it goes on when `wg` works again."""
 
 import os
-import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.harness.failing_wg import FailingWg
 from tests.harness.patience import eventually
 from tests.harness.requests import PEERS, PROVISION, STATS, provision_body
 from tests.harness.service import ServiceProcess, StartService
@@ -15,58 +15,16 @@ from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
 
 
-class Wrapper:
-    """A `wg` in front of the real one on the PATH, which does as it is told."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        directory.mkdir()
-        self._mood = directory / "mood"
-        real = shutil.which("wg")
-        script = directory / "wg"
-        # The mood `fails` refuses; `lies` does the work and then says that it failed; `held` lasts until the
-        # mood changes, and fails.
-        script.write_text(
-            "#!/bin/sh\n"
-            # `addconf` is started before its input comes, and counts as a `set` from then on.
-            "what=$1\n"
-            '[ "$what" = addconf ] && { input=$(cat); what=set; }\n'
-            'real() { if [ "$1" = addconf ]; then printf "%s\\n" "$input" |'
-            f' {real} "$@"; else {real} "$@"; fi; }}\n'
-            f"mood=$(cat {self._mood} 2>/dev/null)\n"
-            'case "$what-$mood" in\n'
-            "  syncconf-fails|set-fails) echo 'the device is on fire' >&2; exit 1;;\n"
-            "  syncconf-hangs|set-hangs) exec sleep 20;;\n"
-            f'  syncconf-held|set-held) while [ "$(cat {self._mood})" = held ]; do sleep 0.02; done\n'
-            "    exit 1;;\n"
-            "  syncconf-lies|set-lies) real \"$@\"; echo 'lost the answer' >&2; exit 1;;\n"
-            "esac\n"
-            'real "$@"\n'
-        )
-        script.chmod(0o755)
-
-    def be(self, mood: str) -> None:
-        # In one step, so that nothing reads a file that is empty for a moment.
-        new = self._mood.with_suffix(".new")
-        new.write_text(mood)
-        new.replace(self._mood)
-
-
-@pytest.fixture
-def wg(tmp_path: Path) -> Wrapper:
-    return Wrapper(tmp_path / "bin")
-
-
 @pytest.fixture
 def service(
-    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, wg: Wrapper
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, wg: FailingWg
 ) -> ServiceProcess:
     return start_service(settings_for(hub_interface, tmp_path), path_prefix=wg.directory)
 
 
 @pytest.mark.parametrize("mood", ["fails", "lies"])
 def test_a_batch_that_the_interface_refuses_leaves_nothing_anywhere(
-    service: ServiceProcess, hub_interface: HubInterface, wg: Wrapper, mood: str
+    service: ServiceProcess, hub_interface: HubInterface, wg: FailingWg, mood: str
 ) -> None:
     for number in range(3):
         service.client.post(PROVISION, json=provision_body(f"node-{number}")).raise_for_status()
@@ -98,7 +56,7 @@ def test_a_batch_that_the_interface_refuses_leaves_nothing_anywhere(
 
 @pytest.fixture
 def hasty_service(
-    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, wg: Wrapper
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, wg: FailingWg
 ) -> ServiceProcess:
     settings = settings_for(hub_interface, tmp_path)
     return start_service(settings, path_prefix=wg.directory, module=("tests.harness.hasty_service",))
@@ -108,7 +66,7 @@ def hasty_service(
     "patience", ["hasty_service", pytest.param("service", marks=pytest.mark.torture(only=True))]
 )
 def test_a_wg_that_hangs_is_given_up_in_time_for_a_true_answer(
-    request: pytest.FixtureRequest, hub_interface: HubInterface, wg: Wrapper, patience: str
+    request: pytest.FixtureRequest, hub_interface: HubInterface, wg: FailingWg, patience: str
 ) -> None:
     service: ServiceProcess = request.getfixturevalue(patience)
     service.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
@@ -123,7 +81,7 @@ def test_a_wg_that_hangs_is_given_up_in_time_for_a_true_answer(
 
 
 def test_a_stop_in_the_middle_of_a_change_is_no_error_of_the_server(
-    hasty_service: ServiceProcess, hub_interface: HubInterface, wg: Wrapper
+    hasty_service: ServiceProcess, hub_interface: HubInterface, wg: FailingWg
 ) -> None:
     service = hasty_service
     wg.be("held")
@@ -143,7 +101,7 @@ def test_a_stop_in_the_middle_of_a_change_is_no_error_of_the_server(
 
 
 def test_a_hub_that_fails_at_the_start_is_brought_up_to_the_records_later(
-    service: ServiceProcess, hub_interface: HubInterface, wg: Wrapper
+    service: ServiceProcess, hub_interface: HubInterface, wg: FailingWg
 ) -> None:
     service.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
     service.terminate()

@@ -22,7 +22,7 @@ from backend.adapters.wireguard.host_link import HostLinks, interface_exists
 from backend.errors import HubUpdateError
 from tests.harness.patience import eventually
 from tests.harness.requests import provision_body
-from tests.harness.service import ServiceProcess, StartService
+from tests.harness.service import StartService
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
 from tests.integration.test_closing_connections import connections
@@ -185,10 +185,6 @@ def test_service_raises_its_limit_on_descriptors(
     assert resource.prlimit(service.pid, resource.RLIMIT_NOFILE) == (min(hard, 8192), hard)
 
 
-def open_descriptors(service: ServiceProcess) -> int:
-    return len(list(Path(f"/proc/{service.pid}/fd").iterdir()))
-
-
 def test_flood_of_connections_leaves_descriptors_for_a_provision(
     start_service: StartService, hub_interface: HubInterface, tmp_path: Path
 ) -> None:
@@ -209,7 +205,7 @@ def test_flood_of_connections_leaves_descriptors_for_a_provision(
         for number in range(5):
             answer = service.client.post(PROVISION, json=provision_body(f"node-{number}"))
             assert answer.status_code == 200, answer.text
-        assert open_descriptors(service) < 256
+        assert service.open_descriptors < 256
     assert "connections_limited_by_descriptors" in service.log
 
 

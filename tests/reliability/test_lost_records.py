@@ -2,54 +2,16 @@
 
 import json
 import sqlite3
-import subprocess
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.harness.lost_records import back_up, is_ready, names, provision, reconcile, restore
 from tests.harness.patience import eventually
 from tests.harness.requests import AUDIT, PEERS, PROVISION, bearer, new_key, provision_body
 from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, in_file, listed, settings_for
 from tests.harness.wireguard import HubInterface
-
-
-def provision(service: ServiceProcess, *node_ids: str) -> list[dict[str, Any]]:
-    bodies = [provision_body(node_id) for node_id in node_ids]
-    for body in bodies:
-        service.client.post(PROVISION, json=body).raise_for_status()
-    return bodies
-
-
-def names(start: int, stop: int) -> list[str]:
-    return [f"node-{number}" for number in range(start, stop)]
-
-
-def back_up(state: Path) -> Path:
-    """Copy the database as it is now, -wal included."""
-    copy = state.parent / "backup.sqlite"
-    with (
-        closing(sqlite3.connect(state / "provisioning.sqlite")) as source,
-        closing(sqlite3.connect(copy)) as target,
-    ):
-        source.backup(target)
-    return copy
-
-
-def restore(state: Path, copy: Path) -> None:
-    for suffix in ("-wal", "-shm"):
-        (state / f"provisioning.sqlite{suffix}").unlink(missing_ok=True)
-    (state / "provisioning.sqlite").write_bytes(copy.read_bytes())
-
-
-def reconcile(service: ServiceProcess, *options: str) -> subprocess.CompletedProcess[str]:
-    return service.command("reconcile", *options)
-
-
-def is_ready(service: ServiceProcess) -> bool:
-    return service.client.get("/readyz").status_code == 200
 
 
 def test_records_switched_from_memory_to_disk_keep_every_peer(
@@ -147,24 +109,6 @@ def test_an_adopted_peer_is_told_to_no_token_alone_and_gets_its_identity_from_an
     other = service.client.post(PROVISION, json={**body, "public_key": "another"})
     assert other.json()["detail"]["existing_config"] == {"node_id": "node-0", "assigned_ip": "10.0.0.2"}
     assert service.client.post(PROVISION, json=body).json()["detail"]["existing_config"] == adopted_config
-
-
-@pytest.fixture
-def restored(
-    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
-) -> tuple[ServiceProcess, dict[str, str]]:
-    """Start a service of 12 peers on records that are from before 10 of them; return it and the 12."""
-    service = start_service(settings_for(hub_interface, tmp_path))
-    provision(service, *names(0, 2))
-    copy = back_up(tmp_path / "state")
-    provision(service, *names(2, 12))
-    before = assert_in_step(service, hub_interface)
-    service.terminate()
-    restore(tmp_path / "state", copy)
-    service.ready = "/healthz"
-    service.start()
-    assert "10 of 12 peers" in service.client.get("/readyz").text, service.log
-    return service, before
 
 
 def test_records_older_than_the_hub_pause_the_service_and_remove_no_peer(

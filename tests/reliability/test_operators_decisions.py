@@ -7,35 +7,18 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.harness.lost_records import back_up, is_ready, names, provision, reconcile, restore
 from tests.harness.patience import eventually
 from tests.harness.requests import PEERS, PROVISION, new_key, provision_body
 from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, in_file, settings_for
 from tests.harness.wireguard import HubInterface
-from tests.reliability.test_lost_records import back_up, is_ready, names, provision, reconcile, restore
-
-
-@pytest.fixture
-def paused(
-    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
-) -> tuple[ServiceProcess, dict[str, str]]:
-    """Start a service of 12 peers on records that are from before 10 of them; return it and the 12."""
-    service = start_service(settings_for(hub_interface, tmp_path))
-    provision(service, *names(0, 2))
-    copy = back_up(tmp_path / "state")
-    provision(service, *names(2, 12))
-    before = assert_in_step(service, hub_interface)
-    service.terminate()
-    restore(tmp_path / "state", copy)
-    service.ready = "/healthz"
-    service.start()
-    return service, before
 
 
 def test_nodes_that_ask_again_and_again_do_not_get_in_the_way_of_an_adoption(
-    paused: tuple[ServiceProcess, dict[str, str]], hub_interface: HubInterface
+    restored: tuple[ServiceProcess, dict[str, str]], hub_interface: HubInterface
 ) -> None:
-    service, before = paused
+    service, before = restored
     keys = {node: key for node, (key, _) in in_file(hub_interface.config_path).items()}
     stop = threading.Event()
 
