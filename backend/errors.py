@@ -1,10 +1,10 @@
-"""The domain's errors. No HTTP in it: api/errors.py says which status each one gets.
+"""The domain's errors, each with its word for the audit log. Their HTTP statuses are in api/errors.py.
 
     ProvisioningError
     ├── InvalidCredentialsError     the request can never succeed as it stands
     ├── DuplicatePeerError          the node is already known
     │   └── KeyTakenError           the WireGuard key is
-    ├── PeerNotFoundError           nobody of that name
+    ├── PeerNotFoundError           no peer of that name
     ├── IPPoolExhaustedError        no address is left
     │   └── PeerLimitError          the interface takes no more peers, however many addresses there are
     ├── AddressTakenError           an operator's peer took the address meanwhile
@@ -13,14 +13,14 @@
     │   └── PausedError             the records don't fit the hub, and an operator has to decide
     ├── RecordsUnavailableError     the records could not be read or written
     │   ├── OvertakenError          another process writes them; this one must not any more
-    │   └── OutcomeUnknownError     nobody can say yet whether the change happened
-    ├── AccessError                 the caller isn't let in, or not to do that
-    │   ├── UnauthenticatedError    no credential that lets anybody in
+    │   └── OutcomeUnknownError     it isn't known yet whether the change happened
+    ├── AccessError                 the caller isn't authenticated or authorized
+    │   ├── UnauthenticatedError    no valid credential
     │   ├── ForbiddenError          the credential isn't for that
     │   ├── RateLimitedError        too often
     │   └── CredentialNotFoundError no credential of that id
     ├── IdempotencyKeyError         the Idempotency-Key can't be used for this
-    └── ProofError                  the sender hasn't proved to be who it says
+    └── ProofError                  the sender hasn't proved its identity or its WireGuard key
         ├── ProofMissingError       it didn't try
         ├── ClockError              it signed at another time than now
         ├── SignatureError          the signature isn't that of the identity's key for this request
@@ -38,14 +38,22 @@ from typing import ClassVar
 
 
 class ProvisioningError(Exception):
-    """The request could not be carried out."""
+    """The request could not be carried out.
+
+    `audit_reason` is its word in the audit log, `message` the sentence of one without arguments.
+    """
+
+    audit_reason: str = "failed"
+    message: ClassVar[str] = "the request could not be carried out"
 
     def __str__(self) -> str:
-        return str(self.args[0]) if self.args else (type(self).__doc__ or "")
+        return str(self.args[0]) if self.args else self.message
 
 
 class InvalidCredentialsError(ProvisioningError):
-    """A field of the request is well-formed but can't be accepted from anybody."""
+    """A field of the request is well-formed but can't be accepted from any caller."""
+
+    audit_reason = "invalid"
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(field, reason)
@@ -62,6 +70,8 @@ class DuplicatePeerError(ProvisioningError):
     existing_config is what this caller may know of the peer in its way: everything, its name and
     address, or nothing.
     """
+
+    audit_reason = "duplicate"
 
     def __init__(self, peer_id: str, existing_config: Mapping[str, object]) -> None:
         super().__init__(peer_id, existing_config)
@@ -87,6 +97,8 @@ class KeyTakenError(DuplicatePeerError):
 class PeerNotFoundError(ProvisioningError):
     """No peer of that name is provisioned."""
 
+    audit_reason = "not_found"
+
     def __init__(self, node_id: str) -> None:
         super().__init__(node_id)
         self.node_id = node_id
@@ -97,6 +109,8 @@ class PeerNotFoundError(ProvisioningError):
 
 class IPPoolExhaustedError(ProvisioningError):
     """No free address is left."""
+
+    audit_reason = "pool_exhausted"
 
     def __init__(self, pool_range: str, allocated_count: int) -> None:
         super().__init__(pool_range, allocated_count)
@@ -121,6 +135,8 @@ class PeerLimitError(IPPoolExhaustedError):
 class AddressTakenError(ProvisioningError):
     """A peer that this service doesn't manage holds the address."""
 
+    audit_reason = "address_taken"
+
     def __init__(self, address: str) -> None:
         super().__init__(address)
         self.address = address
@@ -131,6 +147,8 @@ class AddressTakenError(ProvisioningError):
 
 class HubUpdateError(ProvisioningError):
     """wg0.conf or the interface could not be brought up to date; nothing was changed."""
+
+    audit_reason = "hub"
 
 
 class ConfigFileError(HubUpdateError):
@@ -170,18 +188,16 @@ class PausedError(HubUpdateError):
 class RecordsUnavailableError(ProvisioningError):
     """The records could not be read or written; nothing was changed."""
 
+    audit_reason = "records"
+
 
 class OvertakenError(RecordsUnavailableError):
-    """The records aren't as this process left them: stop whatever else writes them, and restart this.
+    """The records aren't as this process left them: an older copy, or another process writes them too."""
 
-    Another process has written to them, or an older copy has taken their place.
-    """
-
-    def __str__(self) -> str:
-        return (
-            "Another process has written to the records, or an older copy has taken their place; stop what "
-            "else uses them, and restart this service, which then compares them with the hub"
-        )
+    message = (
+        "Another process has written to the records, or an older copy has taken their place; stop what "
+        "else uses them, and restart this service, which then compares them with the hub"
+    )
 
 
 class OutcomeUnknownError(RecordsUnavailableError):
@@ -189,17 +205,15 @@ class OutcomeUnknownError(RecordsUnavailableError):
 
 
 class AccessError(ProvisioningError):
-    """The caller isn't let in, or not to do that; `reason` is one word for the audit log."""
-
-    reason = "access"
+    """The caller isn't authenticated, or isn't authorized for that."""
 
 
 class UnauthenticatedError(AccessError):
-    """The caller has shown no credential that lets it in; `reason` is for the audit log alone."""
+    """The caller has shown no valid credential; the audit log alone is told why it isn't."""
 
-    def __init__(self, reason: str, credential_id: str | None = None) -> None:
-        super().__init__(reason, credential_id)
-        self.reason = reason
+    def __init__(self, audit_reason: str, credential_id: str | None = None) -> None:
+        super().__init__(audit_reason, credential_id)
+        self.audit_reason = audit_reason
         self.credential_id = credential_id
 
     def __str__(self) -> str:
@@ -210,9 +224,9 @@ class UnauthenticatedError(AccessError):
 
 
 class ForbiddenError(AccessError):
-    """The credential lets its holder in, but is not for this."""
+    """The credential is valid, but not for this."""
 
-    reason = "forbidden"
+    audit_reason = "forbidden"
 
     def __init__(self, role: str) -> None:
         super().__init__(role)
@@ -225,7 +239,7 @@ class ForbiddenError(AccessError):
 class AuthenticationOffError(ForbiddenError):
     """The hub asks for no credentials (WIREGUARD_AUTH=off), so it hands out none."""
 
-    reason = "authentication_off"
+    audit_reason = "authentication_off"
 
     def __str__(self) -> str:
         return (
@@ -235,9 +249,9 @@ class AuthenticationOffError(ForbiddenError):
 
 
 class RateLimitedError(AccessError):
-    """The caller comes too often; `credential_id` is that of a real credential of which it tried a secret."""
+    """The caller comes too often. `credential_id` is set where it tried a secret of a real credential."""
 
-    reason = "rate"
+    audit_reason = "rate"
 
     def __init__(self, retry_after: int, credential_id: str | None = None) -> None:
         super().__init__(retry_after, credential_id)
@@ -251,7 +265,7 @@ class RateLimitedError(AccessError):
 class CredentialNotFoundError(AccessError):
     """No credential of that id exists."""
 
-    reason = "not_found"
+    audit_reason = "not_found"
 
     def __init__(self, credential_id: str) -> None:
         super().__init__(credential_id)
@@ -264,25 +278,25 @@ class CredentialNotFoundError(AccessError):
 class IdempotencyKeyError(ProvisioningError):
     """The Idempotency-Key can't be used for this request."""
 
+    audit_reason = "idempotency_key"
+
 
 class StartRefusedError(Exception):
     """The service must not start. The message is one sentence that says what to do."""
 
 
 class InUseError(StartRefusedError):
-    """Another process has it for itself."""
+    """Another process holds what this one needs for itself."""
 
 
 class ProofError(ProvisioningError):
-    """The sender hasn't proved to be who it says; `reason` is one word for the audit log."""
-
-    reason: ClassVar[str] = "proof"
+    """The sender hasn't proved its identity or its WireGuard key."""
 
 
 class ProofMissingError(ProofError):
     """A header of the proof isn't there."""
 
-    reason = "missing"
+    audit_reason = "missing"
 
     def __init__(self, header: str) -> None:
         super().__init__(header)
@@ -293,24 +307,34 @@ class ProofMissingError(ProofError):
 
 
 class ClockError(ProofError):
-    """X-Node-Timestamp must be Unix seconds: sign again with a clock within 60 s of the hub's."""
+    """The signature was made at another time than now, or names no time."""
 
-    reason = "clock"
+    audit_reason = "clock"
+    message = "X-Node-Timestamp must be Unix seconds: sign again with a clock within 60 s of the hub's."
 
 
 class SignatureError(ProofError):
-    """X-Node-Signature isn't public_key's for this request: sign what is sent, send 64 bytes in base64."""
+    """The signature isn't that of the identity's key for this request."""
 
-    reason = "signature"
+    audit_reason = "signature"
+    message = (
+        "X-Node-Signature isn't public_key's for this request: sign what is sent, send 64 bytes in base64."
+    )
 
 
 class NonceError(ProofError):
-    """X-Node-Nonce must be new, of 16 to 64 letters, digits, dashes and underscores: sign with another."""
+    """The nonce was used before, or isn't one."""
 
-    reason = "nonce"
+    audit_reason = "nonce"
+    message = (
+        "X-Node-Nonce must be new, of 16 to 64 letters, digits, dashes and underscores: sign with another."
+    )
 
 
 class ChallengeError(ProofError):
-    """X-WireGuard-Proof doesn't answer the challenge, which is good for one try in 60 s: ask for another."""
+    """The WireGuard key's challenge isn't answered, or there is none."""
 
-    reason = "challenge"
+    audit_reason = "challenge"
+    message = (
+        "X-WireGuard-Proof doesn't answer the challenge, which is good for one try in 60 s: ask for another."
+    )

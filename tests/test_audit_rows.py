@@ -1,6 +1,5 @@
 """What refusals are merged into, and how many rows a flood of them makes."""
 
-import logging
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
@@ -8,21 +7,9 @@ from typing import Any
 
 import pytest
 
-from backend.api.audit import log_refusal
-from backend.errors import (
-    DuplicatePeerError,
-    ForbiddenError,
-    PeerNotFoundError,
-    RateLimitedError,
-    UnauthenticatedError,
-)
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
-from backend.models.access.callers import Caller, CallerKind
-from backend.models.access.credentials import Secret, TokenRequest
 from backend.models.access.sources import network_of
 from backend.services.access.audit_rows import AuditRows
-from tests.harness.access import Access
-from tests.harness.fakes import FakeAccessStore
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)
 HERE, THERE = "192.0.2.1", "192.0.2.2"
@@ -192,74 +179,3 @@ def test_a_notice_of_the_service_has_no_budget(rows: AuditRows) -> None:
 )
 def test_a_source_is_a_network(address: str, network: str) -> None:
     assert network_of(address) == network
-
-
-class Refusals:
-    """Refused requests, and the audit rows that are written of them."""
-
-    def __init__(self) -> None:
-        self.store = FakeAccessStore()
-        self.access = Access(self.store).control
-        credential, _ = TokenRequest().make("cli:root", NOON)
-        self.token = credential.id
-        self.node = Caller(CallerKind.TOKEN, credential, HERE, "r-1")
-        self.stranger = Caller(CallerKind.NOBODY, None, HERE, "r-1")
-
-    def told(self, caller: Caller, subject: str | None, *errors: Exception) -> list[tuple[Any, ...]]:
-        """Return what is written of these refusals of one endpoint: action, actor, subject, reason, count."""
-        self.store.events.clear()
-        for error in errors:
-            log_refusal(self.access, caller, AuditAction.PROVISION, subject, error)
-        self.access.audit.flush()
-        return [
-            (row.action.value, row.actor, row.subject, row.reason, row.count) for row in self.store.events
-        ]
-
-
-@pytest.fixture
-def refusals() -> Refusals:
-    return Refusals()
-
-
-def test_what_comes_too_often_is_counted_and_has_no_row(refusals: Refusals, caplog: Any) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert refusals.told(refusals.stranger, "node-1", *[RateLimitedError(7)] * 100) == []
-        refusals.access.limited.report()
-    (line,) = [record for record in caplog.records if record.message == "requests_limited"]
-    assert (line.requests, line.sources, line.most_from, line.of_them) == (100, 1, HERE, 100)
-
-
-def test_a_secret_of_a_real_key_that_is_tried_too_often_has_its_row(refusals: Refusals) -> None:
-    tries = [UnauthenticatedError("secret", KEY)] * 30 + [RateLimitedError(7, KEY)] * 70
-    assert refusals.told(refusals.stranger, "node-1", *tries) == [
-        ("authenticate", "nobody", KEY, "secret", 30),
-        ("authenticate", "nobody", KEY, "rate", 70),
-    ]
-    assert {row.source for row in refusals.store.events} == {HERE}
-
-
-def test_a_subject_that_can_be_no_nodes_name_is_not_kept(refusals: Refusals) -> None:
-    secret = Secret.generate().reveal()
-    for chosen in ("a" * 129, "../../etc", "node 1", "node-1\n", "\u202e", "", secret):
-        told = refusals.told(refusals.stranger, chosen, UnauthenticatedError("missing"))
-        assert told == [("authenticate", "nobody", None, "missing", 1)], chosen
-    told = refusals.told(refusals.stranger, "node-1", UnauthenticatedError("missing"))
-    assert told == [("authenticate", "nobody", "node-1", "missing", 1)]
-
-
-def test_an_act_of_a_known_caller_is_refused_as_that_act(refusals: Refusals) -> None:
-    token = f"token:{refusals.token}"
-    told = refusals.told(
-        refusals.node,
-        "node-1",
-        DuplicatePeerError("node-1", {}),
-        PeerNotFoundError("node-1"),
-        ForbiddenError("read"),
-        UnauthenticatedError("used_up", refusals.token),
-    )
-    assert told == [
-        ("provision", token, "node-1", "duplicate", 1),
-        ("provision", token, "node-1", "not_found", 1),
-        ("provision", token, "node-1", "forbidden", 1),
-        ("authenticate", token, refusals.token, "used_up", 1),
-    ]

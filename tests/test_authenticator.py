@@ -119,7 +119,7 @@ def test_token_is_good_for_the_nodes_that_its_pattern_matches(world: World) -> N
     caller.require_node("swarm-1")
     with pytest.raises(errors.UnauthenticatedError) as caught:
         caller.require_node("other-1")
-    assert (caught.value.reason, caught.value.credential_id) == ("node_id", secret.id)
+    assert (caught.value.audit_reason, caught.value.credential_id) == ("node_id", secret.id)
     world.authenticate(world.local).require_node("other-1")
 
 
@@ -158,7 +158,7 @@ def test_credential_that_was_revoked_while_the_body_came_in_is_refused(world: Wo
     world.cache.refresh()
     with pytest.raises(errors.UnauthenticatedError) as refused:
         world.authenticator.authorize(caller, Permission.READ)
-    assert (refused.value.reason, refused.value.credential_id) == ("revoked", secret.id)
+    assert (refused.value.audit_reason, refused.value.credential_id) == ("revoked", secret.id)
 
 
 def test_credential_that_expired_while_the_body_came_in_is_refused(world: World) -> None:
@@ -169,7 +169,7 @@ def test_credential_that_expired_while_the_body_came_in_is_refused(world: World)
     world.cache.reload()
     with pytest.raises(errors.UnauthenticatedError) as refused:
         world.authenticator.authorize(caller, Permission.READ)
-    assert (refused.value.reason, refused.value.credential_id) == ("expired", secret.id)
+    assert (refused.value.audit_reason, refused.value.credential_id) == ("expired", secret.id)
 
 
 def test_requests_are_counted_by_source_and_credential_and_failures_by_source(world: World) -> None:

@@ -129,4 +129,4 @@ def test_a_token_that_is_used_up_is_not_told_of_a_key_either(hub: Hub) -> None:
         for name in (KNOWN, UNKNOWN, "node-3"):
             refused = hub.refusal(name, key, used)
             assert isinstance(refused, errors.UnauthenticatedError)
-            assert refused.reason == "used_up"
+            assert refused.audit_reason == "used_up"

@@ -257,7 +257,7 @@ def test_each_refusal_has_a_word_for_the_log_and_a_sentence_for_the_caller(
     error: ProofError, reason: str, says: str
 ) -> None:
     assert isinstance(error, ProvisioningError)
-    assert error.reason == reason
+    assert error.audit_reason == reason
     assert says in str(error)
     assert "\n" not in str(error)
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - made here

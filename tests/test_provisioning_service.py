@@ -3,7 +3,6 @@
 import errno
 import json
 import logging
-import pickle
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -781,29 +780,6 @@ def test_the_log_names_events_and_carries_no_key(world: World, caplog: pytest.Lo
     assert "peer_deprovisioned" in events
     everything = " ".join(str(vars(record)) for record in caplog.records)
     assert world.hub_key.reveal() not in everything
-
-
-def test_every_error_survives_pickle() -> None:
-    samples: list[Exception] = [
-        errors.InvalidCredentialsError("field", "reason"),
-        errors.DuplicatePeerError("node", {"a": 1}),
-        errors.KeyTakenError("node"),
-        errors.PeerNotFoundError("node"),
-        errors.IPPoolExhaustedError("10.0.0.0/24", 253),
-        errors.PeerLimitError("wg0", 65536),
-        errors.AddressTakenError("10.0.0.2"),
-        errors.HubUpdateError("why"),
-        errors.ConfigFileError("path", "problem", "remedy"),
-        errors.RecordsUnavailableError("why"),
-        errors.OutcomeUnknownError("why"),
-        errors.OvertakenError(),
-        errors.StartRefusedError("why"),
-        errors.ProvisioningError(),
-    ]
-    for sample in samples:
-        copy = pickle.loads(pickle.dumps(sample))  # noqa: S301 - our own bytes
-        assert (type(copy), str(copy), vars(copy)) == (type(sample), str(sample), vars(sample))
-        assert str(sample)
 
 
 def test_a_peer_of_a_pool_that_the_operator_has_since_changed_stays(

@@ -3,44 +3,17 @@
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from backend.errors import (
-    AccessError,
-    AddressTakenError,
-    DuplicatePeerError,
-    HubUpdateError,
-    IdempotencyKeyError,
-    InvalidCredentialsError,
-    IPPoolExhaustedError,
-    PeerNotFoundError,
-    ProofError,
-    ProvisioningError,
-    RateLimitedError,
-    RecordsUnavailableError,
-    UnauthenticatedError,
-)
+from backend.errors import AccessError, ProvisioningError, RateLimitedError, UnauthenticatedError
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.secret_text import redacted
 from backend.models.wireguard.provisioning import NODE_ID_PATTERN
 from backend.services.access.access_control import AccessControl
-
-# The word for the audit log; the nearest class in an error's line of descent counts.
-_REASONS: Final[dict[type[ProvisioningError], str]] = {
-    DuplicatePeerError: "duplicate",
-    PeerNotFoundError: "not_found",
-    InvalidCredentialsError: "invalid",
-    IPPoolExhaustedError: "pool_exhausted",
-    AddressTakenError: "address_taken",
-    HubUpdateError: "hub",
-    RecordsUnavailableError: "records",
-    IdempotencyKeyError: "idempotency_key",
-    ProvisioningError: "failed",
-}
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
@@ -92,10 +65,8 @@ def _node(subject: str | None) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, AccessError | ProofError):
-        return error.reason
     if isinstance(error, ProvisioningError):
-        return next(_REASONS[kind] for kind in type(error).__mro__ if kind in _REASONS)
+        return error.audit_reason
     if isinstance(error, RequestValidationError):
         return "invalid"
     return f"status_{error.status_code}" if isinstance(error, HTTPException) else "failed"

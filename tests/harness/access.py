@@ -75,7 +75,7 @@ class Access:
         """Return the reason of a 401 for the audit log, and whose credential it was."""
         with pytest.raises(UnauthenticatedError) as caught:
             self.authenticate(secret, **asked)
-        return caught.value.reason, caught.value.credential_id
+        return caught.value.audit_reason, caught.value.credential_id
 
 
 class CommandLine:
