@@ -21,7 +21,6 @@ from backend.adapters.wireguard.wg import FileOnly, WgInterface
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
-from backend.models.access.proof import WireGuardChallenges
 from backend.models.operator_commands import command
 from backend.models.setting_values import AuthMode, ReloadMode
 from backend.models.trusted_paths import require_trusted, require_trusted_file
@@ -30,7 +29,7 @@ from backend.services.access.access_loops import AccessLoops
 from backend.services.access.audit_pruning import AuditPruning
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.authenticator import Authenticator
-from backend.services.access.challenges import ProofVerifier
+from backend.services.access.challenges import ProofVerifier, WireGuardChallenges
 from backend.services.access.credential_cache import CredentialCache
 from backend.services.access.credential_service import CredentialService
 from backend.services.access.limited_requests import LimitedRequests

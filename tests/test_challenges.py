@@ -1,6 +1,8 @@
 """Which proofs a hub accepts, how often, and what it looks at first."""
 
+import hashlib
 import secrets
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,14 +15,17 @@ from backend import errors
 from backend.models.access.identity import NodeIdentity
 from backend.models.access.proof import (
     WINDOW_SECONDS,
-    WireGuardChallenges,
+    Challenge,
     WireGuardProof,
     answer_challenge,
     sign,
 )
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.access import challenges as proving
-from backend.services.access.challenges import Proof, ProofVerifier
+from backend.services.access import challenges as challenges_module
+from backend.services.access.challenges import Proof, ProofVerifier, WireGuardChallenges
+
+BODY = hashlib.sha256(b'{"node_id":"a"}').digest()
+HUB = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
 
 
 class Clock:
@@ -113,7 +118,7 @@ def test_a_nonce_is_remembered_for_as_long_as_its_signature_can_pass(node: Node,
     clock.now += 2 * WINDOW_SECONDS
     with pytest.raises(errors.NonceError):
         node.send(replace(proof, wireguard=node.answer()))
-    clock.now += 1
+    clock.now += 2
     node.send(replace(proof, wireguard=node.answer()))
 
 
@@ -150,7 +155,7 @@ def test_what_is_cheap_is_checked_before_what_costs(node: Node, monkeypatch: pyt
     """Otherwise a flood of proofs that are wrong costs a signature or a power each."""
     looked: list[str] = []
     for name in ("check_clock", "check_signature"):
-        monkeypatch.setattr(proving, name, _noted(looked, name, getattr(proving, name)))
+        monkeypatch.setattr(challenges_module, name, _noted(looked, name, getattr(challenges_module, name)))
     monkeypatch.setattr(
         node.verifier.challenges, "redeem", _noted(looked, "redeem", node.verifier.challenges.redeem)
     )
@@ -175,3 +180,158 @@ def _noted(looked: list[str], name: str, check: Any) -> Any:
         return check(*arguments, **named)
 
     return noted
+
+
+# Challenges to a WireGuard key
+
+
+@pytest.fixture
+def private() -> WireGuardPrivateKey:
+    return WireGuardPrivateKey.generate()
+
+
+@pytest.fixture
+def challenges(clock: Clock) -> WireGuardChallenges:
+    return WireGuardChallenges(clock)
+
+
+def answered(private: WireGuardPrivateKey, challenge: Challenge, body: bytes = BODY) -> tuple[str, bytes]:
+    return challenge.challenge_id, answer_challenge(private, challenge, body)
+
+
+def test_a_challenge_is_good_for_one_try(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges
+) -> None:
+    key = private.public_key()
+    challenge_id, mac = answered(private, challenges.issue(key))
+    challenges.redeem(challenge_id, key, mac, BODY)
+    with pytest.raises(errors.ChallengeError):
+        challenges.redeem(challenge_id, key, mac, BODY)
+
+    challenge_id, mac = answered(private, challenges.issue(key))
+    with pytest.raises(errors.ChallengeError):
+        challenges.redeem(challenge_id, key, bytes(32), BODY)
+    with pytest.raises(errors.ChallengeError):
+        challenges.redeem(challenge_id, key, mac, BODY)
+
+
+@pytest.mark.parametrize(
+    ("part", "spoilt"),
+    [
+        (0, "0" * 32),
+        (0, "\ud800"),
+        (1, HUB),
+        (2, b""),
+        (2, bytes(31)),
+        (2, bytes(32)),
+        (3, hashlib.sha256(b"other").digest()),
+    ],
+)
+def test_an_answer_is_good_for_its_challenge_its_key_and_its_body_alone(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges, part: int, spoilt: Any
+) -> None:
+    challenge_id, mac = answered(private, challenges.issue(private.public_key()))
+    proof: list[Any] = [challenge_id, private.public_key(), mac, BODY]
+    proof[part] = spoilt
+    with pytest.raises(errors.ChallengeError):
+        challenges.redeem(*proof)
+
+
+def test_node_without_the_private_key_has_no_answer(challenges: WireGuardChallenges) -> None:
+    """It has the challenge and the public key, and can only put a private key of its own in."""
+    victim, thief = WireGuardPrivateKey.generate().public_key(), WireGuardPrivateKey.generate()
+    challenge_id, mac = answered(thief, challenges.issue(victim))
+    with pytest.raises(errors.ChallengeError):
+        challenges.redeem(challenge_id, victim, mac, BODY)
+    challenge_id, mac = answered(thief, challenges.issue(victim))
+    with pytest.raises(errors.ChallengeError):
+        challenges.redeem(challenge_id, thief.public_key(), mac, BODY)
+
+
+@pytest.mark.parametrize(("after", "passes"), [(60, True), (60.01, False)])
+def test_a_challenge_lives_for_a_minute(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges, clock: Clock, after: float, passes: bool
+) -> None:
+    challenge_id, mac = answered(private, challenges.issue(private.public_key()))
+    clock.now += after
+    if passes:
+        challenges.redeem(challenge_id, private.public_key(), mac, BODY)
+    else:
+        with pytest.raises(errors.ChallengeError):
+            challenges.redeem(challenge_id, private.public_key(), mac, BODY)
+        assert len(challenges) == 0
+
+
+def test_expired_challenges_are_forgotten_when_the_next_is_made(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges, clock: Clock
+) -> None:
+    for _ in range(5):
+        challenges.issue(private.public_key())
+    clock.now += 30
+    challenges.issue(private.public_key())
+    assert len(challenges) == 6
+    clock.now += 31
+    challenges.issue(private.public_key())
+    assert len(challenges) == 2
+
+
+def test_oldest_challenge_makes_room_and_no_node_is_refused(clock: Clock) -> None:
+    challenges = WireGuardChallenges(clock, limit=3)
+    nodes = [WireGuardPrivateKey.generate() for _ in range(4)]
+    given_ = [challenges.issue(node.public_key()) for node in nodes]
+    assert len(challenges) == 3
+    outcomes = []
+    for node, challenge in zip(nodes, given_, strict=True):
+        challenge_id, mac = answered(node, challenge)
+        try:
+            challenges.redeem(challenge_id, node.public_key(), mac, BODY)
+        except errors.ChallengeError:
+            outcomes.append(False)
+        else:
+            outcomes.append(True)
+    assert outcomes == [False, True, True, True]
+
+
+def test_another_challenge_for_a_key_leaves_the_first_alone(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges
+) -> None:
+    """Anybody may know a public key: whoever asks for a challenge for it must not lock its holder out."""
+    first = challenges.issue(private.public_key())
+    for _ in range(100):
+        challenges.issue(private.public_key())
+    challenge_id, mac = answered(private, first)
+    challenges.redeem(challenge_id, private.public_key(), mac, BODY)
+
+
+def test_of_many_threads_with_the_same_answer_one_gets_through(
+    private: WireGuardPrivateKey, challenges: WireGuardChallenges
+) -> None:
+    key = private.public_key()
+    for _ in range(20):
+        challenge_id, mac = answered(private, challenges.issue(key))
+        together = threading.Barrier(8)
+        let_in: list[int] = []
+
+        def redeem(
+            number: int, *, proof: tuple[str, bytes], start: threading.Barrier, into: list[int]
+        ) -> None:
+            start.wait()
+            try:
+                challenges.redeem(proof[0], key, proof[1], BODY)
+            except errors.ChallengeError:
+                return
+            into.append(number)
+
+        threads = [
+            threading.Thread(
+                target=redeem,
+                args=(number,),
+                kwargs={"proof": (challenge_id, mac), "start": together, "into": let_in},
+            )
+            for number in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(let_in) == 1

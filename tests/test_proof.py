@@ -1,9 +1,8 @@
-"""What is signed is one request, for one hub, now; and a challenge is answered by one key, once."""
+"""A signature is for one request to one hub at one time; a challenge is answered by one key for one body."""
 
 import base64
 import hashlib
 import pickle
-import threading
 from dataclasses import replace
 from typing import Any, Final
 
@@ -30,11 +29,11 @@ from backend.models.access.proof import (
     WINDOW_SECONDS,
     Challenge,
     IdentityProof,
-    WireGuardChallenges,
     WireGuardProof,
     answer_challenge,
     check_clock,
     check_signature,
+    make_challenge,
     sign,
     signed_message,
 )
@@ -272,31 +271,12 @@ def private() -> WireGuardPrivateKey:
     return WireGuardPrivateKey.generate()
 
 
-@pytest.fixture
-def challenges(clock: Clock) -> WireGuardChallenges:
-    return WireGuardChallenges(clock)
-
-
-def answered(private: WireGuardPrivateKey, challenge: Challenge, body: bytes = BODY) -> tuple[str, bytes]:
-    proof = WireGuardProof(challenge.challenge_id, answer_challenge(private, challenge, body))
-    assert WireGuardProof.parse(*proof.headers().values()) == proof
-    return proof.challenge_id, proof.mac
-
-
-def test_the_holder_of_the_key_answers(private: WireGuardPrivateKey, challenges: WireGuardChallenges) -> None:
-    challenge = challenges.issue(private.public_key())
-    assert challenge.expires_in == CHALLENGE_SECONDS
-    challenge_id, mac = answered(private, challenge)
-    challenges.redeem(challenge_id, private.public_key(), mac, BODY)
-
-
-def test_the_answer_is_what_the_documentation_says(
-    private: WireGuardPrivateKey, challenges: WireGuardChallenges
-) -> None:
+def test_the_answer_is_what_the_documentation_says(private: WireGuardPrivateKey) -> None:
     def framed(*fields: bytes) -> bytes:
         return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
 
-    challenge = challenges.issue(private.public_key())
+    challenge, expected = make_challenge(private.public_key())
+    assert challenge.expires_in == CHALLENGE_SECONDS
     domain, challenge_id = b"wireguard-provisioning/wireguard-key/1", challenge.challenge_id.encode()
     server = base64.b64decode(challenge.server_public_key)
     own = X25519PrivateKey.from_private_bytes(base64.b64decode(private.reveal()))
@@ -304,121 +284,21 @@ def test_the_answer_is_what_the_documentation_says(
     info = framed(domain, server, own.public_key().public_bytes_raw(), challenge_id)
     mac = hmac.HMAC(HKDF(hashes.SHA256(), 32, None, info).derive(shared), hashes.SHA256())
     mac.update(framed(domain, challenge_id, base64.b64decode(challenge.challenge), BODY))
-    challenges.redeem(challenge.challenge_id, private.public_key(), mac.finalize(), BODY)
-
-
-def test_a_challenge_is_good_for_one_try(
-    private: WireGuardPrivateKey, challenges: WireGuardChallenges
-) -> None:
-    key = private.public_key()
-    challenge_id, mac = answered(private, challenges.issue(key))
-    challenges.redeem(challenge_id, key, mac, BODY)
-    with pytest.raises(ChallengeError):
-        challenges.redeem(challenge_id, key, mac, BODY)
-
-    challenge_id, mac = answered(private, challenges.issue(key))
-    with pytest.raises(ChallengeError):
-        challenges.redeem(challenge_id, key, bytes(32), BODY)
-    with pytest.raises(ChallengeError):
-        challenges.redeem(challenge_id, key, mac, BODY)
-
-
-@pytest.mark.parametrize(
-    ("part", "spoilt"),
-    [
-        (0, "0" * 32),
-        (0, "\ud800"),
-        (1, HUB),
-        (2, b""),
-        (2, bytes(31)),
-        (2, bytes(32)),
-        (3, hashlib.sha256(b"other").digest()),
-    ],
-)
-def test_an_answer_is_good_for_its_challenge_its_key_and_its_body_alone(
-    private: WireGuardPrivateKey, challenges: WireGuardChallenges, part: int, spoilt: Any
-) -> None:
-    challenge_id, mac = answered(private, challenges.issue(private.public_key()))
-    proof: list[Any] = [challenge_id, private.public_key(), mac, BODY]
-    proof[part] = spoilt
-    with pytest.raises(ChallengeError):
-        challenges.redeem(*proof)
-
-
-def test_who_does_not_hold_the_key_has_no_answer(challenges: WireGuardChallenges) -> None:
-    """It has the challenge and the public key, and can only put a private key of its own in."""
-    victim, thief = WireGuardPrivateKey.generate().public_key(), WireGuardPrivateKey.generate()
-    challenge_id, mac = answered(thief, challenges.issue(victim))
-    with pytest.raises(ChallengeError):
-        challenges.redeem(challenge_id, victim, mac, BODY)
-    challenge_id, mac = answered(thief, challenges.issue(victim))
-    with pytest.raises(ChallengeError):
-        challenges.redeem(challenge_id, thief.public_key(), mac, BODY)
-
-
-@pytest.mark.parametrize(("after", "passes"), [(60, True), (60.01, False)])
-def test_a_challenge_lives_for_a_minute(
-    private: WireGuardPrivateKey, challenges: WireGuardChallenges, clock: Clock, after: float, passes: bool
-) -> None:
-    challenge_id, mac = answered(private, challenges.issue(private.public_key()))
-    clock.now += after
-    if passes:
-        challenges.redeem(challenge_id, private.public_key(), mac, BODY)
-    else:
-        with pytest.raises(ChallengeError):
-            challenges.redeem(challenge_id, private.public_key(), mac, BODY)
-        assert len(challenges) == 0
-
-
-def test_expired_challenges_are_forgotten_when_the_next_is_made(
-    private: WireGuardPrivateKey, challenges: WireGuardChallenges, clock: Clock
-) -> None:
-    for _ in range(5):
-        challenges.issue(private.public_key())
-    clock.now += 30
-    challenges.issue(private.public_key())
-    assert len(challenges) == 6
-    clock.now += 31
-    challenges.issue(private.public_key())
-    assert len(challenges) == 2
-
-
-def test_when_there_is_no_room_the_oldest_goes_and_nobody_is_refused(clock: Clock) -> None:
-    challenges = WireGuardChallenges(clock, limit=3)
-    nodes = [WireGuardPrivateKey.generate() for _ in range(4)]
-    given_ = [challenges.issue(node.public_key()) for node in nodes]
-    assert len(challenges) == 3
-    outcomes = []
-    for node, challenge in zip(nodes, given_, strict=True):
-        challenge_id, mac = answered(node, challenge)
-        try:
-            challenges.redeem(challenge_id, node.public_key(), mac, BODY)
-        except ChallengeError:
-            outcomes.append(False)
-        else:
-            outcomes.append(True)
-    assert outcomes == [False, True, True, True]
-
-
-def test_another_challenge_for_a_key_leaves_the_first_alone(
-    private: WireGuardPrivateKey, challenges: WireGuardChallenges
-) -> None:
-    """Anybody may know a public key: whoever asks for a challenge for it must not lock its holder out."""
-    first = challenges.issue(private.public_key())
-    for _ in range(100):
-        challenges.issue(private.public_key())
-    challenge_id, mac = answered(private, first)
-    challenges.redeem(challenge_id, private.public_key(), mac, BODY)
+    answer = mac.finalize()
+    assert expected.is_given(challenge.challenge_id, private.public_key(), answer, BODY)
+    assert answer_challenge(private, challenge, BODY) == answer
+    proof = WireGuardProof(challenge.challenge_id, answer)
+    assert WireGuardProof.parse(*proof.headers().values()) == proof
 
 
 @pytest.mark.parametrize("u", [0, 1, 2**255 - 20, 2**255 - 19, 2**255 - 18])
 def test_a_key_agreement_that_everybody_knows_is_refused_on_both_sides(
-    private: WireGuardPrivateKey, challenges: WireGuardChallenges, u: int
+    private: WireGuardPrivateKey, u: int
 ) -> None:
     nobodys = base64.b64encode(u.to_bytes(32, "little")).decode()
     with pytest.raises(ChallengeError):
         # The parser would refuse it; even so.
-        challenges.issue(WireGuardKey.trusted(nobodys))
+        make_challenge(WireGuardKey.trusted(nobodys))
     with pytest.raises(ChallengeError):
         answer_challenge(private, Challenge("id", nobodys, HUB), BODY)
 
@@ -447,44 +327,7 @@ def test_headers_of_an_answer_in_another_spelling_are_refused(
         WireGuardProof.parse(*headers)
 
 
-def test_of_many_threads_with_the_same_answer_one_gets_through(
-    private: WireGuardPrivateKey, challenges: WireGuardChallenges
-) -> None:
-    key = private.public_key()
-    for _ in range(20):
-        challenge_id, mac = answered(private, challenges.issue(key))
-        together = threading.Barrier(8)
-        let_in: list[int] = []
-
-        def redeem(
-            number: int, *, proof: tuple[str, bytes], start: threading.Barrier, into: list[int]
-        ) -> None:
-            start.wait()
-            try:
-                challenges.redeem(proof[0], key, proof[1], BODY)
-            except ChallengeError:
-                return
-            into.append(number)
-
-        threads = [
-            threading.Thread(
-                target=redeem,
-                args=(number,),
-                kwargs={"proof": (challenge_id, mac), "start": together, "into": let_in},
-            )
-            for number in range(8)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(let_in) == 1
-
-
-def test_nothing_shows_the_key_that_answers_are_checked_with(
-    private: WireGuardPrivateKey, challenges: WireGuardChallenges
-) -> None:
-    challenge = challenges.issue(private.public_key())
-    kept = challenges._outstanding[challenge.challenge_id]
-    assert repr(kept.mac_key) not in repr(kept)
-    assert private.reveal() not in repr(kept) + repr(challenge)
+def test_nothing_shows_the_key_that_answers_are_checked_with(private: WireGuardPrivateKey) -> None:
+    challenge, expected = make_challenge(private.public_key())
+    assert repr(expected.mac_key) not in repr(expected)
+    assert private.reveal() not in repr(expected) + repr(challenge)

@@ -20,7 +20,6 @@ from backend.models.access.proof import (
     TIMESTAMP_HEADER,
     WIREGUARD_PROOF_HEADER,
     IdentityProof,
-    WireGuardChallenges,
     WireGuardProof,
     check_clock,
     check_signature,

@@ -23,13 +23,12 @@ from backend.models.access.identity import NodeIdentity
 from backend.models.access.nonces import Nonce
 from backend.models.access.proof import (
     WINDOW_SECONDS,
-    WireGuardChallenges,
     WireGuardProof,
     answer_challenge,
     sign,
 )
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.access.challenges import Proof, ProofVerifier
+from backend.services.access.challenges import Proof, ProofVerifier, WireGuardChallenges
 from tests.harness.requests import PROVISION, new_key
 
 NOON = datetime(2026, 2, 19, 12, tzinfo=UTC)

@@ -1,14 +1,12 @@
 """Proof of a node's two keys: what is signed, what answers a challenge, and how both are checked.
 
-The hub and the node share these functions. Nothing here knows HTTP, but for the names of the headers.
+The hub and the node share these functions, which keep no state. Of HTTP only the headers' names are here.
 """
 
 import hmac
 import re
 import secrets
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Self
@@ -32,8 +30,6 @@ WIREGUARD_PROOF_HEADER: Final = "X-WireGuard-Proof"
 # How far a signature's time may be from the hub's, either way.
 WINDOW_SECONDS: Final = 60
 CHALLENGE_SECONDS: Final = 60
-# About 60 MB when all are outstanding.
-MAX_CHALLENGES: Final = 100_000
 
 _IDENTITY_DOMAIN: Final = b"wireguard-provisioning/identity/1"
 _WIREGUARD_DOMAIN: Final = b"wireguard-provisioning/wireguard-key/1"
@@ -202,68 +198,28 @@ def answer_challenge(private_key: WireGuardPrivateKey, challenge: Challenge, bod
 
 
 @dataclass(frozen=True, slots=True)
-class _Outstanding:
+class ExpectedAnswer:
+    """What the hub keeps of a challenge to check its answer. No private key is among it."""
+
     key: WireGuardKey
     question: bytes
     mac_key: bytes = field(repr=False)
-    expires_at: float
+
+    def is_given(self, challenge_id: str, key: WireGuardKey, mac: bytes, body_sha256: bytes) -> bool:
+        """Say whether this is the answer, for this key and this body. Takes the same time for every MAC."""
+        expected = _mac(self.mac_key, challenge_id, self.question, body_sha256)
+        return self.key == key and hmac.compare_digest(mac, expected)
 
 
-class WireGuardChallenges:
-    """The challenges that wait for their answer: in memory, each for one key, one try and 60 seconds.
-
-    `clock` gives seconds and never goes back. May be used by many threads.
-    """
-
-    # Nobody is refused for want of room: the oldest goes. To push out an honest node's challenge, an attacker
-    # with a token has to be given as many as there is room for in the round trip until it is answered. Making
-    # those takes a core ten seconds, and that node need only ask again. A limit for each WireGuard key would
-    # help the attacker: public keys are public, and it would be another's that was used up.
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic, limit: int = MAX_CHALLENGES) -> None:
-        self._clock = clock
-        self._limit = limit
-        self._lock = threading.Lock()  # guards _outstanding; never held while keys are computed
-        # All live equally long, so the order of their coming is the order of their going.
-        self._outstanding: OrderedDict[str, _Outstanding] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._outstanding)
-
-    def issue(self, wireguard_public_key: WireGuardKey) -> Challenge:
-        """Make a challenge for the holder of this key; raise ChallengeError for a key that is nobody's."""
-        challenge_id, question = secrets.token_hex(16), secrets.token_bytes(32)
-        ephemeral = X25519PrivateKey.generate()
-        server, node = ephemeral.public_key().public_bytes_raw(), decode_base64(wireguard_public_key)
-        # The agreement is made now, so that the private half is never kept.
-        mac_key = _mac_key(_agree(ephemeral, node), server, node, challenge_id)
-        with self._lock:
-            now = self._clock()
-            self._forget_expired(now)
-            if len(self._outstanding) >= self._limit:
-                self._outstanding.popitem(last=False)
-            self._outstanding[challenge_id] = _Outstanding(
-                wireguard_public_key, question, mac_key, now + CHALLENGE_SECONDS
-            )
-        return Challenge(challenge_id, encode_base64(server), encode_base64(question))
-
-    def redeem(self, challenge_id: str, key: WireGuardKey, mac: bytes, body_sha256: bytes) -> None:
-        """Raise ChallengeError unless this is the answer, for this key and this body. There is one try."""
-        with self._lock:
-            self._forget_expired(self._clock())
-            outstanding = self._outstanding.pop(challenge_id, None)
-        if outstanding is None or outstanding.key != key:
-            raise ChallengeError
-        expected = _mac(outstanding.mac_key, challenge_id, outstanding.question, body_sha256)
-        if not hmac.compare_digest(mac, expected):
-            raise ChallengeError
-
-    def _forget_expired(self, now: float) -> None:
-        while self._outstanding:
-            oldest = next(iter(self._outstanding.values()))
-            if now <= oldest.expires_at:
-                break
-            self._outstanding.popitem(last=False)
+def make_challenge(key: WireGuardKey) -> tuple[Challenge, ExpectedAnswer]:
+    """Make a challenge for the holder of a key; raise ChallengeError for a key of low order."""
+    challenge_id, question = secrets.token_hex(16), secrets.token_bytes(32)
+    ephemeral = X25519PrivateKey.generate()
+    server, node = ephemeral.public_key().public_bytes_raw(), decode_base64(key)
+    # The agreement is made now, so that the private half is never kept.
+    mac_key = _mac_key(_agree(ephemeral, node), server, node, challenge_id)
+    challenge = Challenge(challenge_id, encode_base64(server), encode_base64(question))
+    return challenge, ExpectedAnswer(key, question, mac_key)
 
 
 def _framed(*fields: bytes) -> bytes:
@@ -275,7 +231,7 @@ def _agree(private_key: X25519PrivateKey, public_key: bytes) -> bytes:
     try:
         return private_key.exchange(X25519PublicKey.from_public_bytes(public_key))
     except ValueError as exc:
-        # All zero: the other key is of low order, and everybody knows the secret (RFC 7748, section 6.1).
+        # All zero: the other key is of low order, and the secret is known to all (RFC 7748, section 6.1).
         raise ChallengeError from exc
 
 
