@@ -76,18 +76,6 @@ def test_each_counts_for_itself_and_in_each_kind(clock: Clock) -> None:
     acting(act)
 
 
-def test_to_check_counts_nothing(clock: Clock) -> None:
-    limits = RateLimits(PLENTY | {FAILED: "2/minute"}, clock=clock)
-
-    async def act() -> None:
-        for expected in (None, None, 60):
-            assert await limits.check(FAILED, "192.0.2.1") == expected
-            assert await limits.check(FAILED, "192.0.2.1") == expected
-            await limits.hit(FAILED, "192.0.2.1")
-
-    acting(act)
-
-
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
@@ -167,10 +155,8 @@ def test_replicas_count_together_in_redis(redis: RedisServer) -> None:
         one = RateLimits(PLENTY | {SOURCE: "3/minute"}, redis.url)
         other = RateLimits(PLENTY | {SOURCE: "3/minute"}, redis.url)
         assert await hits(one, 2, SOURCE, "192.0.2.1") == [None, None]
-        assert await other.check(SOURCE, "192.0.2.1") is None
         assert await other.hit(SOURCE, "192.0.2.1") is None
         for limits in (one, other):
-            assert await limits.check(SOURCE, "192.0.2.1") in {59, 60}
             assert await limits.hit(SOURCE, "192.0.2.1") in {59, 60}
             await limits.close()
 
@@ -205,7 +191,6 @@ def test_without_redis_each_process_counts_for_itself_until_it_is_back(
         assert await asyncio.gather(*(limits.hit(SOURCE, "192.0.2.1") for _ in range(3))) == [None, None, 60]
         clock.now += 5
         assert await limits.hit(SOURCE, "192.0.2.1") == 55
-        assert await limits.check(SOURCE, "192.0.2.1") == 55
         if outage == "gone":
             redis.start()
         else:

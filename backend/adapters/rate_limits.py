@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -96,7 +96,7 @@ class BoundedMemory(Storage):
         self._windows.pop(key, None)
 
     def _make_room(self, now: float) -> None:
-        # Two for each that comes: they get fewer, and nobody waits while thousands are taken away.
+        # Two for each new one: they get fewer, and no request waits while thousands are taken away.
         for _ in range(2):
             oldest = next(iter(self._windows.items()), None)
             if oldest is None or (len(self._windows) < self._max_windows and oldest[1].ends > now):
@@ -113,9 +113,9 @@ class _Window:
 class RateLimits:
     """The limits of each kind, in memory (`memory://`) or in Redis (`redis://`, `rediss://`).
 
-    Redis away, whatever the reason, refuses nobody: the door is guarded by credentials, and more would be
-    lost by its being shut than by a limit that is one replica's own for a while. Then the counting goes on
-    in memory, from nothing, and Redis is tried again every few seconds by one request.
+    Without Redis, whatever the reason, no request is refused: every caller needs a credential as well, and a
+    limit that is one replica's own for a while costs less than an outage. The counting then goes on in
+    memory, from nothing, and one request tries Redis again every few seconds.
 
     IPv6 sources count by their /64, the least that anybody is given; an IPv4 address that comes mapped into
     IPv6 counts as itself. To be used from one event loop.
@@ -140,18 +140,6 @@ class RateLimits:
 
     async def hit(self, kind: LimitKind, who: str) -> int | None:
         """Count one more for `who`; return None if that is within the limit, else seconds to wait (>= 1)."""
-        return await self._ask(_hit, kind, who)
-
-    async def check(self, kind: LimitKind, who: str) -> int | None:
-        """Return what `hit` would, and count nothing."""
-        return await self._ask(_check, kind, who)
-
-    async def close(self) -> None:
-        """Let go of Redis."""
-        if self._redis is not None:
-            await self._redis.pool.aclose()
-
-    async def _ask(self, question: "_Question", kind: LimitKind, who: str) -> int | None:
         if kind in _BY_ADDRESS:
             who = network_of(who)
         item = self._items[kind]
@@ -160,15 +148,20 @@ class RateLimits:
             was_away = self._redis_is_away
             try:
                 async with asyncio.timeout(_REDIS_SECONDS):
-                    answer = await question(redis.strategy, item, kind, who)
+                    seconds = await _hit(redis.strategy, item, kind, who)
             except redis.errors as exc:
                 self._note_away(exc)
             else:
                 if was_away:
                     self._redis_is_away = False
                     log.info("rate_limit_storage_back")
-                return answer
-        return await question(self._memory[kind], item, kind, who)
+                return seconds
+        return await _hit(self._memory[kind], item, kind, who)
+
+    async def close(self) -> None:
+        """Close the connections to Redis."""
+        if self._redis is not None:
+            await self._redis.pool.aclose()
 
     def _may_ask_redis(self) -> bool:
         if not self._redis_is_away:
@@ -192,22 +185,11 @@ class RateLimits:
         )
 
 
-_Question = Callable[[FixedWindowRateLimiter, RateLimitItem, LimitKind, str], Awaitable[int | None]]
-
-
 async def _hit(
     strategy: FixedWindowRateLimiter, item: RateLimitItem, kind: LimitKind, who: str
 ) -> int | None:
-    return None if await strategy.hit(item, kind, who) else await _wait(strategy, item, kind, who)
-
-
-async def _check(
-    strategy: FixedWindowRateLimiter, item: RateLimitItem, kind: LimitKind, who: str
-) -> int | None:
-    return None if await strategy.test(item, kind, who) else await _wait(strategy, item, kind, who)
-
-
-async def _wait(strategy: FixedWindowRateLimiter, item: RateLimitItem, kind: LimitKind, who: str) -> int:
+    if await strategy.hit(item, kind, who):
+        return None
     ends = await strategy.storage.get_expiry(item.key_for(kind, who))
     return max(1, math.ceil(ends - time.time()))
 

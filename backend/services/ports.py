@@ -274,8 +274,5 @@ class RateLimiter(Protocol):
         a credential's id for the others.
         """
 
-    async def check(self, kind: LimitKind, who: str) -> int | None:
-        """Return what `hit` would, and count nothing."""
-
     async def close(self) -> None:
         """Let go of what belongs to the event loop."""

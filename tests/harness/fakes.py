@@ -242,9 +242,6 @@ class NoLimits:
     async def hit(self, kind: LimitKind, who: str) -> int | None:
         return None
 
-    async def check(self, kind: LimitKind, who: str) -> int | None:
-        return None
-
     async def close(self) -> None:
         pass
 

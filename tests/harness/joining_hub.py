@@ -26,6 +26,7 @@ from backend.models.access.proof import (
 )
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 from backend.models.wireguard.provisioning import ProvisioningRequest
+from backend.services.access.challenges import WireGuardChallenges
 
 TOKEN: Final = "ocw_0123456789abcdef_" + "5e" * 32
 
