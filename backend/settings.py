@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+from dotenv import dotenv_values
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from backend.adapters.host.env_file import names_in_env_file, trusted_env_file
 from backend.errors import StartRefusedError
+from backend.models.access.limit_kind import LimitKind
 from backend.models.access.sources import TrustedProxies
 from backend.models.setting_values import (
     Auth,
@@ -34,18 +35,18 @@ from backend.models.setting_values import (
     ReloadMode,
     StateDirectory,
 )
+from backend.models.trusted_paths import require_trusted
 from backend.models.wireguard.interface import InterfaceName
-from backend.services.access.audit_pruning import KEPT
-from backend.services.ports import LimitKind
 
 _PREFIX: Final = "WIREGUARD_"
+_ENV_FILE: Final = ".env"
 
 
 class Settings(BaseSettings):
     """The service's settings, checked once. Field names in capitals are the variables' names."""
 
     model_config = SettingsConfigDict(
-        env_file=".env",
+        env_file=_ENV_FILE,
         env_file_encoding="utf-8",
         # `WIREGUARD_HUB_PUBLIC_KEY=` in a file is how one says "not set".
         env_ignore_empty=True,
@@ -77,7 +78,7 @@ class Settings(BaseSettings):
     wireguard_max_connections_per_source: Count = 1024
     wireguard_trusted_proxies: Proxies = TrustedProxies()
     wireguard_require_proof: bool = False
-    wireguard_audit_keep: Days = KEPT.days
+    wireguard_audit_keep: Days = 365
     log_level: Level = LogLevel.INFO
     access_log: bool = False
 
@@ -135,7 +136,11 @@ def unknown_settings() -> dict[str, str | None]:
 
     A setting whose name is misspelt would be ignored in silence.
     """
-    names = {name.upper() for name in (*os.environ, *names_in_env_file())}
+    try:
+        in_file = set(dotenv_values(_ENV_FILE, interpolate=False, encoding="utf-8"))
+    except (OSError, UnicodeError):  # load_settings refuses such a file
+        in_file = set()
+    names = {name.upper() for name in os.environ.keys() | in_file}
     known = {
         name.upper().removeprefix(_PREFIX)
         for name in Settings.model_fields
@@ -150,10 +155,23 @@ def unknown_settings() -> dict[str, str | None]:
     return found
 
 
+def trusted_env_file() -> Path | None:
+    """Return `.env`'s path, None where there is none; raise StartRefusedError where others could change it.
+
+    It says which database, which config and which credentials count. A file that is made after this check
+    isn't read, so a directory in which other users may make files does no harm.
+    """
+    path = Path(_ENV_FILE).absolute()
+    if not os.path.lexists(path):
+        return None
+    require_trusted(path, f"the file of settings {path}")
+    return path
+
+
 def load_settings(**given: Any) -> Settings:
     """Read the settings that aren't given; raise StartRefusedError for the first that is wrong.
 
-    So does a `.env` that others could change. TypeError for a name that no setting has.
+    It is raised too for a `.env` that other users could change; TypeError for a name that no setting has.
     """
     unknown = given.keys() - Settings.model_fields.keys()
     if unknown:
@@ -172,5 +190,5 @@ def load_settings(**given: Any) -> Settings:
     except (OSError, UnicodeError, SettingsError) as exc:
         problem = exc.strerror if isinstance(exc, OSError) else "it isn't UTF-8 text"
         raise StartRefusedError(
-            f"{Path('.env').absolute()} can't be read ({problem}); mend it or take it away."
+            f"{Path(_ENV_FILE).absolute()} can't be read ({problem}); mend it or take it away."
         ) from None

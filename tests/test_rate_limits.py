@@ -12,7 +12,8 @@ import pytest
 
 from backend.adapters.rate_limits import BoundedMemory, RateLimits
 from backend.errors import StartRefusedError
-from backend.services.ports import LimitKind, RateLimiter
+from backend.models.access.limit_kind import LimitKind
+from backend.services.ports import RateLimiter
 from tests.harness.redis import PASSWORD, RedisServer
 
 SOURCE, TOKEN, KEY, FAILED = LimitKind

@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.adapters.host.env_file import trusted_env_file
 from backend.errors import StartRefusedError
+from backend.models.access.limit_kind import LimitKind
 from backend.models.setting_values import LogLevel, ReloadMode
-from backend.services.ports import LimitKind
-from backend.settings import Settings, load_settings, unknown_settings
+from backend.settings import Settings, load_settings, trusted_env_file, unknown_settings
 
 KEY = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
 EXAMPLE = Path(__file__).parent.parent / ".env.example"

@@ -20,8 +20,8 @@ from limits.aio.storage import RedisStorage, Storage
 from limits.aio.strategies import FixedWindowRateLimiter
 
 from backend.errors import StartRefusedError
+from backend.models.access.limit_kind import LimitKind
 from backend.models.access.sources import network_of
-from backend.services.ports import LimitKind
 
 if TYPE_CHECKING:
     from redis.asyncio import BlockingConnectionPool

@@ -10,6 +10,7 @@ from backend.errors import ProvisioningError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
+from backend.models.access.limit_kind import LimitKind
 from backend.models.access.nonces import Nonce
 from backend.models.wireguard.interface_state import InterfaceState
 from backend.models.wireguard.peer import Peer
@@ -253,15 +254,6 @@ class Hub(Protocol):
 
     def ifindex(self) -> int | None:
         """Return a number that is another one whenever the interface was made anew; None if there is none."""
-
-
-class LimitKind(StrEnum):
-    """What is counted: each kind has a limit and counts of its own."""
-
-    SOURCE = "source"
-    TOKEN = "token"  # noqa: S105 - a kind
-    KEY = "key"
-    FAILED_AUTHENTICATION = "failed_authentication"
 
 
 class RateLimiter(Protocol):

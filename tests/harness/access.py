@@ -10,13 +10,14 @@ from backend.errors import UnauthenticatedError
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.callers import SERVICE, Caller
 from backend.models.access.credentials import Credential, KeyRequest, Role, Secret, TokenRequest
+from backend.models.access.limit_kind import LimitKind
 from backend.services.access.access_control import AccessControl
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.authenticator import Authenticator
 from backend.services.access.credential_cache import CredentialCache
 from backend.services.access.credential_service import CredentialService
 from backend.services.access.token_uses import TokenUses
-from backend.services.ports import AccessStore, LimitKind
+from backend.services.ports import AccessStore
 from tests.harness.fakes import FakeAccessStore, NoLimits
 
 SOMEWHERE = "192.0.2.1"

@@ -9,6 +9,7 @@ from backend.errors import HubUpdateError, OvertakenError, RecordsUnavailableErr
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
+from backend.models.access.limit_kind import LimitKind
 from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.peer import Peer
@@ -18,7 +19,6 @@ from backend.services.ports import (
     Batch,
     Hub,
     Journal,
-    LimitKind,
     NextBatch,
     RateLimiter,
     RecordedState,

@@ -12,10 +12,11 @@ from backend.errors import (
 )
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Credential, CredentialKind, Permission, Secret
+from backend.models.access.limit_kind import LimitKind
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.credential_cache import CredentialCache
 from backend.services.access.token_uses import TokenUses
-from backend.services.ports import LimitKind, RateLimiter
+from backend.services.ports import RateLimiter
 
 _SCHEME: Final = "bearer"
 
