@@ -27,11 +27,3 @@ class UnreachableError(JoinError):
 
 class AnswerError(JoinError):
     """What answered isn't the hub, or not one that this client understands."""
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal or a log would take for more than text, or can't show: it's another host's."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )

@@ -18,10 +18,11 @@ from urllib.parse import SplitResult, urlsplit
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from backend.client.configuration import Configuration, json_object, json_text
-from backend.client.errors import AnswerError, RefusedError, UnreachableError, printable
+from backend.client.errors import AnswerError, RefusedError, UnreachableError
 from backend.errors import ChallengeError
 from backend.models.access.identity import NodeIdentity
 from backend.models.access.proof import Challenge, WireGuardProof, answer_challenge, sign
+from backend.models.fields import escaped
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 
 # As the hub knows them: what base_url has in front belongs to a proxy that takes it off.
@@ -92,7 +93,7 @@ class _Answer:
         if isinstance(detail, dict) and "message" in detail:
             detail = detail["message"]
         text = detail if isinstance(detail, str) else json.dumps(detail)
-        return RefusedError(self.status, printable(text[:_MAX_DETAIL]), self.retry_after)
+        return RefusedError(self.status, escaped(text[:_MAX_DETAIL]), self.retry_after)
 
 
 class Client:
@@ -236,7 +237,7 @@ class Client:
             if response.length and len(data) <= _MAX_ANSWER_BYTES:
                 raise http.client.IncompleteRead(data, response.length)
         except (OSError, http.client.HTTPException) as exc:
-            raise UnreachableError(printable(str(exc)) or type(exc).__name__) from exc
+            raise UnreachableError(escaped(str(exc)) or type(exc).__name__) from exc
         finally:
             connection.close()
         if len(data) > _MAX_ANSWER_BYTES:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from enum import StrEnum
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address
+from ipaddress import AddressValueError, IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from pydantic import BeforeValidator, PlainValidator
 
 from backend.models.access.sources import TrustedProxies
+from backend.models.fields import is_host
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey
 
@@ -19,10 +20,8 @@ _Choice = TypeVar("_Choice", bound=StrEnum)
 _LONGEST_PREFIX: Final = 30
 _SHORTEST_PREFIX: Final = 8
 _LARGEST_PORT: Final = 65535
-_LONGEST_HOST_NAME: Final = 253
 _DAY_SECONDS: Final = 24 * 60 * 60
 
-_HOST_LABEL: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _REDIS_DATABASE: Final = re.compile(r"(/[0-9]{0,9})?")
 # User and password, host and port, as sqlalchemy.engine.url takes them apart. That is slow to import.
 _AUTHORITY: Final = re.compile(r"(?:[^:/]*(?::[^@]*)?@)?+(?:\[[^/?]+\]|[^/:?]+)?(?::[0-9]{1,5})?(?:[/?]|\Z)")
@@ -80,29 +79,10 @@ def _parse_public_key(value: Any) -> WireGuardKey | None:
         raise ValueError(f"is not a usable key ({exc}); leave it empty to take the config's own") from None
 
 
-def _is_address(kind: type[IPv4Address | IPv6Address], text: str) -> bool:
-    try:
-        kind(text)
-    except AddressValueError:
-        return False
-    return True
-
-
-def _is_host(host: str) -> bool:
-    """Tell whether peers could look up or reach `host`: a name, an IPv4 address or an [IPv6] one."""
-    if host.startswith("[") and host.endswith("]"):
-        # A zone ("fe80::1%eth0") names an interface of this host, which means nothing on a peer's.
-        return "%" not in host and _is_address(IPv6Address, host[1:-1])
-    labels = host.removesuffix(".").split(".")
-    if labels[-1].isdecimal():  # no top-level domain is a number: this is meant to be an address
-        return _is_address(IPv4Address, host)
-    return len(host) <= _LONGEST_HOST_NAME and all(_HOST_LABEL.fullmatch(label) for label in labels)
-
-
 def _parse_endpoint(value: Any) -> str:
     text = str(value).strip()
     host, colon, port = text.rpartition(":")
-    if not colon or not _is_host(host):
+    if not colon or not is_host(host):
         raise ValueError(
             "is not host:port; write one like hub.example.com:51820, 192.0.2.1:51820 or [2001:db8::1]:51820"
         )

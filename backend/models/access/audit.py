@@ -8,7 +8,9 @@ from hashlib import sha256
 from json.encoder import encode_basestring_ascii
 from typing import Annotated, Final, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, Field
+
+from backend.models.fields import FrozenModel, escaped
 
 # What the first row follows.
 GENESIS: Final = "0" * 64
@@ -215,17 +217,11 @@ def _fits(text: str) -> bool:
 def _storable(text: str | None) -> str | None:
     if text is None or _fits(text):
         return text
-    escaped = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text[:_TEXT_MAX_CHARACTERS]
-    )
-    return escaped[:_TEXT_MAX_CHARACTERS]
+    return escaped(text[:_TEXT_MAX_CHARACTERS])[:_TEXT_MAX_CHARACTERS]
 
 
-class AuditEntry(BaseModel):
+class AuditEntry(FrozenModel):
     """One row of the audit log."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sequence: int
     # To the microsecond: the hash can be computed again from an entry.
@@ -263,10 +259,8 @@ class AuditEntry(BaseModel):
         )
 
 
-class AuditPage(BaseModel):
+class AuditPage(FrozenModel):
     """Entries of the audit log, the newest first."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     entries: list[AuditEntry]
     next: int | None = Field(description="Ask for those `before` this sequence to go on; null at the end.")

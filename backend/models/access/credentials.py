@@ -8,25 +8,22 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from hashlib import sha256
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Annotated, Any, Final, NoReturn, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PlainValidator,
     StringConstraints,
 )
 
 from backend.models.access.secret_text import SECRET_TEXT, require_no_secret
-from backend.models.fields import StrictModel
+from backend.models.fields import FrozenModel, StrictModel, is_mapped, printable, unmapped
 from backend.models.wireguard.provisioning import UtcSecond
 
 _HOUR: Final = 3600
 _YEAR: Final = 365 * 24 * _HOUR
-_MAPPED: Final = IPv6Network("::ffff:0:0/96")
 
 Network = IPv4Network | IPv6Network
 
@@ -191,16 +188,7 @@ def _within(source: str | None, network: Network) -> bool:
         address = ip_address(source or "")
     except ValueError:
         return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        # A socket for both families sees IPv4 callers so.
-        address = address.ipv4_mapped
-    return address in network
-
-
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("only printable characters are allowed")
-    return text
+    return unmapped(address) in network
 
 
 def _network(value: Any) -> Network:
@@ -215,7 +203,7 @@ def _network(value: Any) -> Network:
         raise ValueError(
             "not a network; write one like 192.0.2.0/24 or 2001:db8::/32, without host bits"
         ) from None
-    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
+    if is_mapped(network):
         raise ValueError("IPv4 callers count as IPv4; write the network as such, like 192.0.2.0/24")
     return network
 
@@ -223,7 +211,7 @@ def _network(value: Any) -> Network:
 Note = Annotated[
     str,
     StringConstraints(max_length=256),
-    AfterValidator(_printable),
+    AfterValidator(printable),
     Field(description="What the operator wants to remember."),
 ]
 NodeIdPattern = Annotated[
@@ -297,10 +285,8 @@ class KeyRequest(StrictModel):
         return key, secret
 
 
-class _Info(BaseModel):
+class _Info(FrozenModel):
     """What both kinds tell of themselves."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str = Field(examples=["3f1c0e5a9b7d2468"])
     note: str

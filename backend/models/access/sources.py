@@ -6,10 +6,11 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final, Self
 
+from backend.models.fields import is_mapped, unmapped
+
 # Peers of which it is remembered whether they are proxies.
 _MOST_KNOWN: Final = 1024
 _MAPPED_IPV4: Final = bytes(10) + b"\xff\xff"
-_MAPPED_NETWORK: Final = IPv6Network("::ffff:0:0/96")
 
 
 def network_of(address: str) -> str:
@@ -38,9 +39,8 @@ def _address(text: str) -> IPv4Address | IPv6Address | None:
         address = ip_address(text)
     except ValueError:
         return None
-    if isinstance(address, IPv6Address):
-        return address.ipv4_mapped or (None if address.scope_id else address)
-    return address
+    address = unmapped(address)
+    return None if isinstance(address, IPv6Address) and address.scope_id else address
 
 
 @lru_cache(maxsize=4096)
@@ -58,7 +58,7 @@ def _network(word: str) -> IPv4Network | IPv6Network:
         ) from None
     if "/" in word and ip_address(word.partition("/")[0]) != network.network_address:
         raise ValueError(f"has a network with host bits set ({word}); write {network}")
-    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED_NETWORK):
+    if is_mapped(network):
         raise ValueError(f"names {word}, and IPv4 proxies count as IPv4; write it as such, like 127.0.0.1")
     return network
 

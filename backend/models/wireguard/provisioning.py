@@ -9,7 +9,6 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import (
     AfterValidator,
     AwareDatetime,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -18,7 +17,7 @@ from pydantic import (
 )
 
 from backend.models.access.secret_text import require_no_secret
-from backend.models.fields import StrictModel
+from backend.models.fields import FrozenModel, StrictModel, printable
 from backend.models.wireguard.keys import WireGuardKey
 
 NODE_ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,128}$"
@@ -35,16 +34,10 @@ METADATA_MAX_DEPTH: Final = 8
 PERSISTENT_KEEPALIVE_SECONDS: Final = 25
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("only printable characters are allowed")
-    return text
-
-
 def _name(text: str) -> str:
     if text.isspace():
         raise ValueError("a name that is blank is none")
-    return _printable(text)
+    return printable(text)
 
 
 def _semantic(text: str) -> str:
@@ -87,7 +80,7 @@ NodeId = Annotated[
 PeerPublicKey = Annotated[
     str,
     StringConstraints(min_length=1, max_length=256),
-    AfterValidator(_printable),
+    AfterValidator(printable),
     Field(description="The node's libp2p public key.", examples=["peer_libp2p_public_key"]),
 ]
 SemanticVersion = Annotated[
@@ -146,12 +139,10 @@ class ProvisioningRequest(StrictModel):
     metadata: Metadata | None = Field(default=None, description="At most 8 KiB and 8 levels.")
 
 
-class PeerConfiguration(BaseModel):
+class PeerConfiguration(FrozenModel):
     """Everything that a node needs to write its own wg-quick(8) file, apart from its private key."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
         json_schema_extra={
             "example": {
                 "node_id": "swarm-node-001",
@@ -178,20 +169,16 @@ class PeerConfiguration(BaseModel):
     provisioned_at: UtcSecond = Field(description="RFC 3339, UTC.")
 
 
-class ProvisioningResponse(BaseModel):
+class ProvisioningResponse(FrozenModel):
     """The answer to a node that has joined."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     status: Literal["success"] = "success"
     config: PeerConfiguration
     message: str = Field(examples=["Peer swarm-node-001 provisioned successfully"])
 
 
-class ProvisioningRecord(BaseModel):
+class ProvisioningRecord(FrozenModel):
     """What is kept of a peer, durably: the truth that file and interface are made from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     node_id: str
     public_key: str
