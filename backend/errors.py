@@ -19,6 +19,7 @@
     │   ├── ForbiddenError          the credential isn't for that
     │   ├── RateLimitedError        too often
     │   └── CredentialNotFoundError no credential of that id
+    ├── NoProofAskedError           a challenge was asked for, and this hub asks for no proof
     ├── IdempotencyKeyError         the Idempotency-Key can't be used for this
     └── ProofError                  the sender hasn't proved its identity or its WireGuard key
         ├── ProofMissingError       it didn't try
@@ -279,6 +280,12 @@ class IdempotencyKeyError(ProvisioningError):
     """The Idempotency-Key can't be used for this request."""
 
     audit_reason = "idempotency_key"
+
+
+class NoProofAskedError(ProvisioningError):
+    """A challenge was asked for, and this hub asks for no proof of identity."""
+
+    audit_reason = "status_404"
 
 
 class StartRefusedError(Exception):

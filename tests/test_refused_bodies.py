@@ -9,7 +9,8 @@ import pytest
 from fastapi import APIRouter, FastAPI, Query
 from pydantic import BaseModel, ValidationError
 
-from backend.api.errors import MAX_BODY_BYTES, MAX_ERRORS, DomainErrorRoute
+from backend.api.errors import MAX_BODY_BYTES, MAX_ERRORS
+from backend.api.routes import DomainErrorRoute
 from backend.api.v1.endpoints.wireguard_access import AuditParameters
 from backend.api.v1.endpoints.wireguard_provisioning import ChallengeRequest
 from backend.models.access.credentials import KeyRequest, TokenRequest

@@ -14,8 +14,9 @@ from starlette.routing import BaseRoute
 
 from backend.api.audit import action_of, log_refusal
 from backend.api.dependencies import service_for
-from backend.api.errors import DomainErrorRoute, problem
+from backend.api.errors import problem
 from backend.api.repeats import require_repeat
+from backend.api.routes import DomainErrorRoute
 from backend.errors import (
     AccessError,
     ForbiddenError,

@@ -5,7 +5,6 @@ import math
 from codecs import BOM_UTF8
 from typing import Any, Final
 
-from fastapi import HTTPException, Request
 from pydantic_core import from_json
 
 # More than any field of ours allows; the parser itself would go on to 200.
@@ -80,18 +79,3 @@ def _is_deeper(value: object, levels: int) -> bool:
             for child in (container.values() if isinstance(container, dict) else container)
         ]
     return any(isinstance(value, _CONTAINERS) for value in level)
-
-
-class StrictRequest(Request):
-    """A request whose JSON is read strictly."""
-
-    async def json(self) -> Any:
-        """Return the body's value; raise a 422 in the form of FastAPI's own."""
-        if not hasattr(self, "_json"):
-            try:
-                self._json = loads(await self.body())
-            except StrictJSONError as error:
-                detail = [{"type": "json_invalid", "loc": ["body"], "msg": str(error)}]
-                # FastAPI lets one of these through as it is, and makes a 400 of everything else.
-                raise HTTPException(422, detail) from None
-        return self._json

@@ -20,7 +20,8 @@ from starlette.types import Message
 
 from backend.adapters.http.http_protocol import MAX_HEAD_BYTES, BoundedProtocol
 from backend.adapters.http.unix_socket import listening_at
-from backend.api.errors import MAX_BODY_BYTES, DomainErrorRoute
+from backend.api.errors import MAX_BODY_BYTES
+from backend.api.routes import DomainErrorRoute
 from backend.errors import StartRefusedError
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from tests.harness.patience import eventually

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any, Final, Literal
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from backend.api.audit import audited
@@ -13,6 +13,7 @@ from backend.api.errors import problem
 from backend.api.proofs import proven
 from backend.api.repeats import repeatable
 from backend.api.security import REFUSALS, Operator, Provisioner, Reader, SecuredRoute
+from backend.errors import NoProofAskedError
 from backend.models.access.audit import AuditAction
 from backend.models.access.proof import (
     CHALLENGE_HEADER,
@@ -179,7 +180,7 @@ async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Servic
     """Give a challenge, where this hub asks for proofs (WIREGUARD_REQUIRE_PROOF); 404 elsewhere."""
     proofs = service.access.proofs
     if proofs is None:
-        raise HTTPException(404, _NO_PROOF)
+        raise NoProofAskedError(_NO_PROOF)
     challenge = proofs.challenges.issue(body.wireguard_public_key)
     return ChallengeAnswer(
         challenge_id=challenge.challenge_id,
