@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from starlette.types import Message
 
+from backend.adapters.http.connections import Connections
 from backend.adapters.http.http_protocol import MAX_HEAD_BYTES, BoundedProtocol
 from backend.adapters.http.unix_socket import listening_at
 from backend.api.errors import MAX_BODY_BYTES
@@ -81,7 +83,8 @@ def echoing_app() -> FastAPI:
 class Server:
     """An app behind our protocol, in a thread."""
 
-    def __init__(self, listener: socket.socket, http: Any = HastyProtocol) -> None:
+    def __init__(self, listener: socket.socket, http: Any = None) -> None:
+        http = http or partial(HastyProtocol, connections=Connections(1000, 1000))
         self.app = echoing_app()
         self.listener = listener
         config = uvicorn.Config(

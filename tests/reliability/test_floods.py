@@ -159,10 +159,10 @@ def test_ipv6_sources_count_by_their_64_and_mapped_ones_as_ipv4() -> None:
         transport = asyncio.Transport()
 
     def status(address: str) -> object:
-        async def admit() -> object:
-            return counted.admit(Made(), address)
+        async def add() -> object:
+            return counted.add(Made(), address)
 
-        return asyncio.run(admit())
+        return asyncio.run(add())
 
     assert [status("2001:db8::1"), status("2001:db8::2"), status("2001:db8:0:1::1")] == [None, 429, None]
     assert [status("::ffff:192.0.2.1"), status("192.0.2.1")] == [None, 429]

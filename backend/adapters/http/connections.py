@@ -1,7 +1,7 @@
-"""Which connections may be open: so many in total, so many of one source, none whose client doesn't read.
+"""Limits how many connections are open, in total and from one source, and closes those that aren't read.
 
-uvicorn bounds none of it. A client that sends requests and never reads the answers keeps a descriptor, and
-what was written for it, for as long as it likes: also after the connection was closed, which waits for that.
+uvicorn limits none of it. A client that sends requests and never reads the answers keeps a descriptor, and
+the memory of what was written for it, without an end: to close its connection waits until that is read.
 """
 
 import array
@@ -20,19 +20,16 @@ from backend.models.access.sources import network_of
 log = logging.getLogger(__name__)
 
 STALLED_SECONDS: Final = 10.0
-# Looks at all connections in that part of the time.
+# All connections are checked so many times in STALLED_SECONDS.
 _LOOKS: Final = 10
-# The log says at most that often that connections were refused.
+# Refused connections are logged at most that often.
 _LOG_SECONDS: Final = 60.0
-# Zero seconds: what is unsent goes with the connection. The kernel would keep it for minutes.
+# Linger for zero seconds: drop what is unsent. The kernel would keep it for minutes.
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class Connection(Protocol):
-    """What is kept of a connection: its transport is asked what it couldn't write yet.
-
-    There is none until the handshake of TLS is over.
-    """
+    """A connection, whose transport knows what it couldn't write yet; None until TLS's handshake is over."""
 
     transport: asyncio.Transport
 
@@ -40,16 +37,16 @@ class Connection(Protocol):
 @dataclass(slots=True)
 class _Open:
     source: str | None = None
-    # What had not been read by the client at the last look, in bytes, and since when that is no less.
+    # How many bytes the client had not read at the last check, and since when that has not become less.
     unread: int = 0
     since: float = 0.0
 
 
 class Connections:
-    """Counts them, and ends those whose client hasn't read anything for `stalled_seconds`.
+    """Counts connections, and aborts those whose client hasn't read anything for `stalled_seconds`.
 
-    IPv6 sources count by their /64, as for the rate limits. A connection without a source, by a UNIX socket,
-    counts for the total alone. To be used from one event loop.
+    IPv6 sources count by their /64, as for the rate limits. A connection without an address counts for the
+    total alone: through a UNIX socket, or from a trusted proxy. To be used from one event loop.
     """
 
     def __init__(
@@ -70,7 +67,7 @@ class Connections:
 
     @classmethod
     def within(cls, descriptors: int, most: int, most_of_one_source: int) -> Self:
-        """Return the counts for no more connections than there are descriptors for."""
+        """Return the counts with `most` lowered to the number of descriptors that connections may have."""
         if most > descriptors:
             log.warning(
                 "connections_limited_by_descriptors",
@@ -82,8 +79,8 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def admit(self, connection: Connection, address: str | None) -> HTTPStatus | None:
-        """Count a new one; return None, or the status to refuse it with, and then it isn't counted.
+    def add(self, connection: Connection, address: str | None) -> HTTPStatus | None:
+        """Count a new connection; or return the status to refuse it with, and don't count it.
 
         One that is counted already stays so.
         """
@@ -92,17 +89,17 @@ class Connections:
         if len(self._open) >= self._most:
             return self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, address)
         self._open[connection] = _Open()
-        refusal = self.attribute(connection, address)
+        refusal = self.move(connection, address)
         if refusal is not None:
             del self._open[connection]
         elif self._looking is None:
             self._look_later()
         return refusal
 
-    def attribute(self, connection: Connection, address: str | None) -> HTTPStatus | None:
-        """Count one for another source from now on, None for no one's; return what `admit` does.
+    def move(self, connection: Connection, address: str | None) -> HTTPStatus | None:
+        """Count a connection for another source from now on; or return the status to refuse it with.
 
-        A trusted proxy's connections are each that of the client whose request is under way.
+        A trusted proxy's connection counts for the client whose request is being answered.
         """
         known = self._open.get(connection)
         source = None if address is None else network_of(address)
@@ -117,8 +114,8 @@ class Connections:
             known.source = source
         return None
 
-    def release(self, connection: Connection) -> None:
-        """Count it no longer. One that was refused was never counted."""
+    def remove(self, connection: Connection) -> None:
+        """Stop counting a connection, if it is counted."""
         known = self._open.pop(connection, None)
         if known is not None:
             self._forget_source(known)
@@ -159,8 +156,8 @@ class Connections:
                 known.unread = 0
                 continue
             handle = transport.get_extra_info("socket")
-            # With what the kernel has taken but not delivered: a client that reads slowly makes that less
-            # long before there is room for more of what waits.
+            # Together with what the kernel has not delivered yet: a client that reads slowly makes that less
+            # long before the kernel takes any more from the transport.
             unread = waiting + _undelivered(handle)
             if unread < known.unread or not known.unread:
                 known.since = now

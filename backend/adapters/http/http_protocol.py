@@ -1,9 +1,11 @@
-"""uvicorn's HTTP protocol, with an end to what a client may make it wait for and keep.
+"""uvicorn's HTTP protocol with limits on what a client can make it wait for and keep in memory.
 
-uvicorn bounds the time between two requests and the body that it keeps unread, and nothing else: a connection
-that says nothing stays for ever, a request may come in byte by byte, and neither httptools nor llhttp bounds
-the head (h11_max_incomplete_event_size is what its name says). Requests that come before the answers to
-earlier ones are all parsed and kept, without a bound.
+uvicorn limits the time between two requests and the body that it keeps unread, and nothing else. It has no
+limit for a connection that sends nothing, for a request that comes in byte by byte, for the size of a head
+(its option h11_max_incomplete_event_size is for h11 alone, and neither httptools nor llhttp has one), nor for
+the number of requests that are sent ahead of the answers to earlier ones: all of them are parsed and kept.
+
+pyproject.toml pins uvicorn's minor version, and tests/test_http_protocol.py lists what is overridden here.
 """
 
 import json
@@ -50,21 +52,21 @@ _FULL: Final = "Too many connections; ask again later"
 
 _CANCELLED: Final = "The service is stopping; ask again to learn what became of the request"
 
-# Where trailers go: behind the headers they could pass for what a proxy has checked.
+# Drops what is appended. Trailers go here: among the headers they could pass for what a proxy has checked.
 _NOWHERE: Final = cast(list[tuple[bytes, bytes]], deque[tuple[bytes, bytes]](maxlen=0))
 
 
 class _HeadRefusedError(Exception):
-    """Ends the parser's work; what is answered is noted before."""
+    """Stops the parser; `_refusal` has the status of the answer."""
 
 
 class _Flow(FlowControl):
-    """Reads nothing more, whatever the app or an answer says, while what has come waits to be parsed."""
+    """Keeps reading paused for as long as something that has come in waits to be parsed."""
 
     holding = False
 
     def resume_reading(self) -> None:
-        """Read on, unless there is enough to do."""
+        """Read on, unless something is held."""
         if not self.holding:
             super().resume_reading()
 
@@ -87,9 +89,11 @@ class BoundedProtocol(HttpToolsProtocol):
     A request that comes in one piece costs no timer: one is set for the connection, and again only for a
     piece that leaves a request incomplete.
 
-    `connections` says whether one more may be open, and ends those whose client doesn't read its answers.
-    That of a proxy in `proxies` counts for the client that the request under way is from.
+    `connections` limits how many are open, and closes those whose client doesn't read its answers. A
+    connection from one of the `proxies` counts for the client whose request is being answered.
     """
+
+    flow: _Flow
 
     request_seconds: ClassVar[float] = REQUEST_SECONDS
     stop_seconds: ClassVar[float] = STOP_SECONDS
@@ -102,71 +106,70 @@ class BoundedProtocol(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: AbstractEventLoop | None = None,
         *,
-        connections: Connections | None = None,
+        connections: Connections,
         proxies: TrustedProxies | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._admitted = connections
+        self._counted = connections
         self._proxies = proxies or TrustedProxies()
-        # Whether the other end is a proxy that says whose each request is.
+        # The other end's address; None for a UNIX socket. A proxy says which client each request is from.
+        self._peer: str | None = None
         self._is_proxied = False
-        # Since when a request is awaited, on the loop's clock; None while nothing more has to come.
+        # When the wait for a request began, by the loop's clock; None while no more has to come.
         self._since: float | None = None
         self._watch: TimerHandle | None = None
-        # The scope of the last request that is complete. Another one is that of a request that isn't.
+        # The scope of the last complete request. While `self.scope` is another, that one is incomplete.
         self._complete: object = None
-        # How many bytes have come in that are, as far as it is known, no part of a body.
+        # How many bytes have come in since the last complete head or piece of a body.
         self._overhead = 0
-        # The request that the app is answering, or was.
+        # The last request that was given to the app.
         self._running: RequestResponseCycle | None = None
-        # What the request whose head is complete is refused with.
+        # The status that refuses the request whose head has just come in.
         self._refusal: HTTPStatus | None = None
         # Set when the service was told to stop while a request was coming in.
         self._stop: TimerHandle | None = None
-        # What has come behind MAX_AHEAD requests that wait, and whether the client says any more after it.
+        # The bytes behind MAX_AHEAD waiting requests, and whether the client sends no more after them.
         self._held = b""
         self._held_is_all = False
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override] # uvicorn says Transport, asyncio BaseTransport
-        """Begin to wait for the first request."""
+        """Count the connection, and start waiting for the first request; refuse one connection too many."""
         super().connection_made(transport)
-        self.flow = self._held_flow = _Flow(transport)
+        self.flow = _Flow(transport)
         if self.client is None and (self.server is None or self.server[1] is not None):
-            # TCP, but gone already, so that the kernel doesn't say any more who it was. What such a client
-            # has sent would be handled as if it came through a UNIX socket, which has no address either.
+            # A TCP connection that is gone already, so that the kernel doesn't know its address any more.
+            # What such a client has sent would be handled as if it came through a UNIX socket.
             transport.abort()
             return
-        peer = None if self.client is None else self.client[0]
-        self._is_proxied = self._proxies.trust(peer)
-        if self._admitted is not None:
-            refusal = self._admitted.admit(self, self.counted_address(peer))
-            if refusal is not None:
-                self._answer(refusal, _FULL if refusal is HTTPStatus.SERVICE_UNAVAILABLE else None)
-                transport.close()
-                return
+        self._peer = None if self.client is None else self.client[0]
+        self._is_proxied = self._proxies.trust(self._peer)
+        refusal = self._counted.add(self, self.counted_address(self._peer))
+        if refusal is not None:
+            self._answer(refusal, _FULL if refusal is HTTPStatus.SERVICE_UNAVAILABLE else None)
+            transport.close()
+            return
         self._await_request()
 
     def counted_address(self, peer: str | None) -> str | None:
-        """Return the address that a connection counts for: none where requests of many come by it."""
+        """Return the address that a new connection counts for: None for a proxy, which has many clients."""
         return None if self._proxies.trust(peer) else peer
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop watching."""
+        """Cancel the timers, and tell the app that the client is gone."""
         for timer in (self._watch, self._stop):
             if timer is not None:
                 timer.cancel()
         self._watch = None
-        if self._admitted is not None:
-            self._admitted.release(self)
+        self._counted.remove(self)
         super().connection_lost(exc)
         if self._running is not None and not self._running.response_complete:
-            # uvicorn tells the last request that has come, and where others wait this is an earlier one: it
-            # would go on writing, and end in a traceback.
+            # uvicorn tells it to the last request that has come in. Where requests wait, the running one is
+            # an earlier one: it would go on writing, and end in a traceback.
             self._running.disconnected = True
             self._running.message_event.set()
 
     def eof_received(self) -> bool:  # type: ignore[override] # uvicorn's says None, which closes at once
-        """Say whether the connection stays open: until what was asked for completely has been answered."""
+        """Tell whether the connection stays open: until each complete request has been answered."""
         if self._held:
             self._held_is_all = True
             return True
@@ -176,7 +179,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return True
 
     def shutdown(self) -> None:
-        """Close the connection as soon as nothing is asked for on it; called once, when the service stops."""
+        """Close the connection as soon as no request is on it; called once, when the service stops."""
         self._held = b""
         if not self._is_coming_in():
             super().shutdown()
@@ -186,7 +189,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop = self.loop.call_later(self.stop_seconds, self._refuse_the_incomplete)
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come, as far as not too many requests wait already."""
+        """Parse what has come in, unless MAX_AHEAD requests wait already: then hold it."""
         if len(data) <= _PIECE_BYTES and not self._held and len(self.pipeline) < MAX_AHEAD:
             self._take(data)
         else:
@@ -194,63 +197,67 @@ class BoundedProtocol(HttpToolsProtocol):
             self._take_held()
 
     def _take_held(self) -> None:
-        """Parse what is held, until it is all or MAX_AHEAD requests wait for their answers."""
+        """Parse what is held, until nothing is left or MAX_AHEAD requests wait for their answers."""
         held, start = self._held, 0
         while start < len(held) and len(self.pipeline) < MAX_AHEAD and not self.transport.is_closing():
             # A whole head of any size could come in at once.
             self._take(held[start : start + _PIECE_BYTES])
             start += _PIECE_BYTES
         self._held = b"" if self.transport.is_closing() else held[start:]
-        self._held_flow.holding = bool(self._held)
+        self.flow.holding = bool(self._held)
         if self._held:
             self.flow.pause_reading()
         elif self._held_is_all:
             if not self.eof_received():
                 self.transport.close()
         elif not self._is_answering():
-            # No answer will have it resumed.
+            # No answer is under way that would resume it.
             self.flow.resume_reading()
 
     def _take(self, data: bytes) -> None:
-        """Parse a piece of what has come, and see whether more has to follow."""
+        """Parse a piece, and wait for the rest of its request where that is incomplete."""
         self._overhead += len(data)
         super().data_received(data)
         if self._overhead or self.scope is not self._complete:
             self._expect_more()
 
     def on_headers_complete(self) -> None:
-        """Refuse a head that is too large, and let nothing be added to it any more."""
+        """Refuse a head that is too large, and a client with too many connections; drop all trailers."""
         if self._overhead > self.max_head_bytes:
-            # There may be more than the head in it.
+            # More than the head may be counted there.
             fields = sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
             if len(self.url) + fields > self.max_head_bytes:
                 self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
                 raise _HeadRefusedError
         self._overhead = 0
         if self._is_proxied:
-            self._attribute()
+            source = self._proxies.source(self._peer, self.headers)
+            if source != self._peer:
+                self._refusal = self._counted.move(self, source)
+            if self._refusal is not None:
+                raise _HeadRefusedError
         super().on_headers_complete()
         if self._stop is not None:
             self.cycle.keep_alive = False
         self.headers = _NOWHERE
 
     def on_body(self, body: bytes) -> None:
-        """Take a piece of the body."""
+        """Pass a piece of the body on."""
         self._overhead = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Note that nothing more has to come."""
+        """Stop waiting: the request is complete."""
         self._complete = self.scope
         self._since = None
         self._overhead = 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Go on with what was held back, now that there is room for it."""
+        """Parse more of what is held, now that a request less waits."""
         super().on_response_complete()
-        if self._is_proxied and self._admitted is not None and not self.pipeline:
-            self._admitted.attribute(self, None)
+        if self._is_proxied and not self.pipeline:
+            self._counted.move(self, None)
         if self._held:
             self._take_held()
 
@@ -259,20 +266,11 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what the parser could not go on with."""
+        """Refuse a request at which the parser has stopped."""
         if self._refusal is not None:
             self._refuse(self._refusal)
         else:
             super().send_400_response(msg)
-
-    def _attribute(self) -> None:
-        """Count the connection for the client whose request has come; refuse one too many."""
-        peer = None if self.client is None else self.client[0]
-        source = self._proxies.source(peer, self.headers)
-        if self._admitted is not None and source != peer:
-            self._refusal = self._admitted.attribute(self, source)
-            if self._refusal is not None:
-                raise _HeadRefusedError
 
     def _expect_more(self) -> None:
         if self._overhead > self.max_head_bytes:
@@ -300,11 +298,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._watch = self.loop.call_later(left, self._look)
 
     def _is_held_up(self) -> bool:
-        """Tell whether it is for us to go on: nothing is read, or an earlier request isn't answered yet."""
+        """Tell whether the client waits for us: reading is paused, or an earlier request isn't answered."""
         return self.flow.read_paused or (self._is_in_head() and self._is_answering())
 
     def _is_coming_in(self) -> bool:
-        """Tell whether a part of a request has come, and not all of it."""
+        """Tell whether a part of a request has come in, and not all of it."""
         return bool(self._overhead) or self.scope is not self._complete
 
     def _refuse_the_incomplete(self) -> None:
@@ -329,7 +327,7 @@ class BoundedProtocol(HttpToolsProtocol):
                     self._answer(status)
             elif not self.cycle.response_started:
                 self._answer(status)
-                # The app is told that nobody listens any more, and whatever it says goes nowhere.
+                # The app is told that the client is gone, and what it sends is dropped.
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
         self.transport.close()
@@ -342,7 +340,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def answering_when_cancelled(app: ASGIApp) -> ASGIApp:
-    """Return the app with a 503 for requests that uvicorn cancels when it stops; by itself it says 500."""
+    """Return the app with a 503 for requests that uvicorn cancels when it stops, in place of its own 500."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         started = False

@@ -1,9 +1,9 @@
-"""uvicorn's server for TLS, accepting connections by itself.
+"""uvicorn's server for TLS, which accepts connections by itself.
 
-The event loop makes a connection by TLS known when its handshake is over, for which it gives it 60 seconds:
-until then nothing bounds how many there are. And where no descriptor is left it asks for the connection
-that waits again and again, with all of a core. Without TLS the caps keep it from coming to that, and the
-loop's own way takes 30 microseconds less for a connection.
+The event loop tells the protocol of a connection when its TLS handshake is over, for which it allows 60
+seconds: until then nothing limits how many there are. And where no descriptor is left, it tries to accept
+again and again, with all of a core. Without TLS the limits keep it from that, and the loop's own way to
+accept takes 30 microseconds less for a connection.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ _EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class TlsServer(uvicorn.Server):
-    """Accepts from one listening socket. A connection over the caps is closed before its handshake."""
+    """Accepts from one listening socket. A connection over the limits is closed before its handshake."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class TlsServer(uvicorn.Server):
         connections: Connections,
         certificate: Certificate,
     ) -> None:
-        """Listen already; nothing is accepted before `serve`."""
+        """Take a socket that listens. `serve` accepts from it."""
         super().__init__(config)
         self._listener = listener
         self._certificate = certificate
@@ -45,14 +45,14 @@ class TlsServer(uvicorn.Server):
         self._paused: asyncio.TimerHandle | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's
-        """Start without a listening socket of uvicorn's, and accept."""
+        """Start uvicorn without a socket of its own, and accept from the listener."""
         await super().startup(sockets=[])
         self._listener.setblocking(False)  # noqa: FBT003 - the library's
         self._listener.listen(self.config.backlog)
         asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's
-        """Accept nothing more, drop handshakes, and end as uvicorn does."""
+        """Accept nothing more, cancel the handshakes, and shut uvicorn down."""
         if self._paused is not None:
             self._paused.cancel()
         asyncio.get_running_loop().remove_reader(self._listener)
@@ -75,7 +75,7 @@ class TlsServer(uvicorn.Server):
             self._take(connection)
 
     def _pause(self, error: OSError) -> None:
-        """Leave what waits in its queue for a while; the loop would ask for it without an end."""
+        """Leave the waiting connections in the kernel's queue for a while."""
         loop = asyncio.get_running_loop()
         log.warning("accepting_paused", extra={"reason": error.strerror})
         loop.remove_reader(self._listener)
@@ -86,19 +86,17 @@ class TlsServer(uvicorn.Server):
         protocol: BoundedProtocol = self.config.http_protocol_class(  # type: ignore[call-arg, assignment] # uvicorn calls it like that
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
         )
-        if self._is_refused(connection, protocol):
+        try:
+            address = protocol.counted_address(connection.getpeername()[0])
+        except OSError:  # gone already
+            connection.close()
+            return
+        if self._connections.add(protocol, address) is not None:
             connection.close()
             return
         task = loop.create_task(self._shake_hands(connection, protocol))
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)
-
-    def _is_refused(self, connection: socket.socket, protocol: BoundedProtocol) -> bool:
-        try:
-            peer = connection.getpeername()[0]
-        except OSError:  # gone already
-            return True
-        return self._connections.admit(protocol, protocol.counted_address(peer)) is not None
 
     async def _shake_hands(self, connection: socket.socket, protocol: BoundedProtocol) -> None:
         loop = asyncio.get_running_loop()
@@ -111,7 +109,7 @@ class TlsServer(uvicorn.Server):
                 ssl_shutdown_timeout=REQUEST_SECONDS,
             )
         except BaseException as exc:
-            self._connections.release(protocol)
+            self._connections.remove(protocol)
             connection.close()
             if not isinstance(exc, OSError | TimeoutError | asyncio.CancelledError):
                 raise
