@@ -105,7 +105,7 @@ def _config(settings: Settings, hub: Hub, guard: ConfigGuard) -> WireGuardConfig
         settings.wireguard_config_path,
         hub.sync,
         stated_key=settings.wireguard_hub_public_key,
-        admit=guard.admit,
+        require_trusted=guard.require_trusted,
     )
     config.remove_stale_temporaries()
     try:

@@ -1,10 +1,10 @@
-"""Whether anybody else could change what this process reads, writes or runs: as sshd's StrictModes looks.
+"""Tells whether other users could change a file that this process reads, writes or runs (sshd's StrictModes).
 
-A directory isn't safe by its own mode alone: who may write to one above it can put another in its place. So
-each step of the way from the root is looked at, and where a link leads as well.
+A directory isn't safe by its own mode alone: a user who may write to one above it can replace it. So each
+step of the way from the root is checked, and the way that a link leads as well.
 
 Trusted are root, this process's user, and the owner of this program, who can change what it does anyhow:
-`sudo make run` in somebody's checkout is theirs to use.
+`sudo make run` in a user's checkout works for that user.
 """
 
 import grp
@@ -28,7 +28,7 @@ _ACL: Final = "system.posix_acl_access"
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One thing on the way to a path. `shared`: it's in a directory like /tmp. `last`: the way ends here."""
+    """One step on the way to a path. `shared`: it's in a directory like /tmp. `last`: the way ends here."""
 
     path: Path
     status: os.stat_result
@@ -37,19 +37,19 @@ class _Step:
 
     @property
     def is_link(self) -> bool:
-        """Whether it's a symbolic link, which is looked at itself."""
+        """Whether it's a symbolic link; `status` is the link's own."""
         return stat.S_ISLNK(self.status.st_mode)
 
     @property
     def is_sticky(self) -> bool:
-        """Only who owns a file in there, or the directory, can rename or remove it (unlink(2), EPERM)."""
+        """Whether only its owner, and a file's own, can rename or remove a file in it (unlink(2), EPERM)."""
         return stat.S_ISDIR(self.status.st_mode) and bool(self.status.st_mode & stat.S_ISVTX)
 
 
 def require_trusted(path: Path, what: str) -> None:
     """Refuse a file or directory that others could change: StartRefusedError, with the remedy.
 
-    What doesn't exist, or can't be looked at, is left to whoever uses it.
+    A path that doesn't exist or can't be read passes: to use it fails by itself.
     """
     problem = _problem(path)
     if problem is not None:
@@ -68,7 +68,7 @@ def problem_with_file(path: Path) -> str | None:
 
 
 def is_trusted(path: Path) -> bool:
-    """Tell whether nobody else could change what is there."""
+    """Tell whether no other user could change it."""
     return _problem(path) is None
 
 
@@ -106,7 +106,7 @@ def _problem(path: Path) -> str | None:
 
 
 def _way(path: Path) -> Iterator[_Step]:
-    """Yield what is on the way from the root to `path`, links and where they lead; end where nothing is."""
+    """Yield each step of the way from the root to `path`, through links, as far as it exists."""
     here, shared, links = _ROOT, False, 0
     # The next one is at the end.
     names = [*reversed(path.absolute().parts)]
@@ -138,7 +138,7 @@ def _others_write(step: _Step, users: Collection[int]) -> bool:
 
 
 def _is_private_group(step: _Step, users: Collection[int]) -> bool:
-    """Tell whether the group is one of those that Debian makes for each user, who is alone in it.
+    """Tell whether the group has trusted users alone, as the one that Debian makes for each user.
 
     Where users have such groups, the umask is 002 (pam_umask(8)) and all that they make is group-writable.
     """

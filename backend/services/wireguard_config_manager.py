@@ -78,22 +78,23 @@ class WireGuardConfigManager:
         reload: Callable[[bytes], None] | None = None,
         *,
         stated_key: WireGuardKey | None = None,
-        admit: Callable[[Path], None] = lambda _path: None,
+        require_trusted: Callable[[Path], None] = lambda _path: None,
     ) -> None:
         """Read nothing yet. `reload` is what `reload_config` calls with the text for `wg syncconf`.
 
-        `stated_key` is WIREGUARD_HUB_PUBLIC_KEY: a file with another hub's key can't be used. `admit` is
-        called before a version of the file is used, and raises ConfigFileError to refuse it.
+        `stated_key` is WIREGUARD_HUB_PUBLIC_KEY: a file with another hub's key can't be used.
+        `require_trusted` is called before a version of the file is used, and raises ConfigFileError to
+        refuse it.
         """
         self._reader: Final = ConfigReader(Path(config_path))
         self._stem: Final = Path(config_path).stem
         self._reload = reload
         self._stated_key = stated_key
-        self._admit = admit
+        self._require_trusted = require_trusted
         self._lock = RLock()  # guards the file against our own threads, and _version; held across file I/O
         self._version: _Version | None = None
-        # Where the file was when it was last admitted.
-        self._admitted: Path | None = None
+        # Where the file was when `require_trusted` last let it pass.
+        self._trusted_at: Path | None = None
 
     @property
     def path(self) -> Path:
@@ -249,15 +250,19 @@ class WireGuardConfigManager:
         with self._lock:
             known = self._version
             # The file may have been moved, and a link put in its place.
-            if known is None or not known.settled or self._reader.look() != (self._admitted, known.identity):
+            if (
+                known is None
+                or not known.settled
+                or self._reader.look() != (self._trusted_at, known.identity)
+            ):
                 self._version = known = self._load()
             return known
 
     def _load(self) -> _Version:
         path = self._reader.path
         text, identity, settled = self._reader.read()
-        self._admit(path)
-        self._admitted = path
+        self._require_trusted(path)
+        self._trusted_at = path
         known = self._version
         if known is not None and known.text == text:
             return replace(known, identity=identity, settled=settled)

@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def manager(path: Path) -> Iterator[WireGuardConfigManager]:
     with ConfigGuard(path) as guard:
-        manager = WireGuardConfigManager(path, admit=guard.admit)
+        manager = WireGuardConfigManager(path, require_trusted=guard.require_trusted)
         manager.refresh()
         yield manager
 

@@ -1,4 +1,4 @@
-"""`admin.header` in the state directory: the way in for an operator on the hub's own host."""
+"""`admin.header` in the state directory: an admin's credential for operators on the hub's own host."""
 
 import logging
 import os
@@ -18,9 +18,10 @@ _MOST_BYTES: Final = 256
 
 @contextmanager
 def admin_header(directory: Path, secret: Secret) -> Iterator[None]:
-    """Keep the file for as long as the secret is good: one line, a whole header, as `curl -H @FILE` takes it.
+    """Keep the file while the secret is valid: one line, a whole header, as `curl -H @FILE` takes it.
 
-    That it can't be written is logged and stops nothing: there are the command line's keys, too.
+    If it can't be written, that is logged, and the service goes on: keys can be made by the command line,
+    too.
     """
     path = directory / NAME
     line = f"Authorization: Bearer {secret.reveal()}\n".encode("ascii")
@@ -53,7 +54,7 @@ def _replace(path: Path, line: bytes) -> None:
             os.close(descriptor)
         new.replace(path)
     except OSError:
-        # The secret in it is good.
+        # There is a valid secret in it.
         new.unlink(missing_ok=True)
         raise
 

@@ -1,4 +1,4 @@
-"""Keeps the hub's config this process's alone and out of others' reach, wherever a link leads to."""
+"""Locks the hub's config, and refuses one that other users could change, wherever a link leads to."""
 
 import logging
 import os
@@ -16,14 +16,15 @@ log = logging.getLogger(__name__)
 class ConfigGuard:
     """Held for as long as the config is managed: a lock beside each place where it was.
 
-    The config may become a link to elsewhere while it is managed, where another process may manage it by that
-    name. So each place gets a lock of its own before the file there is used, and none is let go of early.
+    The config may become a link to another place while it is managed, where another process may manage it by
+    that name. So each place gets a lock of its own before the file there is used, and all are kept to the
+    end.
     """
 
     def __init__(self, config_path: Path) -> None:
         self._given: Final = config_path
         self._locks: dict[Path, LockFile] = {}
-        # The mode that was warned of.
+        # The mode that the last warning was about.
         self._warned: int | None = None
 
     def __enter__(self) -> Self:
@@ -32,12 +33,12 @@ class ConfigGuard:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Let go of every lock."""
+        """Release every lock."""
         for lock in self._locks.values():
             lock.release()
         self._locks.clear()
 
-    def admit(self, path: Path) -> None:
+    def require_trusted(self, path: Path) -> None:
         """Raise ConfigFileError where the file at `path` must not be used; warn where others may read it."""
         problem = problem_with_file(self._given)
         if problem is not None:

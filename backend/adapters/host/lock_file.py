@@ -1,4 +1,4 @@
-"""Locks that a second process meets, and that no dead one leaves behind: flock(2), unix(7)."""
+"""Locks between processes that end with the process that holds them: flock(2), unix(7)."""
 
 import errno
 import fcntl
@@ -11,12 +11,12 @@ from typing import Final, Self
 from backend.errors import InUseError, StartRefusedError
 
 _MODE: Final = 0o600
-# O_NONBLOCK: what isn't a file, a pipe or a device, is opened without a wait, and then refused.
+# O_NONBLOCK: a pipe or a device at the path is opened without a wait, and then refused.
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class LockFile:
-    """Held from :meth:`acquire` to :meth:`release`, or to the end of the process however that comes."""
+    """A lock on a file, held from `acquire` to `release` or to the end of the process."""
 
     def __init__(self, path: Path, what: str) -> None:
         self._path = path
@@ -40,7 +40,7 @@ class LockFile:
         return self
 
     def _open(self) -> int:
-        """Open the file, which is written to from now on: another one that a link leads to must never be."""
+        """Open the lock file; refuse a link, because `acquire` writes to what is opened."""
         try:
             descriptor = os.open(self._path, _FLAGS, _MODE)
         except OSError as exc:
@@ -59,7 +59,8 @@ class LockFile:
             os.close(descriptor)
             raise self._refused(problem)
         if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != _MODE:
-            # An earlier one, made otherwise: whoever may read it may also lock it, and keep us from starting.
+            # Another program may have made it so: any user who can read the file can lock it, and keep us
+            # from starting.
             os.fchmod(descriptor, _MODE)
         return descriptor
 
@@ -70,17 +71,17 @@ class LockFile:
         )
 
     def release(self) -> None:
-        """Let go. The file stays: to remove it would let a third process lock another file of that name."""
+        """Release the lock. The file stays: otherwise a third process could lock a new file of that name."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 class InterfaceLock:
-    """The sole right to write to an interface: its name in the abstract namespace of UNIX sockets.
+    """A lock on an interface: a UNIX socket that is bound to its name in the abstract namespace.
 
-    That namespace belongs to the network namespace, as the interface does, wherever the configs lie of those
-    who want it.
+    That namespace belongs to the network namespace, as the interface does. So two processes meet there
+    whatever the places of their configs.
     """
 
     def __init__(self, interface: str) -> None:
@@ -104,7 +105,7 @@ class InterfaceLock:
         return self
 
     def release(self) -> None:
-        """Let go."""
+        """Release the lock."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -1,4 +1,4 @@
-"""What a command writes for the user who typed it: a secret, an export of the audit log."""
+"""The file that a command writes for the user who typed it: a secret, an export of the audit log."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def new_file(path: Path) -> Iterator[IO[str]]:
     It is removed where the `with` block or the disk fails. The messages name the option `--output`.
     """
     try:
-        # 0600 from birth. Neither a file that is there nor a link to one: what it holds would be lost.
+        # O_EXCL: what an existing file holds would be lost, whether the path names it or a link to it.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise StartRefusedError(f"--output: {path} can't be made ({exc.strerror}); name a new file") from None

@@ -11,8 +11,8 @@ _SET_DUMPABLE: Final = 4
 def keep_private() -> None:
     """Make this process not dumpable (prctl(2)), and let it and its children write no core (core(5)).
 
-    `wg` is such a child, and reads the hub's private key. What the system doesn't have is left out: the
-    files' modes are the first line.
+    `wg` is such a child, and reads the hub's private key. What the system can't do is left out: the files'
+    modes protect the keys first of all.
     """
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -43,7 +43,7 @@ class ToolRefusedError(HubUpdateError):
 def find(name: str) -> str:
     """Return a program's absolute path; raise HubUpdateError that names the package if there is none.
 
-    What other users could change is passed over: it would run with this process's privileges.
+    A program that other users could change is passed over: it would run with this process's privileges.
     """
     found = _which(name)
     if found is not None:
@@ -81,11 +81,11 @@ def _shown(command: Sequence[str]) -> str:
 
 
 class Running:
-    """A program that has been started. `output` must be called once; until then its end is not looked at.
+    """A program that has been started. Call `output` or `kill` once, which wait for its end.
 
-    In place of subprocess.run, which takes as long as a small program itself: posix_spawn(3) copies no page
-    tables, files in memory need nobody who reads along, and pidfd_open(2) tells the end when it comes, where
-    a wait with a timeout sleeps.
+    It takes the place of subprocess.run, which takes as long as a small program itself: posix_spawn(3) copies
+    no page tables, files in memory need no thread that reads them meanwhile, and pidfd_open(2) tells the end
+    when it comes, where a wait with a timeout sleeps.
     """
 
     def __init__(self, command: Sequence[str], stdin: bytes | None, timeout: float) -> None:
@@ -107,7 +107,8 @@ class Running:
                     view = view[os.write(given, view) :]
                 os.lseek(given, 0, os.SEEK_SET)
             files = (given, *self._files[1:])
-            # A session of its own: Ctrl-C is for us, and wireguard-go, which becomes a daemon, outlives us.
+            # A session of its own: Ctrl-C must not reach it, and wireguard-go, a daemon, outlives this
+            # process.
             self._pid = os.posix_spawn(
                 command[0],
                 list(command),
@@ -120,7 +121,7 @@ class Running:
             self._stack = stack.pop_all()
 
     def feed(self, stdin: bytes) -> None:
-        """Give it its input, at most what a pipe holds (64 KiB); raise HubUpdateError if it has ended."""
+        """Write its input, at most what a pipe holds (64 KiB); raise HubUpdateError if it has ended."""
         try:
             os.write(self._input, stdin)
         except OSError as exc:
@@ -129,7 +130,7 @@ class Running:
             self._close_input()
 
     def kill(self) -> None:
-        """End it without its input; in place of `output`."""
+        """Kill it without its input; in place of `output`."""
         with self._stack:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
@@ -177,7 +178,7 @@ def query(command: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def obstacles() -> list[str]:
-    """Say what keeps this process from making a WireGuard interface, and how to get it; empty if nothing."""
+    """Return what keeps this process from making a WireGuard interface, each with its remedy."""
     found = []
     permitted = _may_administer_the_network()
     if not permitted:
@@ -197,9 +198,9 @@ def _which(name: str) -> str | None:
 
 
 def _installed(name: str) -> Iterator[Path]:
-    # The caller's PATH comes first: some distributions have no other place. What is relative in it, "" and
-    # "." included, would depend on the directory that we were started in. It may name some that this user
-    # can't enter, for which Path.is_file raises, so access(2) is asked first.
+    # The caller's PATH comes first: some distributions have no other place. Relative directories in it, ""
+    # and "." included, are left out: they would depend on the directory that we were started in. It may name
+    # some that this user can't enter, for which Path.is_file raises, so access(2) is asked first.
     for directory in f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}".split(":"):
         path = Path(directory, name)
         if path.is_absolute() and os.access(path, os.X_OK) and path.is_file():
