@@ -19,20 +19,18 @@ from backend.adapters.records.sql_journal import SqlJournal
 from backend.adapters.wireguard.host_link import WIREGUARD_GO_PEERS, most_peers
 from backend.adapters.wireguard.wg import FileOnly, WgInterface
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
+from backend.loops import Loops, list_loops
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
 from backend.models.operator_commands import command
 from backend.models.setting_values import AuthMode, ReloadMode
 from backend.models.trusted_paths import require_trusted, require_trusted_file
 from backend.services.access.access_control import AccessControl
-from backend.services.access.access_loops import AccessLoops
-from backend.services.access.audit_pruning import AuditPruning
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.authenticator import Authenticator
 from backend.services.access.challenges import ProofVerifier, WireGuardChallenges
 from backend.services.access.credential_cache import CredentialCache
 from backend.services.access.credential_service import CredentialService
-from backend.services.access.limited_requests import LimitedRequests
 from backend.services.access.token_uses import TokenUses
 from backend.services.configurations import Configurations
 from backend.services.hub.history import HubHistory
@@ -54,47 +52,73 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService]:
-    """Start the service that the settings describe, and stop it at the end; raise StartRefusedError."""
-    with ExitStack() as stack:
-        stack.callback(log.info, "service_stopped")
-        path = settings.wireguard_config_path
+    """Start the service that the settings describe, and stop it at the end; raise StartRefusedError.
+
+    The one list of what is started and stopped, in this order and in reverse: 40 lines would break it apart.
+    """
+    with ExitStack() as stopping:
+        stopping.callback(log.info, "service_stopped")
         # Before anything is made in them.
         require_trusted(settings.state_directory, "STATE_DIRECTORY")
-        require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
+        require_trusted_file(settings.wireguard_config_path, "WIREGUARD_CONFIG_PATH")
         _warn_of_unknown_settings()
+
         hub = _hub(settings)
-        stack.callback(hub.close)
-        guard = stack.enter_context(ConfigGuard(path))
+        stopping.callback(hub.close)
+        guard = stopping.enter_context(ConfigGuard(settings.wireguard_config_path))
         if hub.live:
-            stack.callback(InterfaceLock(settings.interface).acquire().release)
+            stopping.callback(InterfaceLock(settings.interface).acquire().release)
         config = _config(settings, hub, guard)
         pool = IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
         hand_made = OperatorPeers(pool, _peer_limit(settings, pool))
+
         database = _database(settings)
-        stack.callback(database.close)
+        stopping.callback(database.close)
         journal = _journal(settings, database)
-        stack.callback(journal.close)
+        stopping.callback(journal.close)
         store = SqlAccessStore(database)
-        audit = AuditWriter(store)
+
         uses = TokenUses()
+        cache = CredentialCache(store, uses)
+        audit = AuditWriter(store)
+        stopping.callback(audit.close)
         local, secret = KeyRequest(role=Role.ADMIN).make(SERVICE.name, datetime.now(UTC))
+        access = AccessControl(
+            _authenticator(settings, cache, uses, audit, local),
+            CredentialService(store, cache),
+            audit,
+            proofs=ProofVerifier(WireGuardChallenges()) if settings.wireguard_require_proof else None,
+            proxies=settings.wireguard_trusted_proxies,
+        )
+        stopping.callback(access.limited.report)
+
         removals = RemovalGuard(journal.removed_keys)
         mirror = HubMirror(config, hub, hand_made, notice=audit.notice, guard=removals)
+        stopping.callback(mirror.close)
         history = HubHistory(journal, mirror, removals, HubMark(config.path))
         service = WireGuardProvisioningService(
             pool=pool,
             hand_made=hand_made,
             committer=HubCommitter(journal, mirror, hand_made, history),
-            configurations=_configurations(settings, hand_made),
-            access=_access(settings, store, audit, uses, local),
+            configurations=Configurations(
+                settings.wireguard_ip_pool,
+                settings.wireguard_hub_endpoint,
+                settings.wireguard_hub_ip,
+                hand_made,
+            ),
+            access=access,
             token_uses=uses,
             store=store,
         )
-        # Before the start, which may be refused halfway: its threads work by then.
-        stack.callback(service.close)
+        cache.refresh()
+        # Before the start, which may be refused halfway.
+        stopping.callback(service.close)
         service.start()
-        if service.access.authenticator.required:
-            stack.enter_context(admin_header(settings.state_directory, secret))
+        loops = Loops(list_loops(access, cache, store, settings.audit_keep))
+        stopping.callback(loops.stop)
+        loops.start()
+        if access.authenticator.required:
+            stopping.enter_context(admin_header(settings.state_directory, secret))
         _log_start(settings, service)
         yield service
 
@@ -130,35 +154,16 @@ def _hub(settings: Settings) -> Hub:
         raise StartRefusedError(f"{exc}, or set WIREGUARD_RELOAD=off for the file alone") from exc
 
 
-def _configurations(settings: Settings, hand_made: OperatorPeers) -> Configurations:
-    return Configurations(
-        settings.wireguard_ip_pool, settings.wireguard_hub_endpoint, settings.wireguard_hub_ip, hand_made
-    )
-
-
-def _access(
-    settings: Settings, store: SqlAccessStore, audit: AuditWriter, uses: TokenUses, local: Credential
-) -> AccessControl:
-    cache = CredentialCache(store, uses)
-    limited = LimitedRequests()
-    return AccessControl(
-        Authenticator(
-            cache,
-            uses,
-            audit,
-            RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage),
-            local=local,
-            required=settings.wireguard_auth is AuthMode.REQUIRED,
-        ),
-        CredentialService(store, cache),
+def _authenticator(
+    settings: Settings, cache: CredentialCache, uses: TokenUses, audit: AuditWriter, local: Credential
+) -> Authenticator:
+    return Authenticator(
+        cache,
+        uses,
         audit,
-        limited,
-        ProofVerifier(WireGuardChallenges()) if settings.wireguard_require_proof else None,
-        settings.wireguard_trusted_proxies,
-        AccessLoops(
-            [cache.refresh, audit.flush, AuditPruning(store, settings.audit_keep).step],
-            [limited.report, store.tidy],
-        ),
+        RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage),
+        local=local,
+        required=settings.wireguard_auth is AuthMode.REQUIRED,
     )
 
 

@@ -1,14 +1,20 @@
-"""What the service does by itself, each in a thread of its own: one that takes long delays no other."""
+"""The one list of what runs by itself. Each row has a thread: one that takes long delays no other."""
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from random import uniform
 from threading import Event, Thread
 from typing import Final
 
 from backend.errors import RecordsUnavailableError
+from backend.services.access.access_control import AccessControl
+from backend.services.access.audit_pruning import prune_audit
+from backend.services.access.credential_cache import CredentialCache
+from backend.services.ports import AccessStore
 
 log = logging.getLogger(__name__)
 
@@ -87,3 +93,18 @@ class Loops:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(max(0.0, until - time.monotonic()))
+
+
+def list_loops(
+    access: AccessControl, cache: CredentialCache, store: AccessStore, audit_keep: timedelta
+) -> list[Loop]:
+    """Return every loop of a service."""
+    return [
+        # The command line makes and revokes credentials, too.
+        Loop("credentials", 1.0, cache.refresh),
+        Loop("audit", 1.0, access.audit.flush),
+        Loop("limited_requests", 60.0, access.limited.report),
+        Loop("answers_and_nonces", 60.0, store.tidy),
+        # Soon for the first time: a service may be restarted more often than once an hour.
+        Loop("audit_pruning", 3600.0, partial(prune_audit, store, audit_keep), first_seconds=1.0),
+    ]

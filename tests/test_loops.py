@@ -5,12 +5,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import pytest
 
 from backend import loops as loops_module
 from backend.errors import RecordsUnavailableError
-from backend.loops import Loop, Loops
+from backend.loops import Loop, Loops, list_loops
+from tests.harness.access import Access
+from tests.harness.fakes import FakeAccessStore
 from tests.harness.patience import eventually
 
 WAIT = 10.0
@@ -187,3 +190,18 @@ def test_stop_gives_a_call_that_hangs_up(start: Start, monkeypatch: pytest.Monke
 def test_loops_that_never_started_can_be_stopped() -> None:
     """As when a start is refused halfway."""
     Loops([Loop("row", INTERVAL, lambda: None)]).stop()
+
+
+def test_list_says_what_runs_by_itself_and_how_often() -> None:
+    store = FakeAccessStore()
+    access = Access(store)
+    rows = list_loops(access.control, access.cache, store, timedelta(days=1))
+    assert {row.name: row.interval_seconds for row in rows} == {
+        "credentials": 1.0,
+        "audit": 1.0,
+        "limited_requests": 60.0,
+        "answers_and_nonces": 60.0,
+        "audit_pruning": 3600.0,
+    }
+    # Each can be called without arguments; only pruning says whether it has left something to do.
+    assert [row.run() for row in rows] == [None, None, None, None, False]

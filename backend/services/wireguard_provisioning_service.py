@@ -133,7 +133,6 @@ class WireGuardProvisioningService:
     def start(self) -> None:
         """Fill memory from the records, bring the hub up to them, and begin to take changes."""
         peers = self._committer.load()
-        self.access.start()
         self._take_in(peers)
         self._committer.start(peers, self._take_in)
 
@@ -151,9 +150,6 @@ class WireGuardProvisioningService:
     def close(self) -> None:
         """Finish what was accepted, and stop."""
         self._committer.stop()
-        # Writes to the records, which the committer closes.
-        self.access.close()
-        self._committer.close()
 
     def provision_peer(self, request: ProvisioningRequest, timeout: float | None = None) -> PeerConfiguration:
         """Provision a peer and wait, at most `timeout` seconds, until it is live."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 from backend.models.access.sources import TrustedProxies
-from backend.services.access.access_loops import AccessLoops
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.authenticator import Authenticator
 from backend.services.access.challenges import ProofVerifier
@@ -26,7 +25,6 @@ class AccessControl:
     # Where each node has to prove its identity and its WireGuard key.
     proofs: ProofVerifier | None = None
     proxies: TrustedProxies = field(default_factory=TrustedProxies)
-    loops: AccessLoops = field(default_factory=AccessLoops)
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -34,13 +32,3 @@ class AccessControl:
         if self.authenticator.required:
             return ()
         return ("WIREGUARD_AUTH=off: every caller may provision, read and delete peers",)
-
-    def start(self) -> None:
-        """Load the credentials, and begin to keep up with the records."""
-        self.loops.start()
-
-    def close(self) -> None:
-        """Stop, and write down what was noted."""
-        self.loops.close()
-        self.audit.close()
-        self.limited.report()

@@ -1,6 +1,5 @@
-"""Deletes what the audit log no longer has to keep, some rows at a time."""
+"""Deletes rows of the audit log that are kept long enough, some at a time."""
 
-import time
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -9,25 +8,15 @@ from backend.models.access.callers import SERVICE
 from backend.services.ports import AccessStore
 
 KEPT: Final = timedelta(days=365)
-# A step's transaction takes some 10 ms, for which nothing else is written.
+# The transaction takes some 10 ms, for which nothing else is written.
 ROWS_AT_A_TIME: Final = 1000
-# Each time that something is pruned adds a row, so it isn't done for every few rows that grow old.
-_INTERVAL_SECONDS: Final = 3600.0
 
 
-class AuditPruning:
-    """Prunes once an hour, and step by step for as long as there is more."""
+def prune_audit(store: AccessStore, keep: timedelta) -> bool:
+    """Delete rows older than `keep`; return whether more may be left. Raises RecordsUnavailableError.
 
-    def __init__(self, store: AccessStore, keep: timedelta = KEPT) -> None:
-        self._store = store
-        self._keep = keep
-        self._next_at = float("-inf")
-
-    def step(self) -> None:
-        """Delete some rows, if it is time to and any are old enough; raise RecordsUnavailableError."""
-        if time.monotonic() < self._next_at:
-            return
-        now = datetime.now(UTC)
-        event = SERVICE.event(now, AuditAction.AUDIT_PRUNED, AuditOutcome.NOTED)
-        if self._store.prune_audit(now - self._keep, ROWS_AT_A_TIME, event) < ROWS_AT_A_TIME:
-            self._next_at = time.monotonic() + _INTERVAL_SECONDS
+    Each time that rows are deleted one is added, so it isn't done for every few rows that grow old.
+    """
+    now = datetime.now(UTC)
+    event = SERVICE.event(now, AuditAction.AUDIT_PRUNED, AuditOutcome.NOTED)
+    return store.prune_audit(now - keep, ROWS_AT_A_TIME, event) == ROWS_AT_A_TIME

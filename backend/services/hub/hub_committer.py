@@ -141,11 +141,6 @@ class HubCommitter:
         if self._doubtful is not None:
             settle(self._doubtful.changes, OutcomeUnknownError("the service has stopped; ask again later"))
 
-    def close(self) -> None:
-        """Let go of the records and of the file."""
-        self._mirror.close()
-        self._journal.close()
-
     @property
     def live(self) -> bool:
         """False where only the file is kept."""
