@@ -6,7 +6,7 @@ import re
 import secrets
 import shlex
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ipaddress import IPv4Interface
 from os.path import lexists
 from pathlib import Path
@@ -168,12 +168,7 @@ def _choose_config(settings: Settings, say: Callable[[str], None]) -> Path:
 
 def _made_config(directory: Path) -> Path | None:
     """Return the config that an earlier run made."""
-    made = {
-        int(match[1]): path
-        for path in directory.glob(_PATTERN)
-        if (match := _OWN_CONFIG.fullmatch(path.name))
-    }
-    return made[min(made)] if made else None
+    return _first_config(directory, (path.name for path in directory.glob(_PATTERN)))
 
 
 def _lost_config(settings: Settings) -> Path | None:
@@ -181,12 +176,13 @@ def _lost_config(settings: Settings) -> Path | None:
     directory = settings.state_directory
     if _made_config(directory) is not None:
         return None
-    had = {
-        int(match[1]): directory / match[0]
-        for path in directory.glob(f".{_PATTERN}.lock")
-        if (match := _OWN_CONFIG.fullmatch(path.name[1 : -len(".lock")]))
-    }
-    return had[min(had)] if had else None
+    locks = directory.glob(f".{_PATTERN}.lock")
+    return _first_config(directory, (path.name[1 : -len(".lock")] for path in locks))
+
+
+def _first_config(directory: Path, names: Iterable[str]) -> Path | None:
+    numbers = {int(match[1]): match[0] for name in names if (match := _OWN_CONFIG.fullmatch(name))}
+    return directory / numbers[min(numbers)] if numbers else None
 
 
 def _choose_endpoint(settings: Settings, config_path: Path) -> str:

@@ -2,10 +2,9 @@
 
 import gc
 import logging
+import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
@@ -76,33 +75,32 @@ def run(port: Port = _PORT) -> None:
         _serve(settings, listener, f"\nTo try it, in another terminal:\n{commands}\n")
 
 
-@contextmanager
-def _listener(host: str, port: int) -> Iterator["socket.socket"]:
-    """Take the address before anything else is done; raise StartRefusedError where that can't be."""
+def _listener(host: str, port: int) -> "socket.socket":
+    """Listen before anything else is done; raise StartRefusedError.
+
+    Two processes may bind the same address as long as neither listens. Clients that connect before the
+    service is ready wait for it.
+    """
     import socket
 
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
     except OSError as exc:
         raise StartRefusedError(
             f"{host} is no address of this host ({exc.strerror}); choose another --host"
         ) from exc
-    with listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            # At once: two processes may bind the same address as long as neither listens. Clients that
-            # connect before the service is ready wait for it.
-            listener.listen()
-        except OSError as exc:
-            raise StartRefusedError(
-                f"{host} port {port} can't be listened on ({exc.strerror}); stop what holds it, or choose "
-                "another one with --port (with make: PORT=8001)"
-            ) from exc
-        yield listener
+    # At `::` for IPv4 as well.
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(address, family=family, dualstack_ipv6=both)
+    except OSError as exc:
+        reason = os.strerror(exc.errno or 0)
+        raise StartRefusedError(
+            f"{host} port {port} can't be listened on ({reason}); stop what holds it, or choose another one "
+            "with --port (with make: PORT=8001)"
+        ) from exc
 
 
 def _serve(
