@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService]:
     """Start the service that the settings describe, and stop it at the end; raise StartRefusedError.
 
-    The one list of what is started here and stopped in reverse order. Longer than 40 lines for that reason.
+    The one list of all parts: started in this order, stopped in reverse. Over 40 lines, so that it is one.
     """
     with ExitStack() as stopping:
         stopping.callback(log.info, "service_stopped")

@@ -24,7 +24,8 @@ def open_service(  # noqa: PLR0913 - each of them is a setting
     """Run the service until the end of the `with` block; raise StartRefusedError, which says what to do.
 
     Each keyword is the setting of that name, with WIREGUARD_ in front where it has that; `settings` are all
-    others, by their names in small letters. What isn't given, or None, comes from the environment.
+    others, by their names in small letters. Settings that aren't given, or are None, come from the
+    environment.
     """
     named = {
         "wireguard_ip_pool": ip_pool_network,

@@ -1,4 +1,4 @@
-"""`python -m backend` as somebody types it: what it prints, and what it ends with."""
+"""`python -m backend` as a user types it: output and exit status."""
 
 import os
 import signal
@@ -104,7 +104,7 @@ def test_a_port_that_is_taken_is_said_in_a_sentence_before_anything_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_address_that_is_none_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_address_of_no_host_is_refused_in_one_sentence(tmp_path: Path) -> None:
     settings = hub_settings(tmp_path)
     done = invoke("serve", "--host", "256.0.0.1.invalid", directory=tmp_path, settings=settings)
     assert done.returncode == 1
@@ -135,7 +135,7 @@ def test_misspelt_setting_is_warned_about_without_its_value(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_being_asked_to_stop_is_no_failure(tmp_path: Path, number: signal.Signals) -> None:
+def test_stop_signal_ends_the_service_with_status_0(tmp_path: Path, number: signal.Signals) -> None:
     settings = hub_settings(tmp_path)
     assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     with ServiceProcess(tmp_path, settings) as service:

@@ -131,7 +131,9 @@ def test_keywords_go_before_the_environment(hub: dict[str, Any], monkeypatch: py
         pytest.param({"config_path": "/nowhere/wg0.conf"}, r"/nowhere/\.wg0\.conf", id="no file"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_sentence(hub: dict[str, Any], over: dict[str, Any], reason: str) -> None:
+def test_wrong_setting_is_refused_with_a_reason(
+    hub: dict[str, Any], over: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(StartRefusedError, match=reason), open_service(**hub | over):
         pass
 

@@ -1,4 +1,4 @@
-"""A look at whether a provision would succeed, which nothing can hold up."""
+"""Readiness checks, and one that hangs."""
 
 import threading
 
@@ -22,7 +22,7 @@ def test_the_first_check_that_fails_is_the_answer() -> None:
     assert looked == ["a"]
 
 
-def test_all_who_ask_while_a_check_hangs_share_one_thread_and_hear_what_hangs() -> None:
+def test_requests_during_a_check_that_hangs_share_one_thread_and_learn_its_name() -> None:
     gate, begun = threading.Event(), threading.Event()
     calls = []
 
@@ -43,7 +43,7 @@ def test_all_who_ask_while_a_check_hangs_share_one_thread_and_hear_what_hangs() 
     assert len(calls) == 2
 
 
-def test_a_look_for_which_no_thread_could_be_started_does_not_stand_in_the_way_of_the_next(
+def test_thread_that_could_not_be_started_does_not_block_the_next_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(_: threading.Thread) -> None:

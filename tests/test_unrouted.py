@@ -1,4 +1,4 @@
-"""What a path or a method gets that no route has."""
+"""Requests with a path or a method that no route has."""
 
 import asyncio
 from typing import Any

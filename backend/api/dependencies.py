@@ -29,7 +29,7 @@ Service = Annotated[WireGuardProvisioningService, Depends(provisioning_service)]
 
 
 async def service_for(request: Request) -> WireGuardProvisioningService:
-    """Return what an endpoint gets as its Service, before the endpoint's dependencies are resolved."""
+    """Return an endpoint's Service before FastAPI resolves the endpoint's dependencies."""
     if provisioning_service not in request.app.dependency_overrides:
         return await provisioning_service(request)
     # An override may have dependencies itself, and may be a generator: FastAPI knows all of them.

@@ -1,4 +1,4 @@
-"""Whether the process lives, and whether a node would be let in now."""
+"""Health checks: whether the process lives, and whether a provision would succeed now."""
 
 import asyncio
 from typing import Final, Literal
@@ -10,7 +10,7 @@ from backend.api.dependencies import Service
 from backend.api.security import REFUSALS, OpenRoute, is_authenticated
 from backend.errors import HubUpdateError, ProvisioningError
 
-# A probe's own patience is longer.
+# Shorter than the timeout of most probes.
 _PATIENCE_SECONDS: Final = 4.0
 _NOT_READY: Final = "not ready"
 

@@ -1,16 +1,16 @@
-"""The name that a request has in logs, records and answers."""
+"""A request's ID in logs, records and answers."""
 
 import re
 import secrets
 from collections.abc import MutableMapping
 from typing import Any, Final
 
-# What a caller may choose: it goes into logs, records and headers as it is.
+# A caller's own ID has to have this form: it goes into logs, records and headers as it is.
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 def identify(scope: MutableMapping[str, Any]) -> bytes:
-    """Return the caller's own ID for the request if it is fit to be passed on, or else a new one."""
+    """Return the caller's own ID where it has that form, or else a new one; and keep it in the state."""
     request_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
     if not _REQUEST_ID.fullmatch(request_id):
         request_id = secrets.token_hex(16).encode()
@@ -19,5 +19,5 @@ def identify(scope: MutableMapping[str, Any]) -> bytes:
 
 
 def mark(headers: list[tuple[bytes, bytes]], request_id: bytes) -> None:
-    """Put on an answer what each of ours carries: the request's ID, and that it isn't to be kept."""
+    """Add the headers that each answer has: the request's ID, and that no cache may keep it."""
     headers += [(b"x-request-id", request_id), (b"cache-control", b"no-store")]

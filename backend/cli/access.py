@@ -1,7 +1,7 @@
 """`python -m backend token|key`: credentials, straight from the records.
 
-They ask for no credential: a user who may write the records could write one anyway, and this is how the
-first one is made.
+They ask for no credential: a user that may write the records could write one into them, and the first one
+has to come from somewhere.
 """
 
 import json
@@ -73,7 +73,7 @@ def list_tokens() -> None:
 
 @token.command("revoke")
 def revoke_token(credential_id: Id) -> None:
-    """Let nobody in with a token any more; the nodes that it let in stay."""
+    """End a token at once; the nodes that it let in stay."""
     from backend.models.access.credentials import CredentialKind
 
     _revoke(CredentialKind.TOKEN, credential_id)
@@ -103,7 +103,7 @@ def list_keys() -> None:
 
 @key.command("revoke")
 def revoke_key(credential_id: Id) -> None:
-    """Let nobody in with a key any more; the service follows within a second."""
+    """End a key; the service follows within a second."""
     from backend.models.access.credentials import CredentialKind
 
     _revoke(CredentialKind.KEY, credential_id)

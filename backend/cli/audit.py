@@ -45,7 +45,7 @@ def list_audit(
 
 @audit.command("verify")
 def verify_audit() -> None:
-    """Check that nobody has changed, dropped or moved an entry; the status is 1 if somebody has."""
+    """Check that no entry was changed, dropped or moved; the status is 1 if one was."""
     from backend.services.hub.mark import HubMark
 
     with open_store() as store:

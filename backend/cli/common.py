@@ -1,4 +1,4 @@
-"""What the commands share. Imports nothing heavy, so that `--help` answers at once."""
+"""Helpers of several commands. Imports nothing heavy, so that `--help` answers at once."""
 
 import os
 import pwd
@@ -53,14 +53,14 @@ def open_store() -> "AbstractContextManager[SqlAccessStore]":
 
 
 def event(action: "AuditAction", subject: str | None = None) -> "AuditEvent":
-    """Return what the audit log is to say of this command, done now by the user of this process."""
+    """Return the audit log's row for what the user of this process does now."""
     from backend.models.access.audit import AuditEvent, AuditOutcome
 
     return AuditEvent(datetime.now(UTC), action, AuditOutcome.ACCEPTED, actor(), subject)
 
 
 def actor() -> str:
-    """Return what the audit log calls the user of this process."""
+    """Return the audit log's name for the user of this process."""
     # Never LOGNAME, which any user may set to any name.
     user = os.geteuid()
     try:

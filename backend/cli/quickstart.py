@@ -108,7 +108,7 @@ def _with_config(settings: Settings, path: Path | None) -> Settings:
 
 def try_it(url: str, state_directory: Path) -> str:
     """Return commands that can be pasted: a node joins, is looked at, and leaves."""
-    # Whoever has started this by sudo can't read the file otherwise.
+    # The file is root's, and the user who started this by sudo is not root.
     sudo = "sudo " if os.geteuid() == 0 and "SUDO_USER" in os.environ else ""
     curl = f"{sudo}curl -sS -H @{shlex.quote(str(state_directory / ADMIN_HEADER))}"
     node_id = f"node-{secrets.token_hex(3)}"

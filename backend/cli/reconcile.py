@@ -1,4 +1,4 @@
-"""`python -m backend reconcile`: what an operator decides where the records don't fit the hub."""
+"""`python -m backend reconcile`: an operator's decision about peers that the records don't know."""
 
 import time
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def _decide(decisions: "HubDecisions", decision: "Decision") -> None:
     if not _becomes_true(lambda: not decisions.is_pending()):
         typer.echo("written down; the service carries it out as soon as it can, or at its next start")
         return
-    # A service that isn't paused dismisses a decision: what it hasn't noticed yet can't be decided.
+    # A service that isn't paused dismisses a decision: it hasn't seen the unknown peers yet.
     if not _becomes_true(lambda: decisions.review().paused is None):
         raise StartRefusedError(
             "the service dismissed the decision: it was not paused yet (it compares the whole interface "

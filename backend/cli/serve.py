@@ -106,7 +106,7 @@ def _listener(host: str, port: int) -> "socket.socket":
 def _serve(
     settings: "Settings", listener: "socket.socket", hint: str = "", tls: tuple[Path, Path] | None = None
 ) -> None:
-    # Until all is there: what a start makes stays, and there are thousands of peers in it.
+    # Off until the service has started: it makes objects for thousands of peers, and all of them stay.
     gc.disable()
     from backend.adapters.http.certificate import Certificate
     from backend.adapters.http.http_protocol import answering_when_cancelled
@@ -123,7 +123,7 @@ def _serve(
     with running_service(settings) as service:
         app = answering_when_cancelled(create_app(settings, service))
         server = _server(settings, app, listener, certificate)
-        # Whatever was made until here stays: nothing of it is looked at again by the garbage collector.
+        # Frozen: the garbage collector never looks at the objects of the start again.
         gc.freeze()
         gc.enable()
         name = listener.getsockname()

@@ -1,4 +1,4 @@
-"""What a provision would meet now, found out without waiting for longer than a probe has patience."""
+"""Checks whether a provision would succeed now, without making a probe wait for a check that hangs."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -8,10 +8,10 @@ from backend.errors import HubUpdateError
 
 
 class Readiness:
-    """Runs its checks in one thread of their own, whatever hangs in them; all who ask meanwhile share it."""
+    """Runs its checks in a thread of their own. All requests that come meanwhile get the same outcome."""
 
     def __init__(self, checks: Sequence[tuple[str, Callable[[], None]]]) -> None:
-        """Run nothing yet. A check raises what stands in the way; its name says what it looks at."""
+        """Run nothing yet. Each check has a name, and raises the error that a provision would meet."""
         self._checks = checks
         self._lock = Lock()  # guards _answer, so that one thread looks at a time
         self._answer: Future[None] | None = None
@@ -19,7 +19,7 @@ class Readiness:
         self._looking_at = ""
 
     def ask(self) -> Future[None]:
-        """Return the outcome of a look that begins now, or of the one under way."""
+        """Return the outcome of the checks under way, or of new ones."""
         with self._lock:
             if self._answer is not None and not self._answer.done():
                 return self._answer
@@ -31,7 +31,7 @@ class Readiness:
             return answer
 
     def hangs(self) -> HubUpdateError:
-        """Return what to say where the look takes too long."""
+        """Return the error for a request that can't wait any longer."""
         return HubUpdateError(f"{self._looking_at} takes unusually long to answer; see whether it hangs")
 
     def _look(self, answer: Future[None]) -> None:

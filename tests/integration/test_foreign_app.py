@@ -1,4 +1,4 @@
-"""The router in somebody else's app, with nothing of ours around it."""
+"""The router in an app that is not ours."""
 
 import asyncio
 import os
