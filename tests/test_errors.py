@@ -31,6 +31,7 @@ SAMPLES: Final = [
     (errors.CredentialNotFoundError("0" * 16), "not_found"),
     (errors.IdempotencyKeyError("why"), "idempotency_key"),
     (errors.ProofMissingError("X-Node-Nonce"), "missing"),
+    (errors.NoProofAskedError("this hub asks for no proof"), "status_404"),
     (errors.ClockError(), "clock"),
     (errors.SignatureError(), "signature"),
     (errors.NonceError(), "nonce"),
