@@ -1,25 +1,23 @@
 """Builds the parts of the service, and starts and stops them in one visible order."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
-from backend.adapters.dbos_journal import DbosJournal
-from backend.adapters.host.admin_header import NAME as ADMIN_HEADER
-from backend.adapters.host.admin_header import admin_header
-from backend.adapters.host.config_guard import ConfigGuard
-from backend.adapters.host.lock_file import InterfaceLock
+from backend.adapters.durable_workflow import DurableWorkflow
+from backend.adapters.host.locks import ConfigGuard, lock_interface
+from backend.adapters.host.private_files import ADMIN_HEADER, admin_header
 from backend.adapters.rate_limits import RateLimits
 from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import IN_MEMORY, Database, open_beside
-from backend.adapters.records.hub_decisions import HubDecisions
-from backend.adapters.records.sql_journal import SqlJournal
+from backend.adapters.records.unit_of_work import SqlRecords
 from backend.adapters.wireguard.host_link import WIREGUARD_GO_PEERS, most_peers
 from backend.adapters.wireguard.wg import FileOnly, WgInterface
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
-from backend.loops import Loops, list_loops
+from backend.loops import Loops, list_access_loops, list_hub_loops
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
 from backend.models.operator_commands import command
@@ -33,16 +31,20 @@ from backend.services.access.credential_cache import CredentialCache
 from backend.services.access.credential_service import CredentialService
 from backend.services.access.token_uses import TokenUses
 from backend.services.configurations import Configurations
+from backend.services.hub.agent import Agent
 from backend.services.hub.history import HubHistory
-from backend.services.hub.hub_committer import HubCommitter
-from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.mark import HubMark
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.peer_limit import PeerLimit
 from backend.services.hub.quick_keys import require_address
+from backend.services.hub.reconciler import Reconciler
 from backend.services.hub.removal_guard import RemovalGuard
+from backend.services.hub.review import HubReview
+from backend.services.hub.writer import Writer
 from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.peer_directory import PeerDirectory
 from backend.services.ports import Hub
+from backend.services.readiness import Readiness
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 from backend.settings import Settings, unknown_settings
@@ -66,18 +68,17 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         hub = stopping.enter_context(closing(_hub(settings)))
         guard = stopping.enter_context(ConfigGuard(settings.wireguard_config_path))
         if hub.live:
-            stopping.callback(InterfaceLock(settings.interface).acquire().release)
+            stopping.enter_context(lock_interface(settings.interface))
         config = _config(settings, hub, guard)
         pool = _pool(settings)
-        hand_made = OperatorPeers(pool, _peer_limit(settings, pool))
+        operator_peers = OperatorPeers(pool, _peer_limit(settings, pool))
 
         database = stopping.enter_context(_database(settings))
-        journal = stopping.enter_context(
-            closing(
-                DbosJournal(database, settings.interface) if settings.enable_dbos else SqlJournal(database)
-            )
-        )
-        store = SqlAccessStore(database)
+        records, store = SqlRecords(database), SqlAccessStore(database)
+        records.name_hub(settings.interface)
+        workflow = None
+        if settings.enable_dbos:
+            workflow = stopping.enter_context(closing(DurableWorkflow(database, settings.interface)))
 
         uses = TokenUses()
         cache = CredentialCache(store, uses)
@@ -92,30 +93,51 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         )
         stopping.callback(access.limited.report)
 
-        removals = RemovalGuard(journal.removed_keys)
-        mirror = stopping.enter_context(
-            closing(HubMirror(config, hub, hand_made, notice=audit.notice, guard=removals))
+        removals = RemovalGuard(records.removed_keys)
+        reconciler = stopping.enter_context(
+            closing(Reconciler(config, hub, operator_peers, notice=audit.notice, guard=removals))
         )
-        history = HubHistory(journal, mirror, removals, HubMark(config.path))
+        history = HubHistory(records, reconciler, removals, HubMark(config.path))
+        directory = PeerDirectory(pool, operator_peers)
+        writer = Writer(records, removals)
+        run = _at_once if workflow is None else workflow.run
+        agent = Agent(writer, reconciler, directory, operator_peers, history, run)
+        readiness = Readiness(
+            [
+                ("an earlier change", agent.check),
+                ("the database", writer.check_records),
+                ("the hub's config or interface", reconciler.check),
+                ("the pool", directory.require_room),
+            ],
+            live=hub.live,
+            notices=lambda: (*access.notices, *history.notices),
+        )
         service = WireGuardProvisioningService(
             pool=pool,
-            hand_made=hand_made,
-            committer=HubCommitter(journal, mirror, hand_made, history),
+            operator_peers=operator_peers,
+            directory=directory,
+            writer=writer,
             configurations=Configurations(
                 settings.wireguard_ip_pool,
                 settings.wireguard_hub_endpoint,
                 settings.wireguard_hub_ip,
-                hand_made,
+                operator_peers,
             ),
             access=access,
             token_uses=uses,
-            store=store,
+            answers=store,
+            readiness=readiness,
         )
         cache.refresh()
         # Before the start, which may be refused halfway.
-        stopping.callback(service.close)
-        service.start()
-        loops = Loops(list_loops(access, cache, store, settings.audit_keep))
+        stopping.callback(agent.stop)
+        agent.start((lambda: None) if workflow is None else workflow.launch)
+        loops = Loops(
+            [
+                *list_hub_loops(agent, records, workflow),
+                *list_access_loops(access, cache, store, settings.audit_keep),
+            ]
+        )
         stopping.callback(loops.stop)
         loops.start()
         if access.authenticator.required:
@@ -135,7 +157,7 @@ def _config(settings: Settings, hub: Hub, guard: ConfigGuard) -> WireGuardConfig
     config.remove_stale_temporaries()
     try:
         config.refresh()
-        require_address(config.path, config.parsed.operator_text, settings.wireguard_hub_ip)
+        require_address(config.path, config.parsed, settings.wireguard_hub_ip)
     except ConfigFileError as exc:
         raise StartRefusedError(str(exc)) from exc
     return config
@@ -168,6 +190,11 @@ def _authenticator(
     )
 
 
+def _at_once(work: Callable[[], None]) -> None:
+    """Run the agent's work as it is: records in memory need no workflow."""
+    work()
+
+
 def _pool(settings: Settings) -> IPPoolManager:
     return IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
 
@@ -179,7 +206,7 @@ def _log_start(settings: Settings, service: WireGuardProvisioningService) -> Non
         "service_started",
         extra={"interface": settings.interface, "reload": str(settings.wireguard_reload)},
     )
-    if not service.live:
+    if not service.readiness.live:
         log.warning("reload_off", extra={"consequence": "wg0.conf is kept, no interface is told"})
 
 
@@ -210,6 +237,19 @@ def _database(settings: Settings) -> Iterator[Database]:
         yield database
 
 
+@dataclass(frozen=True, slots=True)
+class HubDecisions:
+    """The records and the hub, for a command that shows an operator what differs and keeps a decision."""
+
+    records: SqlRecords
+    reconciler: Reconciler
+    mark: HubMark
+
+    def review(self) -> HubReview:
+        """Compare the records with the hub, and change nothing."""
+        return HubReview.make(self.records, self.reconciler, self.mark.read())
+
+
 @contextmanager
 def open_hub_decisions(settings: Settings) -> Iterator[HubDecisions]:
     """Open the records beside the hub for a command, whether the service runs or not."""
@@ -224,9 +264,9 @@ def open_hub_decisions(settings: Settings) -> Iterator[HubDecisions]:
     with (
         closing(open_beside(settings.database_url, settings.state_directory)) as database,
         closing(_hub(settings)) as hub,
-        closing(HubMirror(config, hub, OperatorPeers(_pool(settings)))) as mirror,
+        closing(Reconciler(config, hub, OperatorPeers(_pool(settings)))) as reconciler,
     ):
-        yield HubDecisions(database, mirror, HubMark(config.path))
+        yield HubDecisions(SqlRecords(database), reconciler, HubMark(config.path))
 
 
 @contextmanager

@@ -31,40 +31,40 @@
     StartRefusedError               the process must not start; the message says what to do
     └── InUseError                  because another process has what it needs for itself
 
-Every error survives ``pickle``: its arguments are positional and are the ones of its ``__init__``.
+Every error survives ``pickle``, which makes it again from its positional arguments: give it no others.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 
 class ProvisioningError(Exception):
     """The request could not be carried out.
 
-    `audit_reason` is its word in the audit log, `message` the sentence of one without arguments.
+    `audit_reason` is its word in the audit log, `message` its sentence for the caller, with places for its
+    arguments.
     """
 
     audit_reason: str = "failed"
-    message: ClassVar[str] = "the request could not be carried out"
+    message: ClassVar[str] = "{}"
 
     def __str__(self) -> str:
-        return str(self.args[0]) if self.args else self.message
+        return self.message.format(*self.args or ("the request could not be carried out",))
 
 
+@dataclass(eq=False, repr=False)
 class InvalidCredentialsError(ProvisioningError):
     """A field of the request is well-formed but can't be accepted from any caller."""
 
     audit_reason = "invalid"
+    message = "{1}"
 
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(field, reason)
-        self.field = field
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.reason
+    field: str
+    reason: str
 
 
+@dataclass(eq=False, repr=False)
 class DuplicatePeerError(ProvisioningError):
     """The node is already provisioned.
 
@@ -73,77 +73,50 @@ class DuplicatePeerError(ProvisioningError):
     """
 
     audit_reason = "duplicate"
+    message = "Peer {} is already provisioned"
 
-    def __init__(self, peer_id: str, existing_config: Mapping[str, object]) -> None:
-        super().__init__(peer_id, existing_config)
-        self.peer_id = peer_id
-        self.existing_config = existing_config
-
-    def __str__(self) -> str:
-        return f"Peer {self.peer_id} is already provisioned"
+    peer_id: str
+    existing_config: Mapping[str, object] = field(default_factory=dict)
 
 
 class KeyTakenError(DuplicatePeerError):
     """A peer holds the WireGuard key already; the caller learns nothing of that peer."""
 
-    def __init__(self, peer_id: str) -> None:
-        super().__init__(peer_id, {})
-        # What a pickle makes it from.
-        self.args = (peer_id,)
-
-    def __str__(self) -> str:
-        return f"The WireGuard public key sent for {self.peer_id} is already provisioned"
+    message = "The WireGuard public key sent for {} is already provisioned"
 
 
+@dataclass(eq=False, repr=False)
 class PeerNotFoundError(ProvisioningError):
     """No peer of that name is provisioned."""
 
     audit_reason = "not_found"
+    message = "Peer {} not found"
 
-    def __init__(self, node_id: str) -> None:
-        super().__init__(node_id)
-        self.node_id = node_id
-
-    def __str__(self) -> str:
-        return f"Peer {self.node_id} not found"
+    node_id: str
 
 
+@dataclass(eq=False, repr=False)
 class IPPoolExhaustedError(ProvisioningError):
     """No free address is left."""
 
     audit_reason = "pool_exhausted"
+    message = "IP pool exhausted: {1} addresses allocated from range {0}"
 
-    def __init__(self, pool_range: str, allocated_count: int) -> None:
-        super().__init__(pool_range, allocated_count)
-        self.pool_range = pool_range
-        self.allocated_count = allocated_count
-
-    def __str__(self) -> str:
-        return f"IP pool exhausted: {self.allocated_count} addresses allocated from range {self.pool_range}"
+    pool_range: str
+    allocated_count: int
 
 
 class PeerLimitError(IPPoolExhaustedError):
-    """The interface has as many peers as whatever implements it can take."""
+    """The interface has as many peers as its implementation takes: `allocated_count` on `pool_range`."""
 
-    def __init__(self, interface: str, limit: int) -> None:
-        super().__init__(interface, limit)
-
-    def __str__(self) -> str:
-        interface, limit = self.args
-        return f"Interface {interface} takes no more than {limit} peers and has them all; delete some first"
+    message = "Interface {} takes no more than {} peers and has them all; delete some first"
 
 
 class AddressTakenError(ProvisioningError):
     """A peer that this service doesn't manage holds the address."""
 
     audit_reason = "address_taken"
-
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
-        self.address = address
-
-    def __str__(self) -> str:
-        return f"Address {self.address} was taken by another peer in the meantime; try again"
+    message = "Address {} was taken by another peer in the meantime; try again"
 
 
 class HubUpdateError(ProvisioningError):
@@ -152,38 +125,28 @@ class HubUpdateError(ProvisioningError):
     audit_reason = "hub"
 
 
+@dataclass(eq=False, repr=False)
 class ConfigFileError(HubUpdateError):
     """wg0.conf can't be used as it is."""
 
-    def __init__(self, path: str, problem: str, remedy: str) -> None:
-        super().__init__(path, problem, remedy)
-        self.path = path
-        self.problem = problem
-        self.remedy = remedy
+    message = "{}: {}. {}"
 
-    def __str__(self) -> str:
-        return f"{self.path}: {self.problem}. {self.remedy}"
+    path: str
+    problem: str
+    remedy: str
 
 
 class PausedError(HubUpdateError):
     """The records don't fit the hub: nothing is changed until an operator decides.
 
-    `unknown` of the hub's `present` peers are in no record. `command` is what the operator types.
+    Its arguments: the reason, how many peers of the hub are in no record, how many it has, and the command
+    that the operator types.
     """
 
-    def __init__(self, reason: str, unknown: int, present: int, command: str) -> None:
-        super().__init__(reason, unknown, present, command)
-        self.reason = reason
-        self.unknown = unknown
-        self.present = present
-        self.command = command
-
-    def __str__(self) -> str:
-        return (
-            f"the service is paused and changes nothing: {self.reason}; {self.unknown} of {self.present} "
-            f"peers on the hub are in no record. {self.command} lists them; with `--adopt` in place of "
-            "`--show` it takes them into the records, with `--force` off the hub"
-        )
+    message = (
+        "the service is paused and changes nothing: {}; {} of {} peers on the hub are in no record. {} lists "
+        "them; with `--adopt` in place of `--show` it takes them into the records, with `--force` off the hub"
+    )
 
 
 class RecordsUnavailableError(ProvisioningError):
@@ -209,71 +172,52 @@ class AccessError(ProvisioningError):
     """The caller isn't authenticated, or isn't authorized for that."""
 
 
+@dataclass(eq=False, repr=False)
 class UnauthenticatedError(AccessError):
     """The caller has shown no valid credential; the audit log alone is told why it isn't."""
 
-    def __init__(self, audit_reason: str, credential_id: str | None = None) -> None:
-        super().__init__(audit_reason, credential_id)
-        self.audit_reason = audit_reason
-        self.credential_id = credential_id
+    message = (
+        "send a valid credential, Authorization: Bearer ocw_..., or ask the hub's operator for one; on "
+        "the hub's own host there is one in the file admin.header of STATE_DIRECTORY: curl -H @FILE"
+    )
 
-    def __str__(self) -> str:
-        return (
-            "send a valid credential, Authorization: Bearer ocw_..., or ask the hub's operator for one; on "
-            "the hub's own host there is one in the file admin.header of STATE_DIRECTORY: curl -H @FILE"
-        )
+    audit_reason: str
+    credential_id: str | None = None
 
 
 class ForbiddenError(AccessError):
-    """The credential is valid, but not for this."""
+    """The credential is valid, but not for this: that takes a key with the role in its argument."""
 
     audit_reason = "forbidden"
-
-    def __init__(self, role: str) -> None:
-        super().__init__(role)
-        self.role = role
-
-    def __str__(self) -> str:
-        return f"this credential is not for that: it takes an operator's key with the role {self.role}"
+    message = "this credential is not for that: it takes an operator's key with the role {}"
 
 
 class AuthenticationOffError(ForbiddenError):
     """The hub asks for no credentials (WIREGUARD_AUTH=off), so it hands out none."""
 
     audit_reason = "authentication_off"
-
-    def __str__(self) -> str:
-        return (
-            "this hub asks for no credentials (WIREGUARD_AUTH=off), so none are made, listed or revoked over "
-            "HTTP; use `python -m backend key` and `python -m backend token` on its host"
-        )
+    message = (
+        "this hub asks for no credentials (WIREGUARD_AUTH=off), so none are made, listed or revoked over "
+        "HTTP; use `python -m backend key` and `python -m backend token` on its host"
+    )
 
 
+@dataclass(eq=False, repr=False)
 class RateLimitedError(AccessError):
     """The caller comes too often. `credential_id` is set where it tried a secret of a real credential."""
 
     audit_reason = "rate"
+    message = "too many requests; come back in {} seconds"
 
-    def __init__(self, retry_after: int, credential_id: str | None = None) -> None:
-        super().__init__(retry_after, credential_id)
-        self.retry_after = retry_after
-        self.credential_id = credential_id
-
-    def __str__(self) -> str:
-        return f"too many requests; come back in {self.retry_after} seconds"
+    retry_after: int
+    credential_id: str | None = None
 
 
 class CredentialNotFoundError(AccessError):
     """No credential of that id exists."""
 
     audit_reason = "not_found"
-
-    def __init__(self, credential_id: str) -> None:
-        super().__init__(credential_id)
-        self.credential_id = credential_id
-
-    def __str__(self) -> str:
-        return f"{self.credential_id} not found"
+    message = "{} not found"
 
 
 class IdempotencyKeyError(ProvisioningError):
@@ -286,6 +230,7 @@ class NoProofAskedError(ProvisioningError):
     """A challenge was asked for, and this hub asks for no proof of identity."""
 
     audit_reason = "status_404"
+    message = "this hub asks for no proof: provision without one"
 
 
 class StartRefusedError(Exception):
@@ -304,13 +249,7 @@ class ProofMissingError(ProofError):
     """A header of the proof isn't there."""
 
     audit_reason = "missing"
-
-    def __init__(self, header: str) -> None:
-        super().__init__(header)
-        self.header = header
-
-    def __str__(self) -> str:
-        return f"{self.header} is missing: this hub asks for proof of the node's identity and WireGuard key"
+    message = "{} is missing: this hub asks for proof of the node's identity and WireGuard key"
 
 
 class ClockError(ProofError):

@@ -10,10 +10,13 @@ from random import uniform
 from threading import Event, Thread
 from typing import Final
 
+from backend.adapters.durable_workflow import DurableWorkflow
+from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import RecordsUnavailableError
 from backend.services.access.access_control import AccessControl
 from backend.services.access.audit_pruning import prune_audit
 from backend.services.access.credential_cache import CredentialCache
+from backend.services.hub.agent import Agent
 from backend.services.ports import AccessStore
 
 log = logging.getLogger(__name__)
@@ -95,16 +98,28 @@ class Loops:
                 thread.join(max(0.0, until - time.monotonic()))
 
 
-def list_loops(
+def list_access_loops(
     access: AccessControl, cache: CredentialCache, store: AccessStore, audit_keep: timedelta
 ) -> list[Loop]:
-    """Return every loop of a service."""
+    """Return what keeps credentials, audit log and answers up to date."""
     return [
         # The command line makes and revokes credentials, too.
         Loop("credentials", 1.0, cache.refresh),
         Loop("audit", 1.0, access.audit.flush),
-        Loop("limited_requests", 60.0, access.limited.report),
+        Loop("limited_requests", 1.0, access.limited.report_in_time),
         Loop("answers_and_nonces", 60.0, store.tidy),
         # Soon for the first time: a service may be restarted more often than once an hour.
         Loop("audit_pruning", 3600.0, partial(prune_audit, store, audit_keep), first_seconds=1.0),
     ]
+
+
+def list_hub_loops(agent: Agent, records: SqlRecords, workflow: DurableWorkflow | None) -> list[Loop]:
+    """Return what keeps the hub equal to the records, and the records small."""
+    rows = [
+        Loop("hub", 1.0, agent.look),
+        Loop("tombstones", 3600.0, records.expire_tombstones),
+    ]
+    if workflow is not None:
+        # In the agent's thread, between two batches: SQLite lets one thread write at a time.
+        rows.append(Loop("workflows", 10.0, partial(agent.call, workflow.delete_finished)))
+    return rows

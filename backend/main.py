@@ -10,8 +10,8 @@ from backend import __version__
 from backend.api.documentation import documentation
 from backend.api.embedding import provide_service
 from backend.api.health import router as health_router
+from backend.api.routes import unrouted
 from backend.api.security import require_declared
-from backend.api.unrouted import unrouted
 from backend.api.v1.endpoints.wireguard_access import router as access_router
 from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService

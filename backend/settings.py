@@ -13,8 +13,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from backend.errors import StartRefusedError
-from backend.models.access.limit_kind import LimitKind
-from backend.models.access.sources import TrustedProxies
+from backend.models.access.sources import LimitKind, TrustedProxies
 from backend.models.setting_values import (
     Auth,
     AuthMode,
@@ -52,6 +51,8 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
+        # Every value is parsed from its text, and none is JSON.
+        enable_decoding=False,
         # A default can be wrong too: 10.0.0.1 isn't inside every pool.
         validate_default=True,
         # An error must not show what was set: it may hold a password.
@@ -140,19 +141,15 @@ def unknown_settings() -> dict[str, str | None]:
         in_file = set(dotenv_values(_ENV_FILE, interpolate=False, encoding="utf-8"))
     except (OSError, UnicodeError):  # load_settings refuses such a file
         in_file = set()
-    names = {name.upper() for name in os.environ.keys() | in_file}
     known = {
         name.upper().removeprefix(_PREFIX)
         for name in Settings.model_fields
         if name.upper().startswith(_PREFIX)
     }
-    found = {}
-    for name in sorted(names):
-        suffix = name.removeprefix(_PREFIX)
-        if suffix != name and suffix not in known:
-            nearest = get_close_matches(suffix, known, 1)
-            found[name] = _PREFIX + nearest[0] if nearest else None
-    return found
+    ours = {name.upper() for name in os.environ.keys() | in_file if name.upper().startswith(_PREFIX)}
+    unknown = sorted({name.removeprefix(_PREFIX) for name in ours} - known)
+    nearest = {suffix: get_close_matches(suffix, known, 1) for suffix in unknown}
+    return {_PREFIX + suffix: _PREFIX + near[0] if near else None for suffix, near in nearest.items()}
 
 
 def trusted_env_file() -> Path | None:

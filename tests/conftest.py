@@ -10,7 +10,9 @@ from typing import Any, Final
 
 import pytest
 
+from tests.harness.core import World, Worlds
 from tests.harness.failing_wg import FailingWg
+from tests.harness.fakes import FakeHub
 from tests.harness.hosts import LocalHost
 from tests.harness.namespaces import Guard, enter_new_namespaces
 from tests.harness.postgres import fresh_database, postgres_cluster
@@ -18,6 +20,9 @@ from tests.harness.requirements import do_without, require
 from tests.harness.service import ServiceProcess
 from tests.harness.torture import TORTURE
 from tests.harness.wireguard import HubInterface
+
+# Its fixtures.
+pytest_plugins = ["tests.harness.raw_http"]
 
 _NOT_ISOLATED: Final = pytest.StashKey[str]()
 _GUARD: Final = pytest.StashKey[Guard]()
@@ -100,6 +105,28 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def chance(request: pytest.FixtureRequest) -> random.Random:
     """Return random numbers that depend on the test and on --seed alone."""
     return random.Random(f"{request.config.option.seed} {request.node.nodeid}")  # noqa: S311 - not a secret
+
+
+@pytest.fixture
+def make_world(tmp_path: Path) -> Iterator[Worlds]:
+    """Give the test what starts services without real parts, on one file and one interface."""
+    worlds = Worlds(tmp_path)
+    try:
+        yield worlds
+    finally:
+        worlds.close()
+
+
+@pytest.fixture
+def world(make_world: Worlds) -> World:
+    """Start such a service."""
+    return make_world()
+
+
+@pytest.fixture
+def fake_hub(make_world: Worlds) -> FakeHub:
+    """Return the interface of that service."""
+    return make_world.hub
 
 
 @pytest.fixture(scope="session")

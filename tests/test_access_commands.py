@@ -153,7 +153,7 @@ def test_a_secret_is_shown_once_and_kept_nowhere(run: Run, make: Make, tmp_path:
         assert kept_hash not in told
 
 
-def test_who_did_it_is_who_the_system_says(run: Run, make: Make) -> None:
+def test_actor_of_a_command_is_the_operating_systems_user(run: Run, make: Make) -> None:
     assert run("key", "create", "--role", "read", LOGNAME="mallory", USER="mallory").returncode == 0
     assert "mallory" not in run("audit", "list").stdout
     assert "mallory" not in run("key", "list").stdout
@@ -193,14 +193,14 @@ def test_an_unknown_id_is_named(run: Run, kind: str, name: str) -> None:
     assert done.stderr == f"error: {kind} {name} not found\n"
 
 
-def test_a_token_is_no_key_and_a_key_no_token(run: Run, make: Make) -> None:
+def test_token_and_key_commands_do_not_accept_each_others_ids(run: Run, make: Make) -> None:
     key, token = id_of(make("key", "create", "--role", "read")), id_of(make("token", "create"))
     assert run("token", "revoke", key).returncode == 1
     assert run("key", "revoke", token).returncode == 1
     assert {entry["state"] for entry in lines(run("key", "list")) + lines(run("token", "list"))} == {"active"}
 
 
-def test_what_is_revoked_stays_listed_and_both_are_on_record(run: Run, make: Make) -> None:
+def test_revoked_credentials_stay_listed_and_the_revocation_is_logged(run: Run, make: Make) -> None:
     name = id_of(make("token", "create"))
     done = run("token", "revoke", name)
     assert (done.returncode, done.stdout) == (0, f"token {name} is revoked\n")
@@ -212,9 +212,7 @@ def test_what_is_revoked_stays_listed_and_both_are_on_record(run: Run, make: Mak
     assert lines(run("audit", "list", "--actor", "nobody")) == []
 
 
-def test_a_log_that_was_changed_is_named_and_a_whole_one_shows_its_head(
-    run: Run, make: Make, tmp_path: Path
-) -> None:
+def test_verify_names_a_tampered_row_or_prints_the_newest_hash(run: Run, make: Make, tmp_path: Path) -> None:
     empty = run("audit", "verify")
     assert empty.stdout == f"whole: 0 entries\nhead: {'0' * 64}\n"
     for _ in range(3):
@@ -233,7 +231,7 @@ def test_a_log_that_was_changed_is_named_and_a_whole_one_shows_its_head(
     assert broken.stderr == "broken: Row 2 was changed after it was written.\n"
 
 
-def test_records_that_live_in_memory_are_no_affair_of_a_command(run: Run, tmp_path: Path) -> None:
+def test_commands_refuse_records_in_memory(run: Run, tmp_path: Path) -> None:
     for command in (["key", "create", "--role", "admin"], ["token", "list"], ["audit", "verify"]):
         done = run(*command, ENABLE_DBOS="false")
         assert (done.returncode, done.stdout) == (1, "")
@@ -269,16 +267,14 @@ def test_a_file_that_is_no_database_is_said_in_a_sentence(run: Run, tmp_path: Pa
     assert done.stderr.count("\n") == 1
 
 
-def test_commands_that_come_first_all_at_once_each_make_theirs(run: Run, make_in_a_process: Make) -> None:
+def test_concurrent_first_commands_each_make_their_credential(run: Run, make_in_a_process: Make) -> None:
     with ThreadPoolExecutor(4) as pool:
         secrets = list(pool.map(lambda _: make_in_a_process("token", "create"), range(4)))
     assert {token["id"] for token in lines(run("token", "list"))} == {id_of(secret) for secret in secrets}
     assert run("audit", "verify").stdout.startswith("whole: 4 entries\n")
 
 
-def test_a_command_does_not_keep_a_service_from_its_records(
-    run: Run, settings: dict[str, object], tmp_path: Path
-) -> None:
+def test_command_does_not_block_a_service(run: Run, settings: dict[str, object], tmp_path: Path) -> None:
     # Held as the service holds it: whoever took the records for themselves for a moment would fail here.
     assert run("token", "create").returncode == 0
     lock = records_of(tmp_path).with_name(records_of(tmp_path).name + ".lock")
@@ -320,7 +316,7 @@ def test_a_secret_goes_into_a_new_private_file_and_nowhere_else(
     assert len(lines(run(command[0], "list"))) == 1
 
 
-def test_a_file_that_is_there_is_left_alone_and_no_credential_is_made(run: Run, tmp_path: Path) -> None:
+def test_existing_output_file_is_kept_and_no_credential_is_made(run: Run, tmp_path: Path) -> None:
     file, link = tmp_path / "secret", tmp_path / "link"
     file.write_text("of another kind")
     link.symlink_to(tmp_path / "elsewhere")
@@ -363,7 +359,7 @@ def test_many_commands_beside_a_busy_service_leave_one_whole_log(
     assert run("audit", "verify").returncode == 0
 
 
-def test_help_names_the_commands_for_the_door(tmp_path: Path) -> None:
+def test_help_names_the_access_commands(tmp_path: Path) -> None:
     for group, commands in {
         "token": ("create", "list", "revoke"),
         "key": ("create", "list", "revoke"),
@@ -376,7 +372,7 @@ def test_help_names_the_commands_for_the_door(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["token create", "key create", "audit list"])
-def test_help_for_the_door_waits_for_no_framework(tmp_path: Path, command: str) -> None:
+def test_help_of_the_access_commands_imports_no_framework(tmp_path: Path, command: str) -> None:
     program = (
         "import sys; from backend.__main__ import app\n"
         "try: app(sys.argv[1:] + ['--help'])\n"

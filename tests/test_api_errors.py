@@ -35,7 +35,7 @@ EXPECTED: list[tuple[errors.ProvisioningError, int, str | None]] = [
     (errors.ForbiddenError("admin"), 403, None),
     (errors.RateLimitedError(7), 429, "7"),
     (errors.CredentialNotFoundError("token 1"), 404, None),
-    (errors.NoProofAskedError("why"), 404, None),
+    (errors.NoProofAskedError(), 404, None),
     (errors.IdempotencyKeyError("why"), 422, None),
     (errors.ProofError(), 401, None),
     (errors.ProofMissingError("X-Node-Nonce"), 401, None),

@@ -54,7 +54,7 @@ def refusals() -> Refusals:
     return Refusals()
 
 
-def test_what_comes_too_often_is_counted_and_has_no_row(refusals: Refusals, caplog: Any) -> None:
+def test_request_over_a_rate_limit_is_counted_and_has_no_row(refusals: Refusals, caplog: Any) -> None:
     with caplog.at_level(logging.WARNING):
         assert refusals.told(refusals.stranger, "node-1", *[RateLimitedError(7)] * 100) == []
         refusals.access.limited.report()
@@ -62,7 +62,7 @@ def test_what_comes_too_often_is_counted_and_has_no_row(refusals: Refusals, capl
     assert (line.requests, line.sources, line.most_from, line.of_them) == (100, 1, HERE, 100)
 
 
-def test_a_secret_of_a_real_key_that_is_tried_too_often_has_its_row(refusals: Refusals) -> None:
+def test_attempt_on_a_real_key_over_the_limit_has_a_row(refusals: Refusals) -> None:
     tries = [UnauthenticatedError("secret", KEY)] * 30 + [RateLimitedError(7, KEY)] * 70
     assert refusals.told(refusals.stranger, "node-1", *tries) == [
         ("authenticate", "nobody", KEY, "secret", 30),
@@ -71,7 +71,7 @@ def test_a_secret_of_a_real_key_that_is_tried_too_often_has_its_row(refusals: Re
     assert {row.source for row in refusals.store.events} == {HERE}
 
 
-def test_a_subject_that_can_be_no_nodes_name_is_not_kept(refusals: Refusals) -> None:
+def test_subject_that_is_no_node_id_is_not_logged(refusals: Refusals) -> None:
     secret = Secret.generate().reveal()
     for chosen in ("a" * 129, "../../etc", "node 1", "node-1\n", "\u202e", "", secret):
         told = refusals.told(refusals.stranger, chosen, UnauthenticatedError("missing"))
@@ -80,7 +80,7 @@ def test_a_subject_that_can_be_no_nodes_name_is_not_kept(refusals: Refusals) -> 
     assert told == [("authenticate", "nobody", "node-1", "missing", 1)]
 
 
-def test_an_act_of_a_known_caller_is_refused_as_that_act(refusals: Refusals) -> None:
+def test_refusal_of_a_known_caller_is_logged_as_the_act(refusals: Refusals) -> None:
     token = f"token:{refusals.token}"
     told = refusals.told(
         refusals.node,

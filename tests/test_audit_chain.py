@@ -159,7 +159,7 @@ def test_an_inserted_row_is_named_or_the_one_behind_it(
 
 
 @given(logs, st.data())
-def test_a_log_that_begins_or_ends_elsewhere_is_found_out(log: list[AuditEvent], data: st.DataObject) -> None:
+def test_log_that_begins_or_ends_elsewhere_is_named(log: list[AuditEvent], data: st.DataObject) -> None:
     rows, head = written(log)
     behind = data.draw(st.integers(0, len(rows) - 1))
     # The rows before it gone, and all others written anew.
@@ -192,7 +192,7 @@ def test_two_rows_have_one_hash_only_if_they_are_the_same(
         ({"reason": "1"}, {"reason": None, "count": 1}),
     ],
 )
-def test_what_looks_alike_has_another_hash(one: dict[str, str], other: dict[str, str]) -> None:
+def test_rows_that_look_alike_have_different_hashes(one: dict[str, str], other: dict[str, str]) -> None:
     base = AuditEvent(NOON, AuditAction.PROVISION, AuditOutcome.ACCEPTED, "local")
 
     def hashed(values: dict[str, Any]) -> str:
@@ -219,7 +219,7 @@ def test_the_hash_is_that_of_the_documented_text() -> None:
 
 
 @given(st.text(st.characters(), max_size=600), st.none() | st.text(st.characters(), max_size=600))
-def test_whatever_a_caller_sends_can_be_kept(actor: str, subject: str | None) -> None:
+def test_any_text_of_a_caller_is_storable(actor: str, subject: str | None) -> None:
     event = AuditEvent(NOON, AuditAction.AUTHENTICATE, AuditOutcome.REFUSED, actor, subject)
     kept = event.storable()
     for text in (kept.actor, kept.subject):
@@ -233,12 +233,12 @@ def test_whatever_a_caller_sends_can_be_kept(actor: str, subject: str | None) ->
     ("text", "kept"),
     [("a\x00b", "a\\x00b"), ("\ud800", "\\ud800"), ("\x1b[2J", "\\x1b[2J"), ("é\n", "é\\n")],
 )
-def test_what_is_not_printable_is_kept_as_an_escape(text: str, kept: str) -> None:
+def test_unprintable_characters_are_escaped(text: str, kept: str) -> None:
     event = AuditEvent(NOON, AuditAction.AUTHENTICATE, AuditOutcome.REFUSED, "nobody", reason=text)
     assert event.storable().reason == kept
 
 
-def test_an_entry_tells_all_that_the_hash_is_made_of() -> None:
+def test_entry_has_every_field_of_the_hash() -> None:
     event = AuditEvent(
         NOON.replace(microsecond=5),
         AuditAction.KEY_MADE,

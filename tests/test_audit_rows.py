@@ -46,13 +46,13 @@ def taken(rows: AuditRows) -> list[AuditEvent]:
     return [event for _, event in rows.take()]
 
 
-def test_names_that_a_caller_chose_make_no_rows(rows: AuditRows) -> None:
+def test_text_that_callers_choose_makes_no_rows_of_its_own(rows: AuditRows) -> None:
     for number in range(1000):
         rows.add(event(f"node-{number}", reason="missing"))
     assert taken(rows) == [event(None, reason="missing", count=1000)]
 
 
-def test_a_name_that_all_have_in_common_is_kept(rows: AuditRows) -> None:
+def test_subject_that_all_events_share_is_kept(rows: AuditRows) -> None:
     for _ in range(3):
         rows.add(event("node-1", request_id="r"))
     assert taken(rows) == [event("node-1", count=3)]
@@ -108,7 +108,7 @@ def test_a_flood_loses_no_count(rows: AuditRows, clock: Clock) -> None:
     assert counted == 2000
 
 
-def test_tries_against_a_real_key_keep_their_source_under_a_flood_of_strangers(
+def test_attempts_on_a_real_key_keep_their_source_in_an_anonymous_flood(
     rows: AuditRows, clock: Clock
 ) -> None:
     for turn in range(20):
@@ -123,9 +123,7 @@ def test_tries_against_a_real_key_keep_their_source_under_a_flood_of_strangers(
         assert sum(row.count for row in written) == 2001
 
 
-def test_a_source_that_has_used_up_its_rows_leaves_those_of_others_alone(
-    rows: AuditRows, clock: Clock
-) -> None:
+def test_source_over_its_budget_takes_no_rows_from_others(rows: AuditRows, clock: Clock) -> None:
     for number in range(1100):
         rows.add(event(reason=f"r{number % 2}"))
         taken(rows)
@@ -137,7 +135,7 @@ def test_a_source_that_has_used_up_its_rows_leaves_those_of_others_alone(
     assert [(row.source, row.reason, row.count) for row in taken(rows)] == [(HERE, "r1", 50)]
 
 
-def test_what_waits_is_bounded_whoever_the_credentials_are_of(rows: AuditRows) -> None:
+def test_waiting_rows_are_bounded_however_many_credentials_there_are(rows: AuditRows) -> None:
     for number in range(10_000):
         credential = f"{number:016x}"
         rows.add(
@@ -150,7 +148,7 @@ def test_what_waits_is_bounded_whoever_the_credentials_are_of(rows: AuditRows) -
     assert all(row.subject is row.source is row.request_id is None for row in written if row.count > 1)
 
 
-def test_rows_that_could_not_be_written_wait_with_what_came_since_and_cost_nothing(
+def test_unwritten_rows_are_merged_with_later_events_and_cost_no_budget(
     rows: AuditRows, clock: Clock
 ) -> None:
     for turn in range(3000):

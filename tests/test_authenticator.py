@@ -9,7 +9,7 @@ import pytest
 from backend import errors
 from backend.models.access.callers import CallerKind
 from backend.models.access.credentials import KeyRequest, Permission, Role, Secret, TokenRequest
-from backend.models.access.limit_kind import LimitKind
+from backend.models.access.sources import LimitKind
 from tests.harness.access import SOMEWHERE, Access, CommandLine, CountingStore
 from tests.harness.fakes import FakeAccessStore
 

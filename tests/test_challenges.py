@@ -16,6 +16,7 @@ from backend.models.access.identity import NodeIdentity
 from backend.models.access.proof import (
     WINDOW_SECONDS,
     Challenge,
+    SignedRequest,
     WireGuardProof,
     answer_challenge,
     sign,
@@ -46,21 +47,21 @@ class Node:
         self.owner = Ed25519PrivateKey.generate()
         self.private = WireGuardPrivateKey.generate()
         self.identity = NodeIdentity(self.owner.public_key().public_bytes_raw())
-        self.request: dict[str, Any] = {
-            "method": "POST",
-            "path": "/api/v1/wireguard/provision",
-            "audience": WireGuardPrivateKey.generate().public_key(),
-            "body_sha256": secrets.token_bytes(32),
-        }
+        self.request = SignedRequest(
+            "POST",
+            "/api/v1/wireguard/provision",
+            WireGuardPrivateKey.generate().public_key(),
+            secrets.token_bytes(32),
+        )
 
     def proof(self) -> Proof:
-        signed = sign(self.owner, timestamp=int(datetime.now(UTC).timestamp()), **self.request)
-        return Proof(signed, self.answer(), **self.request)
+        signed = sign(self.owner, self.request, int(datetime.now(UTC).timestamp()))
+        return Proof(signed, self.answer(), self.request)
 
     def answer(self) -> WireGuardProof:
         """Answer a new challenge for the request."""
         challenge = self.verifier.challenges.issue(self.private.public_key())
-        mac = answer_challenge(self.private, challenge, self.request["body_sha256"])
+        mac = answer_challenge(self.private, challenge, self.request.body_sha256)
         return WireGuardProof(challenge.challenge_id, mac)
 
     def send(self, proof: Proof, public_key: str | None = None) -> tuple[NodeIdentity, str]:
@@ -97,7 +98,7 @@ def test_a_signature_is_accepted_once_whatever_challenge_it_comes_with(node: Nod
         node.send(replace(proof, wireguard=node.answer()))
 
 
-def test_of_copies_that_are_sent_at_once_one_is_accepted(node: Node) -> None:
+def test_one_of_several_copies_sent_at_once_is_accepted(node: Node) -> None:
     proof = node.proof()
     copies = [proof] * 8 + [replace(proof, wireguard=node.answer()) for _ in range(8)]
 
@@ -122,7 +123,7 @@ def test_a_nonce_is_remembered_for_as_long_as_its_signature_can_pass(node: Node,
     node.send(replace(proof, wireguard=node.answer()))
 
 
-def test_more_nonces_than_there_is_room_for_push_out_the_oldest(node: Node) -> None:
+def test_oldest_nonce_makes_room(node: Node) -> None:
     proofs = [node.proof() for _ in range(4)]
     for proof in proofs:
         node.send(proof)
@@ -137,7 +138,7 @@ def test_a_signature_of_another_request_uses_up_no_nonce(node: Node, field: str)
     proof = node.proof()
     other: Any = {"method": "PUT", "path": "/", "audience": "another hub", "body_sha256": bytes(32)}[field]
     changed: dict[str, Any] = {field: other}
-    forged = replace(proof, **changed)
+    forged = replace(proof, request=replace(proof.request, **changed))
     # The answer to a challenge is for one body, too.
     expected = errors.ChallengeError if field == "body_sha256" else errors.SignatureError
     with pytest.raises(expected):
@@ -151,7 +152,7 @@ def test_a_node_without_the_wireguard_keys_private_half_is_refused(node: Node) -
         node.send(replace(proof, wireguard=replace(proof.wireguard, mac=bytes(32))))
 
 
-def test_what_is_cheap_is_checked_before_what_costs(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cheap_checks_come_before_costly_ones(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a flood of proofs that are wrong costs a signature or a power each."""
     looked: list[str] = []
     for name in ("check_clock", "check_signature"):
@@ -227,7 +228,7 @@ def test_a_challenge_is_good_for_one_try(
         (3, hashlib.sha256(b"other").digest()),
     ],
 )
-def test_an_answer_is_good_for_its_challenge_its_key_and_its_body_alone(
+def test_answer_is_valid_for_one_challenge_one_key_and_one_body(
     private: WireGuardPrivateKey, challenges: WireGuardChallenges, part: int, spoilt: Any
 ) -> None:
     challenge_id, mac = answered(private, challenges.issue(private.public_key()))
@@ -249,7 +250,7 @@ def test_node_without_the_private_key_has_no_answer(challenges: WireGuardChallen
 
 
 @pytest.mark.parametrize(("after", "passes"), [(60, True), (60.01, False)])
-def test_a_challenge_lives_for_a_minute(
+def test_challenge_expires_after_a_minute(
     private: WireGuardPrivateKey, challenges: WireGuardChallenges, clock: Clock, after: float, passes: bool
 ) -> None:
     challenge_id, mac = answered(private, challenges.issue(private.public_key()))
@@ -303,7 +304,7 @@ def test_another_challenge_for_a_key_leaves_the_first_alone(
     challenges.redeem(challenge_id, private.public_key(), mac, BODY)
 
 
-def test_of_many_threads_with_the_same_answer_one_gets_through(
+def test_same_answer_from_many_threads_is_accepted_once(
     private: WireGuardPrivateKey, challenges: WireGuardChallenges
 ) -> None:
     key = private.public_key()

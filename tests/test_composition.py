@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters.host.admin_header import NAME as ADMIN_HEADER
+from backend.adapters.host.private_files import ADMIN_HEADER
 from backend.composition import open_access, running_service
 from backend.errors import StartRefusedError
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, AuditQuery

@@ -68,7 +68,7 @@ def test_label_that_could_reach_beyond_its_line_is_refused(label: str) -> None:
 
 def test_peer_that_was_not_parsed_is_refused() -> None:
     with pytest.raises(ValueError, match="canonical base64"):
-        PeerBlock.make("a", WireGuardKey.trusted(KEYS[0] + "\nx"), networks("10.0.0.2"))
+        PeerBlock.make("a", WireGuardKey(KEYS[0] + "\nx"), networks("10.0.0.2"))
     with pytest.raises(ValueError, match="0 to 65535"):
         block("a", KEYS[0], "10.0.0.2", 65_536)
 

@@ -80,7 +80,7 @@ def test_refresh_loads_the_credentials_only_where_there_are_others(world: GatedW
     assert world.gated.loads == loads + 1
 
 
-def test_a_key_made_while_a_look_is_under_way_is_found_by_all_who_show_it(world: GatedWorld) -> None:
+def test_key_made_during_a_look_is_found_by_all_requests(world: GatedWorld) -> None:
     """That look has missed it: whoever believed it would be refused with a good key."""
     world.new_key()
     world.cache.refresh()
@@ -104,7 +104,7 @@ def test_a_key_made_while_a_look_is_under_way_is_found_by_all_who_show_it(world:
     assert world.gated.looks == before + 2
 
 
-def test_a_key_made_right_behind_a_look_is_found_by_all_who_show_it(world: GatedWorld) -> None:
+def test_key_made_right_after_a_look_is_found_by_all_requests(world: GatedWorld) -> None:
     world.new_key()
     world.cache.refresh()
     before = world.gated.looks
@@ -162,7 +162,7 @@ def test_a_look_that_takes_long_is_not_joined_by_another_thread() -> None:
     assert most == 1
 
 
-def test_who_leaves_takes_the_look_from_nobody_else(world: GatedWorld) -> None:
+def test_cancelled_request_leaves_the_look_to_the_others(world: GatedWorld) -> None:
     async def race() -> Caller:
         secret = world.new_key()
         leaving, staying = (asyncio.ensure_future(world.asks(secret)) for _ in range(2))

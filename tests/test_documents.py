@@ -134,7 +134,7 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_what_is_to_be_pasted_is_bash(document: str) -> None:
+def test_pasted_blocks_are_valid_bash(document: str) -> None:
     for block in blocks(document, "bash"):
         parsed = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
         assert (parsed.returncode, parsed.stderr) == (0, ""), block

@@ -6,7 +6,7 @@ from ipaddress import IPv4Network, IPv6Network
 
 import pytest
 
-from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
+from backend.models.wireguard.interface import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.services.hub.config_text import OperatorPeer, ParsedConfig, PeerBlock
 from backend.services.hub.drift import compare

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from backend.adapters.http.http_protocol import BoundedProtocol
-from backend.adapters.http.tls_server import TlsServer
+from backend.adapters.http.tls import TlsServer
 
 # Each method that a class of ours overrides, with its arguments; uvicorn or the parser calls it.
 OVERRIDDEN = {

@@ -45,7 +45,7 @@ def test_names_are_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_name_is_an_argument_of_nothing(name: str) -> None:
+def test_invalid_interface_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"characters A-Z a-z 0-9|words of `wg`"):
         InterfaceName.parse(name)
     with pytest.raises(ValueError, match=r"characters A-Z a-z 0-9|words of `wg`"):
@@ -53,7 +53,7 @@ def test_what_is_no_name_is_an_argument_of_nothing(name: str) -> None:
 
 
 @given(st.text(alphabet="aZ09_=+.-/% \n\0\u0661", max_size=17))
-def test_a_name_is_harmless_whatever_it_was_made_from(text: str) -> None:
+def test_accepted_interface_name_is_harmless(text: str) -> None:
     try:
         name = InterfaceName.parse(text)
     except ValueError:
@@ -65,7 +65,7 @@ def test_a_name_is_harmless_whatever_it_was_made_from(text: str) -> None:
 
 
 @pytest.mark.parametrize("stem", ["-x", "all", "sixteen-letters-"])
-def test_a_config_of_another_name_is_a_file_and_no_interface(
+def test_config_with_an_invalid_interface_name_has_no_interface(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stem: str
 ) -> None:
     path = tmp_path / f"{stem}.conf"

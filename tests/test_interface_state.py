@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
+from backend.models.wireguard.interface import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
 
 PRIVATE = WireGuardPrivateKey(bytes([1] * 32))

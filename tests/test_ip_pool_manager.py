@@ -100,7 +100,7 @@ def test_full_pool_says_how_many_are_allocated_and_from_which_range() -> None:
         ("10.0.0.0/24", ["10.0.1.1"], r"reserved address 10\.0\.1\.1 is not in 10\.0\.0\.0/24"),
     ],
 )
-def test_pool_that_cannot_be_says_what_could(
+def test_invalid_pool_is_refused_with_a_reason(
     network: str | IPv4Network, reserved: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -108,7 +108,7 @@ def test_pool_that_cannot_be_says_what_could(
 
 
 @pytest.mark.parametrize("prefix", range(8, 31))
-def test_each_size_of_network_has_its_first_and_its_last_address_kept_back(prefix: int) -> None:
+def test_first_and_last_address_of_a_network_are_reserved(prefix: int) -> None:
     pool = IPPoolManager(f"10.0.0.0/{prefix}")
     size = pool.network.num_addresses
     assert _stats(pool) == (size - 2, 0, 0, size - 2)
@@ -176,7 +176,7 @@ def test_network_that_covers_the_pool_is_a_route_and_holds_nothing() -> None:
     assert pool.available_count() == 254
 
 
-def test_address_of_ours_that_is_operators_too_is_free_only_when_both_have_gone() -> None:
+def test_address_held_by_a_peer_and_an_operator_is_free_only_when_both_are_gone() -> None:
     pool = IPPoolManager("10.0.0.0/24")
     assert pool.allocate_ip("ours") == "10.0.0.1"
     pool.set_operators(_networks("10.0.0.1/32"))

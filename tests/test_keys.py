@@ -86,7 +86,7 @@ def test_our_verdict_on_a_key_is_that_of_wg(tmp_path: Path, text: str) -> None:
 
 
 @given(st.text())
-def test_no_text_makes_the_parser_fail_in_another_way(text: str) -> None:
+def test_any_text_is_parsed_or_refused_with_the_documented_error(text: str) -> None:
     accepted(text)
 
 
@@ -103,7 +103,7 @@ def test_no_text_makes_the_parser_fail_in_another_way(text: str) -> None:
         P + 1,
     ],
 )
-def test_a_point_of_low_order_is_nobodys_key(u: int, top_bit: int) -> None:
+def test_point_of_low_order_is_refused(u: int, top_bit: int) -> None:
     # The key agreement ignores the top bit, so that bit makes no other key of it.
     with pytest.raises(ValueError, match="low order"):
         WireGuardKey.parse(spell(u + top_bit))
@@ -153,7 +153,7 @@ def test_the_published_pattern_refuses_no_key_that_is_taken(text: str) -> None:
         ("vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS9=", "canonical"),
     ],
 )
-def test_a_refused_key_is_told_what_is_wrong_without_being_repeated(text: str, says: str) -> None:
+def test_refusal_of_a_key_names_the_mistake_but_not_the_key(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says) as refused:
         WireGuardKey.parse(text)
     assert text.strip() not in str(refused.value)
@@ -174,7 +174,7 @@ def test_a_public_key_is_computed_as_wg_pubkey_does() -> None:
     assert WireGuardPrivateKey.parse(private).reveal() == private
 
 
-def test_a_private_key_shows_itself_to_nobody() -> None:
+def test_private_key_is_not_in_its_representations() -> None:
     key = WireGuardPrivateKey.generate()
     for text in (str(key), repr(key), f"{key}", f"{[key]}"):
         assert key.reveal() not in text

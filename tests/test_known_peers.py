@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -10,37 +9,29 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from backend import errors
-from backend.models.access.callers import SERVICE, Caller, CallerKind
-from backend.models.access.credentials import TokenRequest
+from backend.models.access.callers import SERVICE, Caller
 from backend.models.access.identity import NodeIdentity
-from tests.harness.fakes import FakeHub
-from tests.harness.memory_journal import MemoryJournal
+from tests.harness.core import World, request
+from tests.harness.patience import WAIT
 from tests.harness.requests import new_key
-from tests.test_provisioning_service import WAIT, World, request
 
 KNOWN: Final = "node-known"
 UNKNOWN: Final = "node-unknown"
 
 
-def token(max_uses: int = 9) -> Caller:
-    credential, _ = TokenRequest(max_uses=max_uses).make("test", datetime.now(UTC))
-    return Caller(CallerKind.TOKEN, credential)
-
-
 class Hub(World):
-    """A hub with a peer, KNOWN, which its own token let in, another one, and one made by hand."""
+    """A hub with a peer, KNOWN, that its own token added, another one, and an operator's."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(directory, MemoryJournal(), FakeHub(), "10.0.0.0/24")
+        super().__init__(directory)
         self.identity = NodeIdentity(Ed25519PrivateKey.generate().public_key().public_bytes_raw())
-        self.key, self.anothers, self.by_hand = new_key(), new_key(), new_key()
-        self.token = token()
-        with self.path.open("a") as file:
-            file.write(f"\n[Peer]\nPublicKey = {self.by_hand}\nAllowedIPs = 10.0.0.99/32\n")
+        self.key, self.anothers, self.operators = new_key(), new_key(), new_key()
+        self.its_token = self.token()
+        self.append(self.operators, "10.0.0.99/32")
 
     def ask(self, node_id: str, key: str, caller: Caller, public_key: str | None = None) -> None:
         body = request(node_id, key, public_key=public_key or self.identity.peer_id)
-        self.service.submit_provision(body, caller).result(WAIT)
+        self.submit(body, caller).result(WAIT)
 
     def refusal(
         self, node_id: str, key: str, caller: Caller, public_key: str | None = None
@@ -63,16 +54,19 @@ class Hub(World):
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     hub = Hub(tmp_path)
-    hub.service.start()
-    hub.ask(KNOWN, hub.key, hub.token)
-    hub.ask("node-2", hub.anothers, token())
-    yield hub
-    hub.service.close()
+    try:
+        hub.start()
+        hub.ask(KNOWN, hub.key, hub.its_token)
+        hub.ask("node-2", hub.anothers, hub.token())
+        yield hub
+    finally:
+        hub.stop()
+        hub.records.database.close()
 
 
 KEYS: Final[dict[str, Callable[[Hub], str]]] = {
-    "the hub's": lambda hub: hub.hub_key.public_key(),
-    "a hand-made peer's": lambda hub: hub.by_hand,
+    "the hub's": lambda hub: hub.hub_key,
+    "an operator's peer's": lambda hub: hub.operators,
     "another peer's": lambda hub: hub.anothers,
     "the known peer's": lambda hub: hub.key,
 }
@@ -84,7 +78,7 @@ def test_a_key_that_cannot_be_provisioned_does_not_tell_which_names_are_there(hu
     answers = {
         (type(refused), str(refused).replace(name, "node"), refused.args[1:])
         for name in (KNOWN, UNKNOWN)
-        for refused in [hub.refusal(name, KEYS[held](hub), token())]
+        for refused in [hub.refusal(name, KEYS[held](hub), hub.token())]
     }
     assert len(answers) == 1
 
@@ -95,10 +89,10 @@ def test_an_address_is_told_to_the_peers_token_its_proven_identity_and_operators
     whole = hub.service.get_peer_config(KNOWN).model_dump(mode="json")
     for caller, same, other_key in (
         (SERVICE, whole, address),
-        (hub.token, whole, address),
-        (replace(token(), identity=hub.identity), whole, address),
-        (replace(token(), identity=stranger), {}, {}),
-        (token(), {}, {}),
+        (hub.its_token, whole, address),
+        (replace(hub.token(), identity=hub.identity), whole, address),
+        (replace(hub.token(), identity=stranger), {}, {}),
+        (hub.token(), {}, {}),
     ):
         assert hub.told(KNOWN, hub.key, caller) == same
         assert hub.told(KNOWN, new_key(), caller) == other_key
@@ -106,26 +100,26 @@ def test_an_address_is_told_to_the_peers_token_its_proven_identity_and_operators
 
 def test_another_public_key_alone_keeps_the_configuration_from_all_but_the_address(hub: Hub) -> None:
     address = {"node_id": KNOWN, "assigned_ip": "10.0.0.2"}
-    for caller, expected in ((SERVICE, address), (hub.token, address), (token(), {})):
+    for caller, expected in ((SERVICE, address), (hub.its_token, address), (hub.token(), {})):
         assert hub.told(KNOWN, hub.key, caller, "another") == expected
 
 
 def test_a_name_that_is_taken_is_called_so_where_the_address_is_not_told(hub: Hub) -> None:
-    assert str(hub.refusal(KNOWN, new_key(), token())) == f"Peer {KNOWN} is already provisioned"
+    assert str(hub.refusal(KNOWN, new_key(), hub.token())) == f"Peer {KNOWN} is already provisioned"
     assert str(hub.refusal(UNKNOWN, hub.key, SERVICE)) == (
         f"The WireGuard public key sent for {UNKNOWN} is already provisioned"
     )
 
 
 def test_a_known_node_that_sends_another_peers_key_is_told_of_neither(hub: Hub) -> None:
-    for caller in (SERVICE, hub.token, token()):
+    for caller in (SERVICE, hub.its_token, hub.token()):
         assert hub.told(KNOWN, hub.anothers, caller) == {}
 
 
 def test_a_token_that_is_used_up_is_not_told_of_a_key_either(hub: Hub) -> None:
-    used = token(max_uses=1)
+    used = hub.token(max_uses=1)
     hub.ask("node-3", new_key(), used)
-    for key in (hub.anothers, hub.by_hand, new_key()):
+    for key in (hub.anothers, hub.operators, new_key()):
         for name in (KNOWN, UNKNOWN, "node-3"):
             refused = hub.refusal(name, key, used)
             assert isinstance(refused, errors.UnauthenticatedError)

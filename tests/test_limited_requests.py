@@ -1,5 +1,7 @@
 """Requests over a limit: counted, and logged in one line."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from backend.services.access.limited_requests import LimitedRequests
@@ -32,3 +34,22 @@ def test_line_names_the_source_with_the_most_requests(caplog: pytest.LogCaptureF
     limited.report()
     (line,) = map(vars, caplog.records)
     assert (line["requests"], line["sources"], line["most_from"], line["of_them"]) == (3, 2, HERE, 2)
+
+
+def test_first_line_comes_at_once_and_the_next_a_minute_later(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(
+        "backend.services.access.limited_requests.time", SimpleNamespace(monotonic=lambda: now)
+    )
+    limited = LimitedRequests()
+    limited.report_in_time()
+    assert caplog.records == []
+    for number in range(3):
+        limited.count(HERE)
+        limited.report_in_time()
+        assert len(caplog.records) == 1, number
+    now += 60
+    limited.report_in_time()
+    assert [vars(line)["requests"] for line in caplog.records] == [1, 2]

@@ -20,7 +20,7 @@ def test_an_event_is_a_name_and_its_fields_in_utc() -> None:
     )
 
 
-def test_a_value_can_not_pass_for_another_field_or_event() -> None:
+def test_logged_value_cannot_forge_a_field_or_an_event() -> None:
     line = logged("event", reason="a b=c\n2026-01-01T00:00:00.000Z INFO backend forged", empty="")
     assert "\n" not in line
     assert line.endswith("empty=''")

@@ -11,12 +11,12 @@ import pytest
 
 from backend import loops as loops_module
 from backend.errors import RecordsUnavailableError
-from backend.loops import Loop, Loops, list_loops
+from backend.loops import Loop, Loops, list_access_loops, list_hub_loops
 from tests.harness.access import Access
+from tests.harness.core import World
 from tests.harness.fakes import FakeAccessStore
-from tests.harness.patience import eventually
+from tests.harness.patience import WAIT, eventually
 
-WAIT = 10.0
 INTERVAL = 0.01
 NEVER = 3600.0
 
@@ -192,16 +192,22 @@ def test_loops_that_never_started_can_be_stopped() -> None:
     Loops([Loop("row", INTERVAL, lambda: None)]).stop()
 
 
-def test_list_says_what_runs_by_itself_and_how_often() -> None:
+def test_list_says_what_keeps_access_up_to_date_and_how_often() -> None:
     store = FakeAccessStore()
     access = Access(store)
-    rows = list_loops(access.control, access.cache, store, timedelta(days=1))
+    rows = list_access_loops(access.control, access.cache, store, timedelta(days=1))
     assert {row.name: row.interval_seconds for row in rows} == {
         "credentials": 1.0,
         "audit": 1.0,
-        "limited_requests": 60.0,
+        "limited_requests": 1.0,
         "answers_and_nonces": 60.0,
         "audit_pruning": 3600.0,
     }
     # Each can be called without arguments; only pruning says whether it has left something to do.
     assert [row.run() for row in rows] == [None, None, None, None, False]
+
+
+def test_list_says_what_keeps_hub_and_records_and_how_often(world: World) -> None:
+    rows = list_hub_loops(world.agent, world.records, None)
+    assert {row.name: row.interval_seconds for row in rows} == {"hub": 1.0, "tombstones": 3600.0}
+    assert [row.run() for row in rows] == [None, None]

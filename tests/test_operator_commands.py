@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from backend.models.operator_commands import VARIABLE, bring_up, command, put_key_back
-from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.operator_peers import OperatorPeers
+from backend.services.hub.reconciler import Reconciler
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from tests.harness.fakes import FakeHub
@@ -17,24 +17,24 @@ CONFIG = "[Interface]\nPrivateKey = iB4Y8yRkAyI8mdFBYCpOUXLTn1kAbGbyGmtXGvRZ/F4=
 
 
 @pytest.fixture
-def missing(tmp_path: Path) -> HubMirror:
-    """Return a mirror whose interface has vanished."""
+def missing(tmp_path: Path) -> Reconciler:
+    """Return the reconciler of a hub whose interface has vanished."""
     path = tmp_path / "wg0.conf"
     path.touch(mode=0o600)
     path.write_text(CONFIG)
     hub = FakeHub()
     hub.vanish()
-    return HubMirror(WireGuardConfigManager(path), hub, OperatorPeers(IPPoolManager("10.0.0.0/24")))
+    return Reconciler(WireGuardConfigManager(path), hub, OperatorPeers(IPPoolManager("10.0.0.0/24")))
 
 
-def test_missing_interface_is_brought_up_by_whoever_made_it(missing: HubMirror) -> None:
+def test_missing_interface_is_brought_up_by_the_program_that_made_it(missing: Reconciler) -> None:
     problem = missing.reconcile()
     assert problem is not None
     assert problem.endswith("bring it up with `python -m backend hub up` or `wg-quick up wg0`")
 
 
 def test_under_the_unit_no_message_recommends_wg_quick(
-    missing: HubMirror, monkeypatch: pytest.MonkeyPatch
+    missing: Reconciler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`wg-quick` would run, as root, the hooks of a file that the service may write."""
     monkeypatch.setenv(VARIABLE, "wireguard-provisioning")

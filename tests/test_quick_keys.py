@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from backend.errors import ConfigFileError
-from backend.services.hub.quick_keys import addresses, require_address
+from backend.services.hub.config_text import parse
+from backend.services.hub.quick_keys import require_address
 from tests.harness.command_line import backend, hub_settings, invoke
 
 KEY = "PrivateKey = iB4Y8yRkAyI8mdFBYCpOUXLTn1kAbGbyGmtXGvRZ/F4=\n"
+SECTION = f"\n[Interface]\n{KEY}".encode()
 
 
 @pytest.mark.parametrize(
@@ -18,29 +20,28 @@ KEY = "PrivateKey = iB4Y8yRkAyI8mdFBYCpOUXLTn1kAbGbyGmtXGvRZ/F4=\n"
         (b"[Interface]\nAddress = 10.0.0.1/24\n", ["10.0.0.1/24"]),
         (b"[Interface]\naddress=10.0.0.1/24,fd00::1/64\nADDRESS = 10.1.0.1 # x\r\n", None),
         (b" [interface] # hub\r\n\tAddress\t=  10.0.0.1/24 , fd00::1/64  10.1.0.1\n", None),
-        (b"[Interface]\nAddress = 10.0.0.1/24\n[Peer]\nAddress = 10.9.0.1/24\n", ["10.0.0.1/24"]),
-        (b"[Peer]\n[Interface]\n#Address = 10.9.0.1/24\nAddress = 10.0.0.1/24", ["10.0.0.1/24"]),
+        (b"[Interface]\n#Address = 10.9.0.1/24\nAddress = 10.0.0.1/24", ["10.0.0.1/24"]),
         (b"[Interface]\nAddress = nonsense, 10.0.0.1/99, \xe9, 10.0.0.1/24\n", ["10.0.0.1/24"]),
-        (b"[Interface]\nAddress =\nAddresses = 10.9.0.1/24\n", []),
+        (b"[Interface]\nAddress =\n", []),
         (b"", []),
     ],
 )
 def test_addresses_are_read_as_wg_quick_reads_them(text: bytes, expected: list[str] | None) -> None:
-    found = addresses(text)
+    found = parse(text + SECTION).addresses
     everything = ["10.0.0.1/24", "fd00::1/64", "10.1.0.1/32"]
-    assert found == [ip_interface(address) for address in (everything if expected is None else expected)]
+    assert found == tuple(map(ip_interface, everything if expected is None else expected))
 
 
 @pytest.mark.parametrize(
     "address", ["10.0.0.1/24", "10.0.0.9/24", "10.0.0.1", "fd00::1/64, 10.0.0.1/8", "10.8.0.1/24,10.0.0.1/32"]
 )
 def test_address_that_holds_the_hubs_is_accepted(address: str) -> None:
-    text = f"[Interface]\nAddress = {address}\n".encode()
-    require_address(Path("wg0.conf"), text, IPv4Address("10.0.0.1"))
+    text = f"[Interface]\nAddress = {address}".encode()
+    require_address(Path("wg0.conf"), parse(text + SECTION), IPv4Address("10.0.0.1"))
 
 
 def test_file_without_an_address_has_nothing_to_compare() -> None:
-    require_address(Path("wg0.conf"), b"[Interface]\nListenPort = 1\n", IPv4Address("10.0.0.1"))
+    require_address(Path("wg0.conf"), parse(SECTION), IPv4Address("10.0.0.1"))
 
 
 @pytest.mark.parametrize(
@@ -55,9 +56,9 @@ def test_file_without_an_address_has_nothing_to_compare() -> None:
     ],
 )
 def test_pool_that_no_route_leads_to_is_refused(address: str, remedy: str) -> None:
-    text = f"[Interface]\nAddress = {address}\n".encode()
+    text = f"[Interface]\nAddress = {address}".encode()
     with pytest.raises(ConfigFileError) as caught:
-        require_address(Path("wg0.conf"), text, IPv4Address("10.0.0.1"))
+        require_address(Path("wg0.conf"), parse(text + SECTION), IPv4Address("10.0.0.1"))
     assert f"wg0.conf: Address = {address} doesn't hold WIREGUARD_HUB_IP=10.0.0.1" in str(caught.value)
     assert f". {remedy}" in str(caught.value)
 

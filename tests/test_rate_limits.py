@@ -3,16 +3,16 @@
 import asyncio
 import logging
 import sys
-import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from limits import parse
 
-from backend.adapters.rate_limits import BoundedMemory, RateLimits
+from backend.adapters.rate_limits import FixedWindows, RateLimits
 from backend.errors import StartRefusedError
-from backend.models.access.limit_kind import LimitKind
+from backend.models.access.sources import LimitKind
 from backend.services.ports import RateLimiter
 from tests.harness.redis import PASSWORD, RedisServer
 
@@ -52,7 +52,7 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
         yield server
 
 
-def test_whoever_comes_too_often_is_told_when_to_come_again(clock: Clock) -> None:
+def test_caller_over_the_limit_gets_the_seconds_to_wait(clock: Clock) -> None:
     limits = RateLimits(PLENTY | {SOURCE: "3/minute"}, clock=clock)
 
     async def act() -> None:
@@ -102,37 +102,18 @@ def test_a_source_is_an_address_or_an_ipv6_network(one: str, other: str, same: b
     acting(act)
 
 
-def test_memory_is_bounded_whoever_comes_and_gets_less_when_they_are_gone(clock: Clock) -> None:
-    memory = BoundedMemory(max_windows=1000, clock=clock)
-
-    async def act() -> None:
-        for number in range(5000):
-            await memory.incr(f"192.0.2.{number}", 60)
-        # The latest are those that are known.
-        assert [await memory.get(f"192.0.2.{number}") for number in (3999, 4000, 4999)] == [0, 1, 1]
-        clock.now += 60
-        assert await memory.get("192.0.2.4999") == 0
-        for number in range(501):
-            await memory.incr(f"198.51.100.{number}", 60)
-        assert await memory.reset() == 501
-        assert await memory.reset() == 0
-
-    acting(act)
-
-
-def test_memory_keeps_what_the_library_expects_of_a_storage(clock: Clock) -> None:
-    memory = BoundedMemory(clock=clock)
-
-    async def act() -> None:
-        assert await memory.incr("one", 60, amount=5) == 5
-        assert await memory.incr("one", 60) == 6
-        assert 59 < await memory.get_expiry("one") - time.time() <= 60
-        assert await memory.get_expiry("two") <= time.time()
-        await memory.clear("one")
-        assert await memory.get("one") == 0
-        assert await memory.check()
-
-    acting(act)
+def test_memory_is_bounded_and_shrinks_when_windows_have_ended(clock: Clock) -> None:
+    windows = FixedWindows(parse("1/minute"), 1000, clock)
+    for number in range(5000):
+        assert windows.hit(f"192.0.2.{number}") is None
+    assert len(windows) == 1000
+    # The latest are known, and the oldest were forgotten.
+    assert [windows.hit(f"192.0.2.{number}") for number in (4000, 4999, 3999)] == [60, 60, None]
+    clock.now += 60
+    assert windows.hit("192.0.2.4999") is None
+    for number in range(500):
+        windows.hit(f"198.51.100.{number}")
+    assert len(windows) == 501
 
 
 def test_a_flood_of_sources_takes_little_and_leaves_the_other_kinds_alone() -> None:

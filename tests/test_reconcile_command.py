@@ -8,10 +8,10 @@ from subprocess import CompletedProcess
 import pytest
 
 from backend.cli import reconcile
-from backend.models.access.audit import AuditEvent
+from backend.models.access.audit import GENESIS, AuditEvent
+from backend.models.wireguard.records import Decision, HubStatus
 from backend.services.hub.history import Adoption
 from backend.services.hub.review import HubReview
-from backend.services.ports import Decision
 from tests.harness.command_line import invoke
 
 Decide = Callable[["Decisions"], CompletedProcess[str]]
@@ -25,6 +25,7 @@ class Decisions:
         self.pending: Decision | None = None
         self._dismisses = dismisses
         self._is_stopped = is_stopped
+        self.records = self
 
     def review(self) -> HubReview:
         return HubReview(
@@ -44,11 +45,11 @@ class Decisions:
     def decide(self, decision: Decision, _basis: str, _event: AuditEvent) -> None:
         self.pending = decision
 
-    def is_pending(self) -> bool:
+    def status(self) -> HubStatus:
         if not self._is_stopped:
             self.pending = None
             self.paused = self.paused if self._dismisses else None
-        return self.pending is not None
+        return HubStatus(self.pending, None, (), (0, GENESIS))
 
 
 @pytest.fixture
@@ -58,10 +59,10 @@ def force(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Decide:
 
     def run(decisions: Decisions) -> CompletedProcess[str]:
         @contextmanager
-        def opened() -> Iterator[Decisions]:
+        def opened(_: object) -> Iterator[Decisions]:
             yield decisions
 
-        monkeypatch.setattr(reconcile, "_decisions", opened)
+        monkeypatch.setattr("backend.composition.open_hub_decisions", opened)
         return invoke("reconcile", "--force", directory=tmp_path)
 
     return run

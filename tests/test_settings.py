@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.errors import StartRefusedError
-from backend.models.access.limit_kind import LimitKind
+from backend.models.access.sources import LimitKind
 from backend.models.setting_values import LogLevel, ReloadMode
 from backend.settings import Settings, load_settings, trusted_env_file, unknown_settings
 
@@ -88,7 +88,7 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
     assert load_settings() == plain
 
 
-def test_misspelt_names_are_found_with_what_was_meant(
+def test_misspelt_settings_are_reported_with_the_closest_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in unknown_settings():
@@ -428,7 +428,7 @@ def test_an_env_file_that_others_may_write_is_refused_with_the_remedy(tmp_path: 
     assert load_settings().wireguard_reload is ReloadMode.SYNCCONF
 
 
-def test_an_env_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
+def test_env_file_of_another_user_is_refused(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to give a file away")
     path = tmp_path / ".env"
@@ -453,7 +453,7 @@ def test_an_env_file_that_comes_after_the_look_is_not_read(
 
 
 @given(st.text(alphabet="abAB01.:-_[]% \n\0/@", max_size=40))
-def test_an_endpoint_never_holds_what_a_config_line_could_not(text: str) -> None:
+def test_accepted_endpoint_is_harmless_in_a_config_line(text: str) -> None:
     try:
         settings = Settings(wireguard_hub_endpoint=text)
     except ValueError:

@@ -76,7 +76,7 @@ def test_unix_socket_may_be_a_proxy_too() -> None:
         ("::ffff:127.0.0.1", "write it as such, like 127.0.0.1"),
     ],
 )
-def test_what_is_no_network_is_refused(text: str, reason: str) -> None:
+def test_invalid_network_is_refused(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         TrustedProxies.parse(text)
 

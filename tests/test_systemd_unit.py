@@ -69,7 +69,7 @@ def test_one_privilege_and_one_place_to_write_to() -> None:
         assert [value for value in unit[name] if not value.startswith("/opt/wireguard-provisioning/")] == []
 
 
-def test_what_it_starts_are_commands_that_there_are() -> None:
+def test_unit_starts_existing_commands() -> None:
     unit = parsed()
     options = "--tls-cert /etc/hub/tls.pem --tls-key /etc/hub/tls.key"
     values = {"${SERVE_HOST}": "127.0.0.1", "${SERVE_PORT}": "8000", "$SERVE_OPTIONS": options}
@@ -87,7 +87,7 @@ def test_what_it_starts_are_commands_that_there_are() -> None:
         assert "Usage:" in done.stdout
 
 
-def test_the_example_names_settings_that_there_are() -> None:
+def test_example_names_existing_settings() -> None:
     known = {name.upper() for name in Settings.model_fields} | {"SERVE_HOST", "SERVE_PORT", "SERVE_OPTIONS"}
     names = NAME.findall((DEPLOY / "wireguard-provisioning.env").read_text())
     assert set(names) - known == set()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters.host.lock_file import LockFile
+from backend.adapters.host.locks import lock_file
 from backend.adapters.http.unix_socket import listening_at
 from backend.errors import StartRefusedError
 from backend.models import trusted_paths
 from backend.models.trusted_paths import (
-    is_trusted,
     make_private_directory,
+    problem_with,
     require_trusted,
     require_trusted_file,
 )
@@ -67,13 +67,13 @@ def test_the_remedy_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("as_root")
-def test_a_groups_directory_is_refused_and_roots_own_group_is_nobody_else(tmp_path: Path) -> None:
+def test_group_writable_directory_is_refused_unless_the_group_is_roots(tmp_path: Path) -> None:
     assert refusal(made(tmp_path / "staff", 0o770, group=SOMEBODY)).startswith("they can write to")
     require_trusted(made(tmp_path / "root", 0o770, group=0), "STATE_DIRECTORY")
 
 
 @pytest.mark.usefixtures("as_root")
-def test_a_users_private_group_is_the_user_until_somebody_joins_it(
+def test_private_group_of_a_user_is_trusted_until_it_has_another_member(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = made(tmp_path / "state", 0o775, group=SOMEBODY)
@@ -97,7 +97,7 @@ def test_an_access_list_may_stand_behind_the_groups_bits(
 
 
 @pytest.mark.usefixtures("as_root")
-def test_somebody_elses_directory_is_refused_whatever_its_mode(tmp_path: Path) -> None:
+def test_directory_of_another_user_is_refused_with_any_mode(tmp_path: Path) -> None:
     directory = made(tmp_path / "state", 0o700, user=SOMEBODY)
     assert refusal(directory) == (
         f"{directory} belongs to {SOMEBODY}; run `chown root {directory}`, or choose another place"
@@ -153,7 +153,7 @@ def test_a_link_is_followed_and_what_it_lies_in_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("as_root")
-def test_a_link_that_somebody_laid_in_a_shared_directory_is_refused(tmp_path: Path) -> None:
+def test_symlink_of_another_user_in_a_shared_directory_is_refused(tmp_path: Path) -> None:
     shared, good = made(tmp_path / "tmp", 0o1777), made(tmp_path / "good", 0o700)
     link = shared / "link"
     link.symlink_to(good)
@@ -183,27 +183,27 @@ def test_a_file_is_as_good_as_its_mode_and_its_directory(tmp_path: Path) -> None
 
 def test_everyday_places_are_trusted() -> None:
     for path in ("/", "/etc", "/usr/bin", "/var/lib"):
-        assert is_trusted(Path(path))
-    assert not is_trusted(Path("/tmp"))  # noqa: S108 - that's what is asked
+        assert problem_with(Path(path)) is None
+    assert problem_with(Path("/tmp")) is not None  # noqa: S108 - that's what is asked
 
 
-def test_directories_are_private_from_birth_whatever_the_umask(tmp_path: Path) -> None:
+def test_directories_are_created_private_with_any_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         make_private_directory(tmp_path / "one" / "two")
-        lock = LockFile(tmp_path / "one" / "lock", "it").acquire()
+        lock = lock_file(tmp_path / "one" / "lock", "it")
     finally:
         os.umask(before)
-    lock.release()
+    lock.close()
     for path, mode in (("one", 0o700), ("one/two", 0o700), ("one/lock", 0o600)):
         assert stat.S_IMODE((tmp_path / path).stat().st_mode) == mode
 
 
-def test_nobody_else_can_hold_an_older_lock_file_open_from_now_on(tmp_path: Path) -> None:
+def test_lock_file_becomes_private(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.touch()
     path.chmod(0o666)
-    LockFile(path, "it").acquire().release()
+    lock_file(path, "it").close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
@@ -235,16 +235,14 @@ def test_a_lock_file_never_empties_the_file_that_a_link_leads_to(
     victim.chmod(0o640)
     lay(path, victim)
     with pytest.raises(StartRefusedError, match=f"lock file {path} {said}, .* remove it"):
-        LockFile(path, "it").acquire()
+        lock_file(path, "it")
     assert victim.read_text() == "all that there is"
     assert stat.S_IMODE(victim.stat().st_mode) == 0o640
 
 
 @pytest.mark.usefixtures("as_root")
 @pytest.mark.parametrize("mode", [0o770, 0o1777])
-def test_no_socket_is_made_where_others_could_lay_links_or_put_theirs_in_its_place(
-    tmp_path: Path, mode: int
-) -> None:
+def test_socket_is_refused_in_a_directory_that_others_may_write(tmp_path: Path, mode: int) -> None:
     directory = made(tmp_path / "run", mode, group=SOMEBODY)
     path = directory / "hub.sock"
     said = rf"^the directory of {path} \(--unix-socket\) is within other"

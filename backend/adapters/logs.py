@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from backend.models.access.secret_text import redacted
+from backend.models.fields import redacted
 
 # uvicorn's: address, method, path, HTTP's version, status.
 _ACCESS_ARGUMENTS: Final = 5

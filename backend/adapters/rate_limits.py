@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from limits import RateLimitItem, parse
-from limits.aio.storage import RedisStorage, Storage
+from limits.aio.storage import RedisStorage
 from limits.aio.strategies import FixedWindowRateLimiter
 
 from backend.errors import StartRefusedError
-from backend.models.access.limit_kind import LimitKind
-from backend.models.access.sources import network_of
+from backend.models.access.sources import LimitKind, network_of
 
 if TYPE_CHECKING:
     from redis.asyncio import BlockingConnectionPool
@@ -39,67 +38,42 @@ _REDIS_CONNECTIONS: Final = 32
 _BY_ADDRESS: Final = {LimitKind.SOURCE, LimitKind.FAILED_AUTHENTICATION}
 
 
-class BoundedMemory(Storage):
-    """Counters in memory, of one length of window, and never more than `max_windows` of them.
+class FixedWindows:
+    """The windows of one limit in memory, never more than `most` of them.
 
-    The library's own storage looks at all of its counters at each hit, and has no bound. Here the windows
-    stand in the order in which they end. A new one takes the place of the oldest when there are too many:
-    who comes from that many addresses isn't held by a limit for each of them anyhow.
+    The storage of `limits` looks at all of its counters at each hit, and has no bound. Here the windows stand
+    in the order in which they end. A new one takes the place of the oldest when there are too many: a limit
+    for each address doesn't hold a caller with that many addresses anyhow.
     """
 
-    STORAGE_SCHEME = None
-
-    def __init__(self, max_windows: int = MAX_WINDOWS, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__()
-        self._max_windows = max_windows
+    def __init__(
+        self, item: RateLimitItem, most: int = MAX_WINDOWS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._amount = item.amount
+        self._seconds = item.get_expiry()
+        self._most = most
         self._clock = clock
         self._windows: OrderedDict[str, _Window] = OrderedDict()
 
-    @property
-    def base_exceptions(self) -> type[Exception]:
-        """What the methods may raise, which is nothing."""
-        return ValueError
+    def __len__(self) -> int:
+        return len(self._windows)
 
-    async def incr(self, key: str, expiry: int, amount: int = 1) -> int:
-        """Add to a counter, or begin it anew if its `expiry` seconds are over; return what it says now."""
+    def hit(self, who: str) -> int | None:
+        """Count one more for `who`; return None if that is within the limit, else seconds to wait (>= 1)."""
         now = self._clock()
-        window = self._windows.get(key)
+        window = self._windows.get(who)
         if window is None or window.ends <= now:
-            self._windows.pop(key, None)
+            self._windows.pop(who, None)
             self._make_room(now)
-            window = self._windows[key] = _Window(now + expiry)
-        window.count += amount
-        return window.count
-
-    async def get(self, key: str) -> int:
-        """Return what a counter says, 0 if there is none."""
-        window = self._windows.get(key)
-        return 0 if window is None or window.ends <= self._clock() else window.count
-
-    async def get_expiry(self, key: str) -> float:
-        """Return when a counter begins anew, in seconds since the epoch."""
-        window = self._windows.get(key)
-        return time.time() + (0.0 if window is None else max(0.0, window.ends - self._clock()))
-
-    async def check(self) -> bool:
-        """Return True: memory is always there."""
-        return True
-
-    async def reset(self) -> int:
-        """Forget all counters; return how many there were."""
-        count = len(self._windows)
-        self._windows.clear()
-        return count
-
-    async def clear(self, key: str) -> None:
-        """Forget a counter."""
-        self._windows.pop(key, None)
+            window = self._windows[who] = _Window(now + self._seconds)
+        window.count += 1
+        return None if window.count <= self._amount else max(1, math.ceil(window.ends - now))
 
     def _make_room(self, now: float) -> None:
         # Two for each new one: they get fewer, and no request waits while thousands are taken away.
         for _ in range(2):
             oldest = next(iter(self._windows.items()), None)
-            if oldest is None or (len(self._windows) < self._max_windows and oldest[1].ends > now):
+            if oldest is None or (len(self._windows) < self._most and oldest[1].ends > now):
                 return
             del self._windows[oldest[0]]
 
@@ -117,7 +91,7 @@ class RateLimits:
     limit that is one replica's own for a while costs less than an outage. The counting then goes on in
     memory, from nothing, and one request tries Redis again every few seconds.
 
-    IPv6 sources count by their /64, the least that anybody is given; an IPv4 address that comes mapped into
+    IPv6 sources count by their /64, the least that a subscriber gets; an IPv4 address that is mapped into
     IPv6 counts as itself. To be used from one event loop.
     """
 
@@ -132,31 +106,30 @@ class RateLimits:
         """Take one limit for each kind, in the notation of `limits`; raise StartRefusedError."""
         self._items: dict[LimitKind, RateLimitItem] = {kind: parse(limits[kind]) for kind in LimitKind}
         # One for each kind, so that a flood of one leaves the others alone.
-        self._memory = {kind: FixedWindowRateLimiter(BoundedMemory(max_windows, clock)) for kind in LimitKind}
+        self._memory = {kind: FixedWindows(self._items[kind], max_windows, clock) for kind in LimitKind}
         self._clock = clock
         self._redis = None if storage_url.startswith("memory:") else _Redis.at(storage_url)
-        self._redis_is_away = False
-        self._ask_redis_again_at = 0.0
+        # None while Redis answers.
+        self._ask_redis_again_at: float | None = None
 
     async def hit(self, kind: LimitKind, who: str) -> int | None:
         """Count one more for `who`; return None if that is within the limit, else seconds to wait (>= 1)."""
         if kind in _BY_ADDRESS:
             who = network_of(who)
-        item = self._items[kind]
         redis = self._redis
         if redis is not None and self._may_ask_redis():
-            was_away = self._redis_is_away
+            was_away = self._ask_redis_again_at is not None
             try:
                 async with asyncio.timeout(_REDIS_SECONDS):
-                    seconds = await _hit(redis.strategy, item, kind, who)
+                    seconds = await redis.hit(self._items[kind], kind, who)
             except redis.errors as exc:
                 self._note_away(exc)
             else:
                 if was_away:
-                    self._redis_is_away = False
+                    self._ask_redis_again_at = None
                     log.info("rate_limit_storage_back")
                 return seconds
-        return await _hit(self._memory[kind], item, kind, who)
+        return self._memory[kind].hit(who)
 
     async def close(self) -> None:
         """Close the connections to Redis."""
@@ -164,34 +137,23 @@ class RateLimits:
             await self._redis.pool.aclose()
 
     def _may_ask_redis(self) -> bool:
-        if not self._redis_is_away:
+        if self._ask_redis_again_at is None:
             return True
         now = self._clock()
         if now < self._ask_redis_again_at:
             return False
-        # This one finds out; the others don't wait for it.
+        # One request tries; the others don't wait for it.
         self._ask_redis_again_at = now + _REDIS_AGAIN_SECONDS
         return True
 
     def _note_away(self, error: Exception) -> None:
-        self._ask_redis_again_at = self._clock() + _REDIS_AGAIN_SECONDS
-        if self._redis_is_away:
-            return
-        self._redis_is_away = True
-        # Its text could hold parts of the URL.
-        log.warning(
-            "rate_limit_storage_away",
-            extra={"error": type(error).__name__, "consequence": "each process counts for itself"},
-        )
-
-
-async def _hit(
-    strategy: FixedWindowRateLimiter, item: RateLimitItem, kind: LimitKind, who: str
-) -> int | None:
-    if await strategy.hit(item, kind, who):
-        return None
-    ends = await strategy.storage.get_expiry(item.key_for(kind, who))
-    return max(1, math.ceil(ends - time.time()))
+        known, self._ask_redis_again_at = self._ask_redis_again_at, self._clock() + _REDIS_AGAIN_SECONDS
+        if known is None:
+            # Its text could hold parts of the URL.
+            log.warning(
+                "rate_limit_storage_away",
+                extra={"error": type(error).__name__, "consequence": "each process counts for itself"},
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +161,12 @@ class _Redis:
     pool: "BlockingConnectionPool"
     strategy: FixedWindowRateLimiter
     errors: tuple[type[Exception], ...]
+
+    async def hit(self, item: RateLimitItem, kind: LimitKind, who: str) -> int | None:
+        if await self.strategy.hit(item, kind, who):
+            return None
+        ends = await self.strategy.storage.get_expiry(item.key_for(kind, who))
+        return max(1, math.ceil(ends - time.time()))
 
     @classmethod
     def at(cls, url: str) -> Self:
@@ -211,7 +179,7 @@ class _Redis:
                 "WIREGUARD_RATE_LIMIT_STORAGE names Redis, whose client isn't installed; run "
                 "`pip install 'wireguard-provisioning[redis]'`, or set it to memory://"
             ) from None
-        # Who waits for a connection is cut off with everything else, after _REDIS_SECONDS.
+        # The wait for a connection ends with everything else, after _REDIS_SECONDS.
         pool = BlockingConnectionPool.from_url(url, max_connections=_REDIS_CONNECTIONS, timeout=None)
         # The URL stays here: the library would repeat it in its errors.
         options: dict[str, Any] = {"connection_pool": pool}

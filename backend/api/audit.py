@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from backend.errors import AccessError, ProvisioningError, RateLimitedError, UnauthenticatedError
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import Caller, CallerKind
-from backend.models.access.secret_text import redacted
+from backend.models.fields import redacted
 from backend.models.wireguard.provisioning import NODE_ID_PATTERN
 from backend.services.access.access_control import AccessControl
 
@@ -28,18 +28,13 @@ def audited(action: AuditAction) -> Callable[[_Endpoint], _Endpoint]:
     return mark
 
 
-def action_of(endpoint: Callable[..., Any]) -> AuditAction | None:
-    """Return the act that an endpoint's refused requests are logged as, if they are logged."""
-    return getattr(endpoint, "audit_action", None)
-
-
 def log_refusal(
     access: AccessControl, caller: Caller, action: AuditAction | None, subject: str | None, error: Exception
 ) -> None:
-    """Have a refusal logged as `action`, or as a try to come in; one that came too often is only counted.
+    """Log a refused request as `action` or as a failed authentication; only count one over a rate limit.
 
-    A row names the real credential whose secret somebody tried, however often they did. A `subject` that the
-    caller chose is kept where it could be a node's name.
+    A row names the real credential whose secret was tried, over a limit too. `subject` is chosen by the
+    caller, and logged where it could be a node's name.
     """
     credential = None
     if isinstance(error, RateLimitedError):

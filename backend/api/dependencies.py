@@ -11,10 +11,11 @@ from fastapi import Depends, Request
 from fastapi.routing import APIRoute
 
 from backend.api.embedding import provisioning_service
-from backend.errors import OutcomeUnknownError
+from backend.errors import OutcomeUnknownError, ProvisioningError
+from backend.models.wireguard.peer import Change, ChangeUnderWayError
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 
-__all__ = ["Service", "outcome", "provisioning_service", "service_for"]
+__all__ = ["Service", "applied", "outcome", "provisioning_service", "service_for"]
 
 T = TypeVar("T")
 
@@ -41,6 +42,26 @@ async def service_for(request: Request) -> WireGuardProvisioningService:
 
 async def _keep_service(request: Request, service: Service) -> None:
     request.state.service = service
+
+
+async def applied(decide: Callable[[], Change], in_doubt: Callable[[], bool]) -> Change:
+    """Decide, and return the change once it is applied. Waits first for other changes of the same peer.
+
+    Raises what `decide` raises, what the change ended with, or OutcomeUnknownError.
+    """
+    while True:
+        try:
+            change = decide()
+        except ChangeUnderWayError as exc:
+            try:
+                await outcome(exc.change.applied, in_doubt)
+            except OutcomeUnknownError:
+                raise
+            except ProvisioningError:
+                pass  # the other change did not happen, and this one is decided again
+        else:
+            await outcome(change.applied, in_doubt)
+            return change
 
 
 async def outcome(future: Future[T], in_doubt: Callable[[], bool]) -> T:

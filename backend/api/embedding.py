@@ -50,12 +50,8 @@ async def provisioning_service(request: Request) -> WireGuardProvisioningService
     """Return the app's service. Not a plain function: FastAPI would give each request a thread for it."""
     service = getattr(request.app.state, "provisioning_service", None)
     # The short way, which each request goes as soon as the service is there.
-    if not isinstance(service, WireGuardProvisioningService):
-        service = await _find_or_start(request)
-    return service
-
-
-async def _find_or_start(request: Request) -> WireGuardProvisioningService:
+    if isinstance(service, WireGuardProvisioningService):
+        return service
     app = request.app
     if not hasattr(app.state, "provisioning_service"):
         # The outermost app, where this one is mounted in it.

@@ -1,6 +1,6 @@
 """The only table from errors to HTTP statuses, and the answers that are made by it.
 
-Three kinds of statuses are elsewhere: those for a path or a method without a route (api/unrouted.py), the 503
+Three kinds of statuses are elsewhere: those for a path or a method without a route (api/routes.py), the 503
 of an app whose service does not run (api/embedding.py), and those of requests that the server refuses before
 the app sees them: 408, 429, 431 and 503 (adapters/http/http_protocol.py).
 """
@@ -30,7 +30,7 @@ from backend.errors import (
     RateLimitedError,
     UnauthenticatedError,
 )
-from backend.models.access.secret_text import redacted
+from backend.models.fields import redacted
 
 MAX_BODY_BYTES: Final = 64 * 1024
 # In one answer.
@@ -85,8 +85,8 @@ def problem(description: str, example: str) -> dict[str, Any]:
     }
 
 
-def answer(error: ProvisioningError | RequestValidationError) -> JSONResponse:
-    """Return the HTTP answer to an error."""
+def answer(error: Exception) -> JSONResponse:
+    """Return the HTTP answer to an error that has a row in ANSWERS."""
     status, headers = _row(error)
     if isinstance(error, RateLimitedError):
         headers = {"Retry-After": str(error.retry_after)}

@@ -64,16 +64,17 @@ async def healthz() -> Alive:
 async def readyz(request: Request, service: Service) -> Ready:
     """Look at records, file, interface and pool. Answers in time, whatever hangs in there."""
     told = is_authenticated(request)
-    look = asyncio.wrap_future(service.readiness.ask())
+    readiness = service.readiness
+    look = asyncio.wrap_future(readiness.ask())
     try:
         # Shielded: others may wait for the same look.
         await asyncio.wait_for(asyncio.shield(look), _PATIENCE_SECONDS)
     except TimeoutError:
-        raise (service.readiness.hangs() if told else HubUpdateError(_NOT_READY)) from None
+        raise (readiness.hangs() if told else HubUpdateError(_NOT_READY)) from None
     except ProvisioningError:
         if told:
             raise
         raise HubUpdateError(_NOT_READY) from None
     if not told:
         return Ready()
-    return Ready(reload="syncconf" if service.live else "off", notices=list(service.notices))
+    return Ready(reload="syncconf" if readiness.live else "off", notices=list(readiness.notices()))

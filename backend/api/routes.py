@@ -1,9 +1,13 @@
 """The class of our routes: it reads a body strictly, answers errors, and gives each answer its request ID.
 
-It works for a router that is included in any app: nothing has to be registered there.
+It works for a router that is included in any app: nothing has to be registered there. `unrouted` answers
+requests for a path or a method that no route has.
 """
 
-from collections.abc import Callable, Coroutine
+import re
+import secrets
+from collections.abc import Callable, Coroutine, MutableMapping
+from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import Request, Response
@@ -11,15 +15,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
 from backend.api.errors import MAX_BODY_BYTES, BodyTooLargeError, answer, unreadable
-from backend.api.request_id import identify, mark
 from backend.api.strict_json import StrictJSONError, loads
-from backend.api.unrouted import unrouted
 from backend.errors import ProvisioningError
 
 _MAX_LENGTH_DIGITS: Final = 20
+# A caller's own ID has to have this form: it goes into logs, records and headers as it is.
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class StrictRequest(Request):
@@ -47,22 +53,18 @@ class DomainErrorRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            request_id = identify(request.scope)
+            request_id = _identify(request.scope)
             try:
                 bounded = StrictRequest(request.scope, _bounded(request))
                 await self.authenticate(bounded)
                 response = await handle(bounded)
-            except ProvisioningError as error:
-                self.note_refusal(request, error)
-                response = answer(await self.count_refusal(request, error))
-            except RequestValidationError as error:
-                self.note_refusal(request, error)
-                response = answer(error)
+            except (ProvisioningError, RequestValidationError) as error:
+                response = answer(await self.refuse(request, error))
             except HTTPException as error:
-                self.note_refusal(request, error)
+                await self.refuse(request, error)
                 # As the app's own handler would, which knows nothing of the headers below.
                 response = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
-            mark(response.raw_headers, request_id)
+            _mark(response.raw_headers, request_id)
             return response
 
         return guarded
@@ -79,11 +81,8 @@ class DomainErrorRoute(APIRoute):
     async def authenticate(self, request: Request) -> None:
         """Do nothing. A subclass raises here to refuse the request before its body is read."""
 
-    def note_refusal(self, request: Request, error: Exception) -> None:
-        """Do nothing. A subclass is told here of each request that was refused."""
-
-    async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:  # noqa: ARG002 - overridden
-        """Return the error that the request is answered with. A subclass may return another one."""
+    async def refuse(self, request: Request, error: Exception) -> Exception:  # noqa: ARG002 - overridden
+        """Return the error to answer with. Hook: called for each refused request; the default is the same."""
         return error
 
 
@@ -104,3 +103,40 @@ def _bounded(request: Request) -> Receive:
         return message
 
     return receive
+
+
+async def unrouted(request: Request, error: Exception) -> Response:
+    """Answer as Starlette does, with the request's ID, and with every method of the path in a 405."""
+    if not isinstance(error, HTTPException):
+        raise error
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_methods(request.scope))
+    response = JSONResponse({"detail": error.detail}, error.status_code, headers)
+    _mark(response.raw_headers, _identify(request.scope))
+    return response
+
+
+def _methods(scope: Scope) -> list[str]:
+    """Return the methods that some route of the app takes at this path. Starlette names one route's alone."""
+    asked: dict[str, Any] = {name: scope[name] for name in ("type", "path", "headers", "app")}
+    asked["root_path"] = scope.get("root_path", "")
+    return [
+        method
+        for method in _METHODS
+        if any(route.matches({**asked, "method": method})[0] is Match.FULL for route in scope["app"].routes)
+    ]
+
+
+def _identify(scope: MutableMapping[str, Any]) -> bytes:
+    """Return the caller's own ID where it has that form, or else a new one; and keep it in the state."""
+    request_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    if not _REQUEST_ID.fullmatch(request_id):
+        request_id = secrets.token_hex(16).encode()
+    scope.setdefault("state", {})["request_id"] = request_id.decode()
+    return request_id
+
+
+def _mark(headers: list[tuple[bytes, bytes]], request_id: bytes) -> None:
+    """Add the headers that each answer has: the request's ID, and that no cache may keep it."""
+    headers += [(b"x-request-id", request_id), (b"cache-control", b"no-store")]

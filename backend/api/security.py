@@ -4,24 +4,24 @@ A route authenticates its caller before it reads the body, authorizes them when 
 each request that it refuses.
 """
 
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Annotated, Any, ClassVar, Final
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Request, Response
 from fastapi.openapi.models import HTTPBearer
 from fastapi.security.base import SecurityBase
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 
-from backend.api.audit import action_of, log_refusal
+from backend.api.audit import log_refusal
 from backend.api.dependencies import service_for
 from backend.api.errors import problem
-from backend.api.repeats import require_repeat
 from backend.api.routes import DomainErrorRoute
 from backend.errors import (
     AccessError,
     ForbiddenError,
     OutcomeUnknownError,
-    ProvisioningError,
     RateLimitedError,
     RecordsUnavailableError,
     UnauthenticatedError,
@@ -29,9 +29,14 @@ from backend.errors import (
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Permission
 from backend.models.access.sources import TrustedProxies
+from backend.models.wireguard.peer import Peer
 from backend.services.access.access_control import AccessControl
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.credential_service import CredentialService
+from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
+
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
+_IsRepeat = Callable[[Mapping[str, object], Peer], bool]
 
 # What any of these routes may answer before it does anything.
 REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
@@ -85,6 +90,20 @@ Credentials = Annotated[CredentialService, Depends(_credentials)]
 Audit = Annotated[AuditWriter, Depends(_audit)]
 
 
+def repeatable(is_repeat: _IsRepeat = lambda _sent, _peer: True) -> Callable[[_Endpoint], _Endpoint]:
+    """Allow a used-up token to call an endpoint with a body that repeats the one of a peer that it let in.
+
+    `is_repeat` is given the body, as it is before validation, and the peer that has its WireGuard key; by
+    default the key is enough.
+    """
+
+    def mark(endpoint: _Endpoint) -> _Endpoint:
+        endpoint.is_repeat = is_repeat  # type: ignore[attr-defined] # any function may have one
+        return endpoint
+
+    return mark
+
+
 class SecuredRoute(DomainErrorRoute):
     """A route for authenticated callers.
 
@@ -92,17 +111,15 @@ class SecuredRoute(DomainErrorRoute):
     every valid credential could call it, a node's token too.
     """
 
-    is_open: ClassVar[bool] = False
-
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Make the handler; raise TypeError for an endpoint without a permission."""
         declared = any(isinstance(one.call, Requires) for one in self.dependant.dependencies)
-        if not declared and not self.is_open:
+        if not declared and not isinstance(self, OpenRoute):
             raise TypeError(f"{self.path}: no argument of the endpoint says who may call it")
         return super().get_route_handler()
 
     async def authenticate(self, request: Request) -> None:
-        """Find out who the caller is; raise an AccessError or RecordsUnavailableError."""
+        """Authenticate the caller; raise an AccessError or RecordsUnavailableError."""
         service = await service_for(request)
         access = request.state.access = service.access
         shown = request.headers.getlist("authorization")
@@ -113,26 +130,25 @@ class SecuredRoute(DomainErrorRoute):
             request.state.request_id,
         )
         if caller.may_only_repeat:
-            await require_repeat(request, self.endpoint, caller, service)
+            await _require_repeat(request, self.endpoint, caller, service)
 
-    def note_refusal(self, request: Request, error: Exception) -> None:
-        """Have the refusal logged, as the endpoint's act or as a failed authentication."""
+    async def refuse(self, request: Request, error: Exception) -> Exception:
+        """Log the refused request, as the endpoint's act or as a failed authentication.
+
+        Counts a failed attempt where a credential was refused after it had been authenticated, and returns
+        RateLimitedError for a source over its limit.
+        """
         access: AccessControl | None = getattr(request.state, "access", None)
         # A change that may have happened after all was logged with it.
         if access is None or isinstance(error, OutcomeUnknownError):
-            return
-        caller: Caller | None = getattr(request.state, "caller", None)
-        if caller is None:
-            caller = Caller(CallerKind.NOBODY, None, request.state.source, request.state.request_id)
-        subject = getattr(request.state, "subject", None) or request.path_params.get("node_id")
-        log_refusal(access, caller, action_of(self.endpoint), subject, error)
-
-    async def count_refusal(self, request: Request, error: ProvisioningError) -> ProvisioningError:
-        """Count a credential that turned out to be good for nothing after it was authenticated."""
-        caller: Caller | None = getattr(request.state, "caller", None)
-        if not isinstance(error, UnauthenticatedError) or caller is None or caller.may_only_repeat:
             return error
-        access: AccessControl = request.state.access
+        state = request.state
+        known: Caller | None = getattr(state, "caller", None)
+        caller = known or Caller(CallerKind.NOBODY, None, state.source, state.request_id)
+        subject = getattr(state, "subject", None) or request.path_params.get("node_id")
+        log_refusal(access, caller, getattr(self.endpoint, "audit_action", None), subject, error)
+        if known is None or known.may_only_repeat or not isinstance(error, UnauthenticatedError):
+            return error
         counted = await access.authenticator.count_failure(error, caller.source)
         if isinstance(counted, RateLimitedError):
             access.limited.count(caller.source)
@@ -144,8 +160,6 @@ class OpenRoute(SecuredRoute):
 
     A credential that isn't valid is counted and logged as elsewhere, and ignored.
     """
-
-    is_open: ClassVar[bool] = True
 
     async def authenticate(self, request: Request) -> None:
         """Count the request against its source; authenticate the caller if there is a credential."""
@@ -159,7 +173,7 @@ class OpenRoute(SecuredRoute):
             raise
         except (AccessError, RecordsUnavailableError) as error:
             # Whether a process lives doesn't depend on its database.
-            self.note_refusal(request, error)
+            await self.refuse(request, error)
 
 
 def is_authenticated(request: Request) -> bool:
@@ -186,3 +200,29 @@ def _source(request: Request, proxies: TrustedProxies) -> str | None:
     source: str | None = proxies.source(peer, request.scope["headers"])
     request.state.source = source
     return source
+
+
+async def _require_repeat(
+    request: Request, endpoint: Callable[..., Any], caller: Caller, service: WireGuardProvisioningService
+) -> None:
+    """Raise UnauthenticatedError unless the body repeats the request of a peer that the token let in.
+
+    Anything else that is wrong with the request isn't said: that would tell that the token was good once.
+    """
+    is_repeat: _IsRepeat | None = getattr(endpoint, "is_repeat", None)
+    if is_repeat is not None:
+        sent = await _body(request)
+        key = sent.get("wireguard_public_key")
+        peer = service.find_by_key(key) if isinstance(key, str) else None
+        if peer is not None and peer.token_id == caller.token_id and is_repeat(sent, peer):
+            return
+    raise UnauthenticatedError("used_up", caller.token_id)
+
+
+async def _body(request: Request) -> Mapping[str, object]:
+    try:
+        sent = await request.json()
+    except (HTTPException, ClientDisconnect):
+        # Too long, no JSON, or cut off.
+        return {}
+    return sent if isinstance(sent, dict) else {}

@@ -19,14 +19,7 @@ from backend.errors import CredentialNotFoundError, StartRefusedError
 # Everything heavier is imported by the command that needs it, so that `--help` answers at once.
 if TYPE_CHECKING:
     from backend.adapters.records.access_store import SqlAccessStore
-    from backend.models.access.credentials import (
-        Credential,
-        CredentialKind,
-        KeyInfo,
-        KeyRequest,
-        TokenInfo,
-        TokenRequest,
-    )
+    from backend.models.access.credentials import Credential
 
 token = group("token", "Enrolment tokens, for nodes.")
 key = group("key", "Operators' keys.")
@@ -51,32 +44,26 @@ def create_token(
     output: Output = None,
 ) -> None:
     """Make a token and print it; it is shown this once."""
-    from backend.models.access.credentials import TokenRequest
-
-    given: dict[str, object] = {
+    given = {
         "max_uses": max_uses,
         "expires_in": expires_in,
         "node_id_pattern": node_id_pattern,
         "source_cidr": source_cidr,
         "note": note,
     }
-    _make(TokenRequest, given, output)
+    _make("token", given, output)
 
 
 @token.command("list")
 def list_tokens() -> None:
     """Print every token as a line of JSON, without its secret."""
-    from backend.models.access.credentials import CredentialKind, TokenInfo
-
-    _list(CredentialKind.TOKEN, TokenInfo)
+    _list("token")
 
 
 @token.command("revoke")
 def revoke_token(credential_id: Id) -> None:
     """End a token at once; the nodes that it let in stay."""
-    from backend.models.access.credentials import CredentialKind
-
-    _revoke(CredentialKind.TOKEN, credential_id)
+    _revoke("token", credential_id)
 
 
 @key.command("create")
@@ -87,34 +74,29 @@ def create_key(
     output: Output = None,
 ) -> None:
     """Make a key and print it; it is shown this once."""
-    from backend.models.access.credentials import KeyRequest
-
-    given = {"role": role, "expires_in": expires_in, "note": note}
-    _make(KeyRequest, given, output)
+    _make("key", {"role": role, "expires_in": expires_in, "note": note}, output)
 
 
 @key.command("list")
 def list_keys() -> None:
     """Print every key as a line of JSON, without its secret."""
-    from backend.models.access.credentials import CredentialKind, KeyInfo
-
-    _list(CredentialKind.KEY, KeyInfo)
+    _list("key")
 
 
 @key.command("revoke")
 def revoke_key(credential_id: Id) -> None:
     """End a key; the service follows within a second."""
-    from backend.models.access.credentials import CredentialKind
-
-    _revoke(CredentialKind.KEY, credential_id)
+    _revoke("key", credential_id)
 
 
-def _make(model: "type[TokenRequest | KeyRequest]", given: Mapping[str, object], output: Path | None) -> None:
+def _make(kind: str, given: Mapping[str, object], output: Path | None) -> None:
     from pydantic import ValidationError
 
-    from backend.adapters.host.new_file import new_file
+    from backend.adapters.host.private_files import new_file
     from backend.models.access.audit import AuditAction
+    from backend.models.access.credentials import KeyRequest, TokenRequest
 
+    model = TokenRequest if kind == "token" else KeyRequest
     try:
         # As JSON, of which the models read networks and roles.
         credential, secret = model.model_validate_json(json.dumps(given)).make(actor(), datetime.now(UTC))
@@ -122,7 +104,6 @@ def _make(model: "type[TokenRequest | KeyRequest]", given: Mapping[str, object],
         problem = exc.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
         raise StartRefusedError(f"--{option}: {problem['msg']}") from None
-    kind = credential.kind.value
     with open_store() as store, nullcontext() if output is None else new_file(output) as file:
         if file is not None:
             # First: a secret that could not be written down would be lost.
@@ -132,22 +113,25 @@ def _make(model: "type[TokenRequest | KeyRequest]", given: Mapping[str, object],
     typer.echo(secret.reveal() if output is None else f"{kind} {credential.id} is in {output}")
 
 
-def _list(kind: "CredentialKind", info: "type[TokenInfo | KeyInfo]") -> None:
+def _list(kind: str) -> None:
+    from backend.models.access.credentials import KeyInfo, TokenInfo
+
+    info = TokenInfo if kind == "token" else KeyInfo
     with open_store() as store:
         now = datetime.now(UTC)
         for credential in _listed(store, kind):
             typer.echo(info.of(credential, now).model_dump_json())
 
 
-def _listed(store: "SqlAccessStore", kind: "CredentialKind") -> "list[Credential]":
-    return [credential for credential in store.load_credentials()[1] if credential.kind is kind]
+def _listed(store: "SqlAccessStore", kind: str) -> "list[Credential]":
+    return [credential for credential in store.load_credentials()[1] if credential.kind == kind]
 
 
-def _revoke(kind: "CredentialKind", credential_id: str) -> None:
+def _revoke(kind: str, credential_id: str) -> None:
     from backend.models.access.audit import AuditAction
 
     with open_store() as store:
         if credential_id not in {credential.id for credential in _listed(store, kind)}:
-            raise CredentialNotFoundError(f"{kind.value} {credential_id}")
-        store.revoke_credential(credential_id, event(AuditAction(f"{kind.value}_revoked"), credential_id))
-    typer.echo(f"{kind.value} {credential_id} is revoked")
+            raise CredentialNotFoundError(f"{kind} {credential_id}")
+        store.revoke_credential(credential_id, event(AuditAction(f"{kind}_revoked"), credential_id))
+    typer.echo(f"{kind} {credential_id} is revoked")

@@ -75,7 +75,7 @@ def export_audit(
     before: Before = None,
 ) -> None:
     """Write entries to a file as lines of JSON, the oldest first: all, or what `prune` would delete."""
-    from backend.adapters.host.new_file import new_file
+    from backend.adapters.host.private_files import new_file
     from backend.models.access.audit import AuditEntry
 
     until = _moment(older_than, before) or datetime.now(UTC)

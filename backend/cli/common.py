@@ -25,7 +25,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (StartRefusedError, ProvisioningError) as exc:
-            from backend.models.access.secret_text import redacted
+            from backend.models.fields import redacted
 
             typer.echo(f"error: {redacted(str(exc))}", err=True)
             raise typer.Exit(1) from None

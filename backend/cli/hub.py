@@ -1,5 +1,6 @@
 """`python -m backend hub`: the hub's config and interface."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -44,18 +45,16 @@ def up(
     ] = False,
 ) -> None:
     """Make the hub's interface from its config, or see that it is up."""
-    from backend.adapters.wireguard import hub_key, link
-    from backend.cli.quickstart import hub_address
+    from backend.adapters.wireguard import hub_key
+    from backend.cli.quickstart import bring_up
 
     settings = settings_of_hub()
-    path, stated = settings.wireguard_config_path, settings.wireguard_hub_public_key
-    if replace_key and (replaced := hub_key.replace(path, stated)):
+    if replace_key and (
+        replaced := hub_key.replace(settings.wireguard_config_path, settings.wireguard_hub_public_key)
+    ):
         typer.echo(f"interface {settings.interface} had the key {replaced.before or '(none)'}")
         typer.echo(f"interface {settings.interface} has the key {replaced.after}")
-    raised = link.up(path, hub_address(settings), stated)
-    typer.echo(f"interface {settings.interface} {'is up' if raised.created else 'was up already'}")
-    for warning in raised.warnings:
-        typer.echo(f"note: {warning}", err=True)
+    bring_up(settings, typer.echo, partial(typer.echo, err=True))
 
 
 @hub.command()
@@ -81,8 +80,8 @@ def show() -> None:
         "" if state.peers_on_interface is None else f", {state.peers_on_interface} on the interface"
     )
     for name, value in (
-        ("config", state.config_path),
-        ("interface", f"{state.interface} ({state.state})"),
+        ("config", settings.wireguard_config_path),
+        ("interface", f"{settings.interface} ({state.state})"),
         ("public key", state.public_key),
         ("endpoint", settings.wireguard_hub_endpoint),
         ("listening port", "-" if state.listen_port is None else state.listen_port),

@@ -5,16 +5,15 @@ import os
 import re
 import secrets
 import shlex
-import socket
 from collections.abc import Callable, Iterable
 from ipaddress import IPv4Interface
 from os.path import lexists
 from pathlib import Path
 from typing import Final
 
-from backend.adapters.host.admin_header import NAME as ADMIN_HEADER
+from backend.adapters.host.private_files import ADMIN_HEADER
 from backend.adapters.host.programs import obstacles
-from backend.adapters.records.recorded_peers import count_recorded_peers
+from backend.adapters.records.peers import count_recorded_peers
 from backend.adapters.wireguard import hub_key, link
 from backend.adapters.wireguard.host_link import interface_exists
 from backend.adapters.wireguard.hub_key import Consent
@@ -48,7 +47,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Settings:
     make_config(settings, say)
     if settings.wireguard_reload is ReloadMode.OFF:
         return settings
-    return _bring_up(settings, say)
+    return _bring_up_if_possible(settings, say)
 
 
 def make_config(
@@ -89,12 +88,14 @@ def hub_address(settings: Settings) -> IPv4Interface:
 
 def beside_run(settings: Settings) -> Settings:
     """Return the settings with the hub of `make run`, where nothing says that another one is meant."""
-    return _with_config(settings, _made_config(settings.state_directory) or _lost_config(settings))
+    return _with_config(
+        settings, _made_config(settings.state_directory) or _lost_config(settings.state_directory)
+    )
 
 
 def beside_lost(settings: Settings) -> Settings:
     """Return the settings with the hub of `make run` where its config is lost and has to be made again."""
-    return _with_config(settings, _lost_config(settings))
+    return _with_config(settings, _lost_config(settings.state_directory))
 
 
 def _with_config(settings: Settings, path: Path | None) -> Settings:
@@ -127,16 +128,21 @@ def try_it(url: str, state_directory: Path) -> str:
     )
 
 
-def _bring_up(settings: Settings, say: Callable[[str], None]) -> Settings:
+def bring_up(settings: Settings, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
+    """Bring the hub's interface up, and say what was done."""
+    raised = link.up(settings.wireguard_config_path, hub_address(settings), settings.wireguard_hub_public_key)
+    say(f"interface {settings.interface} {'is up' if raised.created else 'was up already'}")
+    for warning in raised.warnings:
+        warn(f"note: {warning}")
+
+
+def _bring_up_if_possible(settings: Settings, say: Callable[[str], None]) -> Settings:
     missing = obstacles()
     if missing:
         say(f"no interface {settings.interface}: {'; '.join(missing)}")
         say("goes on with WIREGUARD_RELOAD=off, which keeps the records and the file only")
         return settings.model_copy(update={"wireguard_reload": ReloadMode.OFF})
-    raised = link.up(settings.wireguard_config_path, hub_address(settings), settings.wireguard_hub_public_key)
-    say(f"interface {settings.interface} {'is up' if raised.created else 'was up already'}")
-    for warning in raised.warnings:
-        say(f"note: {warning}")
+    bring_up(settings, say, say)
     say(
         f"{settings.interface} stays up after Ctrl-C; take it down with: "
         f"WIREGUARD_CONFIG_PATH={settings.wireguard_config_path} .venv/bin/python -m backend hub down"
@@ -149,11 +155,10 @@ def _choose_config(settings: Settings, say: Callable[[str], None]) -> Path:
     if "wireguard_config_path" in settings.model_fields_set:
         return settings.wireguard_config_path
     directory = settings.state_directory
-    if made := _made_config(directory):
-        return made
-    if lost := _lost_config(settings):
-        # Under another name the hub would come up with a new key, beside the interface that has its own.
-        return lost
+    # A lost one too: under another name the hub would come up with a new key, beside the interface that has
+    # its own.
+    if known := _made_config(directory) or _lost_config(directory):
+        return known
     for name in _NAMES:
         if interface_exists(name):
             say(f"{name} is left alone: an interface of that name exists")
@@ -171,10 +176,9 @@ def _made_config(directory: Path) -> Path | None:
     return _first_config(directory, (path.name for path in directory.glob(_PATTERN)))
 
 
-def _lost_config(settings: Settings) -> Path | None:
+def _lost_config(directory: Path) -> Path | None:
     """Return the config that an earlier run had and that is gone, by the lock that stays beside it."""
-    directory = settings.state_directory
-    if _made_config(directory) is not None:
+    if _made_config(directory):
         return None
     locks = directory.glob(f".{_PATTERN}.lock")
     return _first_config(directory, (path.name[1 : -len(".lock")] for path in locks))
@@ -192,15 +196,6 @@ def _choose_endpoint(settings: Settings, config_path: Path) -> str:
     host = settings.wireguard_hub_endpoint.rpartition(":")[0]
     wanted = settings.listen_port
     port = link.listen_port(config_path) or next(
-        (port for port in range(wanted, wanted + _PORTS_TO_TRY) if _is_free(port)), wanted
+        (port for port in range(wanted, wanted + _PORTS_TO_TRY) if link.is_free(port)), wanted
     )
     return f"{host}:{port}"
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True

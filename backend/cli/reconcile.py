@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -12,9 +11,10 @@ from backend.errors import StartRefusedError
 
 # Everything heavier is imported where it's needed, so that `--help` answers at once.
 if TYPE_CHECKING:
-    from backend.adapters.records.hub_decisions import HubDecisions
+    from backend.composition import HubDecisions
+    from backend.models.access.audit import AuditEvent
+    from backend.models.wireguard.records import Decision
     from backend.services.hub.review import HubReview
-    from backend.services.ports import Decision
 
 # How long to wait for a service that runs to take a decision up: it looks once a second.
 _PATIENCE_SECONDS: Final = 5.0
@@ -31,21 +31,19 @@ def reconcile(
     """Compare the records with the hub, and decide about peers that the records don't know."""
     if sum((show, adopt, force, acknowledge)) != 1:
         raise StartRefusedError("choose one of --show, --adopt, --force and --acknowledge")
-    from backend.services.ports import Decision
+    from backend.composition import open_hub_decisions
+    from backend.models.access.audit import AuditAction
+    from backend.models.wireguard.records import Decision
 
-    with _decisions() as decisions:
+    with open_hub_decisions(settings_of_hub()) as decisions:
         if acknowledge:
-            _acknowledge(decisions)
+            count = decisions.records.acknowledge(event(AuditAction.NOTICE_ACKNOWLEDGED))
+            typer.echo(f"{count} notice(s) acknowledged" if count else "there is no notice")
         elif show:
             _show(decisions.review())
         else:
-            _decide(decisions, Decision.ADOPT if adopt else Decision.FORCE)
-
-
-def _decisions() -> "AbstractContextManager[HubDecisions]":
-    from backend.composition import open_hub_decisions
-
-    return open_hub_decisions(settings_of_hub())
+            action = AuditAction.PEERS_ADOPTED if adopt else AuditAction.PEERS_REMOVED
+            _decide(decisions, Decision.ADOPT if adopt else Decision.FORCE, event(action))
 
 
 def _show(review: "HubReview") -> None:
@@ -71,17 +69,14 @@ def _show(review: "HubReview") -> None:
     typer.echo(f"verdict: {review.verdict}")
 
 
-def _decide(decisions: "HubDecisions", decision: "Decision") -> None:
-    from backend.models.access.audit import AuditAction
+def _decide(decisions: "HubDecisions", decision: "Decision", decided: "AuditEvent") -> None:
     from backend.services.hub.removal_guard import fingerprint
-    from backend.services.ports import Decision
 
     review = decisions.review()
     if review.paused is None:
         raise StartRefusedError(f"nothing was decided: {review.verdict}")
-    acts = {Decision.ADOPT: AuditAction.PEERS_ADOPTED, Decision.FORCE: AuditAction.PEERS_REMOVED}
-    decisions.decide(decision, fingerprint(review.unknown), event(acts[decision]))
-    if not _becomes_true(lambda: not decisions.is_pending()):
+    decisions.records.decide(decision, fingerprint(review.unknown), decided)
+    if not _becomes_true(lambda: decisions.records.status().decision is None):
         typer.echo("written down; the service carries it out as soon as it can, or at its next start")
         return
     # A service that isn't paused dismisses a decision: it hasn't seen the unknown peers yet.
@@ -100,10 +95,3 @@ def _becomes_true(condition: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.1)
     return True
-
-
-def _acknowledge(decisions: "HubDecisions") -> None:
-    from backend.models.access.audit import AuditAction
-
-    count = decisions.acknowledge(event(AuditAction.NOTICE_ACKNOWLEDGED))
-    typer.echo(f"{count} notice(s) acknowledged" if count else "there is no notice")

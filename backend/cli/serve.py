@@ -7,7 +7,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp
 
-    from backend.adapters.http.certificate import Certificate
+    from backend.adapters.http.tls import Certificate
     from backend.settings import Settings
 
 _SHUTDOWN_SECONDS: Final = 5
@@ -108,8 +108,8 @@ def _serve(
 ) -> None:
     # Off until the service has started: it makes objects for thousands of peers, and all of them stay.
     gc.disable()
-    from backend.adapters.http.certificate import Certificate
     from backend.adapters.http.http_protocol import answering_when_cancelled
+    from backend.adapters.http.tls import Certificate
     from backend.adapters.logs import configure_logging
     from backend.composition import running_service
     from backend.main import create_app
@@ -118,7 +118,7 @@ def _serve(
     certificate = None if tls is None else Certificate(*tls)
     # uvicorn handles both while it runs, and raises them again when it has shut down: status 0, no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
+        signal.signal(number, lambda *_: sys.exit(0))
     # Outside of uvicorn's lifespan, which would log a refused start as a traceback.
     with running_service(settings) as service:
         app = answering_when_cancelled(create_app(settings, service))
@@ -141,14 +141,13 @@ def _server(
 ) -> "uvicorn.Server":
     import uvicorn
 
-    from backend.adapters.host.descriptors import Descriptors
-    from backend.adapters.http.connections import Connections
+    from backend.adapters.http.connections import Connections, divide_descriptors, raise_descriptor_limit
     from backend.adapters.http.http_protocol import BoundedProtocol
-    from backend.adapters.http.tls_server import TlsServer
+    from backend.adapters.http.tls import TlsServer
 
-    descriptors = Descriptors.raised()
+    backlog, most = divide_descriptors(raise_descriptor_limit())
     connections = Connections.within(
-        descriptors.connections,
+        most,
         settings.wireguard_max_connections,
         settings.wireguard_max_connections_per_source,
     )
@@ -165,13 +164,9 @@ def _server(
         access_log=settings.access_log,
         proxy_headers=False,
         server_header=False,
-        backlog=descriptors.backlog,
+        backlog=backlog,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     if certificate is None:
         return uvicorn.Server(config)
     return TlsServer(config, listener, connections, certificate)
-
-
-def _leave(_number: int, _frame: object) -> NoReturn:
-    sys.exit(0)

@@ -107,17 +107,15 @@ def _endpoint(text: str) -> str:
 
 
 def _prefixes(text: str, address: IPv4Address, mask: IPv4Address) -> tuple[_Network, ...]:
+    # wg-quick routes the network of Address, too.
+    network = IPv4Network((address, str(mask)), strict=False)
     prefixes = tuple(ip_network(_without_zone(prefix.strip(" "))) for prefix in text.split(","))
     for prefix in prefixes:
         if not any(_is_within(prefix, private) for private in _PRIVATE):
             raise ValueError(f"{prefix} among the prefixes is in no private network")
-    # wg-quick routes the network of Address, too.
-    network = IPv4Network((address, str(mask)), strict=False)
-    ipv4 = [prefix for prefix in prefixes if prefix.version == network.version]
-    for prefix in ipv4:
-        if not _is_within(network, prefix):
+        if prefix.version == network.version and not _is_within(network, prefix):
             raise ValueError(f"{prefix} among the prefixes doesn't hold the node's own network, {network}")
-    if not ipv4:
+    if not any(_is_within(network, prefix) for prefix in prefixes):
         raise ValueError(f"none of the prefixes holds the node's own network, {network}")
     return prefixes
 
@@ -130,11 +128,8 @@ def _without_zone(text: str) -> str:
 
 
 def _is_within(network: _Network, other: _Network) -> bool:
-    if isinstance(network, IPv4Network) and isinstance(other, IPv4Network):
-        return network.subnet_of(other)
-    if isinstance(network, IPv6Network) and isinstance(other, IPv6Network):
-        return network.subnet_of(other)
-    return False
+    # An address is in no network of the other version, for which `subnet_of` would raise.
+    return network.network_address in other and network.broadcast_address in other
 
 
 def _name_server(text: str) -> _Address:

@@ -21,7 +21,7 @@ from backend.client.configuration import Configuration, json_object, json_text
 from backend.client.errors import AnswerError, RefusedError, UnreachableError
 from backend.errors import ChallengeError
 from backend.models.access.identity import NodeIdentity
-from backend.models.access.proof import Challenge, WireGuardProof, answer_challenge, sign
+from backend.models.access.proof import Challenge, SignedRequest, WireGuardProof, answer_challenge, sign
 from backend.models.fields import escaped
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
 
@@ -70,7 +70,7 @@ class Node:
         return self.wireguard_private_key.public_key()
 
     def __repr__(self) -> str:
-        return f"Node({self.node_id!r}, {self.identity})"
+        return f"Node({self.node_id!r}, {self.identity.peer_id})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +209,8 @@ class Client:
         challenge, audience = _challenge(answer.json())
         self._check_hub(audience)
         body_sha256 = hashlib.sha256(body).digest()
-        proof = sign(
-            node.identity_private_key,
-            method="POST",
-            path=PROVISION_PATH,
-            audience=audience,
-            body_sha256=body_sha256,
-            timestamp=int(self._clock()),
-        )
+        signed = SignedRequest("POST", PROVISION_PATH, audience, body_sha256)
+        proof = sign(node.identity_private_key, signed, int(self._clock()))
         try:
             mac = answer_challenge(node.wireguard_private_key, challenge, body_sha256)
         except ChallengeError as exc:
@@ -229,7 +223,11 @@ class Client:
 
     def _post(self, path: str, body: bytes, headers: Mapping[str, str]) -> _Answer:
         """Send one request on its own connection. No redirect is followed: the token isn't for others."""
-        connection = self._connection()
+        connection = (
+            http.client.HTTPConnection(self._host, self._port, timeout=self._timeout)
+            if self._tls is None
+            else http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout, context=self._tls)
+        )
         try:
             connection.request("POST", self._prefix + path, body, {**self._headers, **headers})
             response = connection.getresponse()
@@ -243,11 +241,6 @@ class Client:
         if len(data) > _MAX_ANSWER_BYTES:
             raise AnswerError(f"the answer is larger than {_MAX_ANSWER_BYTES // 1024} KiB")
         return _Answer(response.status, _seconds(response.headers.get("Retry-After")), data)
-
-    def _connection(self) -> http.client.HTTPConnection:
-        if self._tls is None:
-            return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout)
-        return http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout, context=self._tls)
 
 
 def _hub_url(text: str, *, allow_http: bool) -> SplitResult:

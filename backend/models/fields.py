@@ -1,4 +1,4 @@
-"""What several models check, each once: host names, printable text, IPv4 inside IPv6, unknown fields."""
+"""What several models check, each once: hosts, printable text, secrets, IPv4 inside IPv6, unknown fields."""
 
 import re
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 _MAX_FIELDS: Final = 32
 _LONGEST_HOST_NAME: Final = 253
 _HOST_LABEL: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+# The text of a credential, to find one where none belongs.
+SECRET_TEXT: Final = re.compile(r"ocw_([0-9a-f]{16})_([0-9a-f]{64})")
 # RFC 4291, section 2.5.5.2: how a socket for both families names an IPv4 address.
 _MAPPED_IPV4: Final = IPv6Network("::ffff:0:0/96")
 
@@ -46,6 +48,18 @@ def escaped(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def redacted(text: str) -> str:
+    """Return a text with the secrets of the credentials in it replaced by `***`."""
+    return SECRET_TEXT.sub(r"ocw_\1_***", text) if "ocw_" in text else text
+
+
+def require_no_secret(text: str) -> str:
+    """Return the text; raise ValueError, which doesn't repeat it, if a credential is in it."""
+    if "ocw_" in text and SECRET_TEXT.search(text) is not None:
+        raise ValueError("this is a credential, which belongs into the header Authorization; revoke it")
+    return text
 
 
 def unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable
 from enum import StrEnum
-from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from pydantic import BeforeValidator, PlainValidator
@@ -14,8 +14,6 @@ from backend.models.access.sources import TrustedProxies
 from backend.models.fields import is_host
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey
-
-_Choice = TypeVar("_Choice", bound=StrEnum)
 
 _LONGEST_PREFIX: Final = 30
 _SHORTEST_PREFIX: Final = 8
@@ -52,8 +50,7 @@ class LogLevel(StrEnum):
     DEBUG = "debug"
 
 
-def _parse_pool(value: Any) -> IPv4Network:
-    text = str(value).strip()
+def _parse_pool(text: str) -> IPv4Network:
     try:
         network = IPv4Network(text, strict=False)
     except ValueError:
@@ -69,8 +66,7 @@ def _parse_pool(value: Any) -> IPv4Network:
         raise ValueError(f"has host bits set; write {network}") from None
 
 
-def _parse_public_key(value: Any) -> WireGuardKey | None:
-    text = "" if value is None else str(value).strip()
+def _parse_public_key(text: str) -> WireGuardKey | None:
     if not text:
         return None
     try:
@@ -79,8 +75,7 @@ def _parse_public_key(value: Any) -> WireGuardKey | None:
         raise ValueError(f"is not a usable key ({exc}); leave it empty to take the config's own") from None
 
 
-def _parse_endpoint(value: Any) -> str:
-    text = str(value).strip()
+def _parse_endpoint(text: str) -> str:
     host, colon, port = text.rpartition(":")
     if not colon or not is_host(host):
         raise ValueError(
@@ -91,15 +86,8 @@ def _parse_endpoint(value: Any) -> str:
     return text
 
 
-def _parse_hub_ip(value: Any) -> IPv4Address:
-    try:
-        return IPv4Address(str(value).strip())
-    except AddressValueError:
-        raise ValueError("is not an IPv4 address; write one like 10.0.0.1, without a prefix length") from None
-
-
-def _parse_config_path(value: Any) -> Path:
-    path = Path(str(value).strip())
+def _parse_config_path(text: str) -> Path:
+    path = Path(text)
     example = "write one like /etc/wireguard/wg0.conf"
     if path.suffix != ".conf":
         raise ValueError(f"must end in INTERFACE.conf; {example}")
@@ -110,12 +98,12 @@ def _parse_config_path(value: Any) -> Path:
     return _absolute(path)
 
 
-def _parse_state_directory(value: Any) -> Path:
+def _parse_state_directory(text: str) -> Path:
     # systemd.exec(5): several directories come separated by colons.
-    text = str(value).split(":", maxsplit=1)[0].strip()
-    if not text:
+    first = text.partition(":")[0].strip()
+    if not first:
         raise ValueError("names no directory; write one like /var/lib/wireguard-provisioning")
-    return _absolute(Path(text))
+    return _absolute(Path(first))
 
 
 def _absolute(path: Path) -> Path:
@@ -124,9 +112,8 @@ def _absolute(path: Path) -> Path:
     return path.absolute()
 
 
-def _parse_database_url(value: Any) -> str:
+def _parse_database_url(text: str) -> str:
     """Check the URL as SQLAlchemy reads it. No message repeats any of it: there may be a password inside."""
-    text = str(value).strip()
     if not text:
         return ""
     scheme, separator, rest = text.partition("://")
@@ -156,17 +143,13 @@ def _check_sqlite(path: str, query: str) -> None:
         raise ValueError("has the option uri, which isn't supported; write sqlite:////absolute/path")
 
 
-def _parse_rate_limit(value: Any) -> str:
+def _parse_rate_limit(text: str) -> str:
     from limits import parse_many  # noqa: PLC0415 - slow to import, and most commands have no use for it
 
-    text = str(value).strip()
     try:
-        limit, *others = parse_many(text)
+        (limit,) = parse_many(text)
     except ValueError:
-        others = []
-        limit = None
-    if limit is None or others:
-        raise ValueError("is not one rate limit; write one like 30/minute or 1000 per 2 hours")
+        raise ValueError("is not one rate limit; write one like 30/minute or 1000 per 2 hours") from None
     if limit.amount < 1:
         raise ValueError("allows nothing at all; write one like 30/minute")
     if limit.get_expiry() > _DAY_SECONDS:
@@ -174,9 +157,8 @@ def _parse_rate_limit(value: Any) -> str:
     return text
 
 
-def _parse_rate_limit_storage(value: Any) -> str:
+def _parse_rate_limit_storage(text: str) -> str:
     """Check the URL. No message repeats any of it: there may be a password inside."""
-    text = str(value).strip()
     if text == "memory://":
         return text
     try:
@@ -200,49 +182,46 @@ def _parse_proxies(value: Any) -> TrustedProxies:
     return value if isinstance(value, TrustedProxies) else TrustedProxies.parse(str(value))
 
 
-def _choice(kind: type[_Choice], problem: str) -> Callable[[Any], _Choice]:
-    def parse(value: Any) -> _Choice:
+def _parse_number(text: str) -> int:
+    if not _TO_99999.fullmatch(text):
+        raise ValueError("not from 1 to 99999")
+    return int(text)
+
+
+def _read(parse: Callable[[str], Any], problem: str | None = None) -> BeforeValidator:
+    """Return the validator that parses a setting's text, and says `problem` where the parser refuses it."""
+
+    def validate(value: Any) -> Any:
         try:
-            return kind(str(value).strip().lower())
-        except ValueError:
-            raise ValueError(problem) from None
+            return parse("" if value is None else str(value).strip())
+        except ValueError as exc:
+            raise ValueError(problem or str(exc)) from None
 
-    return parse
-
-
-def _whole_number(problem: str) -> Callable[[Any], int]:
-    """Return a parser of the numbers from 1 to 99999."""
-
-    def parse(value: Any) -> int:
-        text = str(value).strip()
-        if not _TO_99999.fullmatch(text):
-            raise ValueError(problem)
-        return int(text)
-
-    return parse
+    return BeforeValidator(validate)
 
 
-Pool = Annotated[IPv4Network, BeforeValidator(_parse_pool)]
-PublicKey = Annotated[WireGuardKey | None, BeforeValidator(_parse_public_key)]
-Endpoint = Annotated[str, BeforeValidator(_parse_endpoint)]
-HubAddress = Annotated[IPv4Address, BeforeValidator(_parse_hub_ip)]
-ConfigPath = Annotated[Path, BeforeValidator(_parse_config_path)]
-StateDirectory = Annotated[Path, BeforeValidator(_parse_state_directory)]
-DatabaseUrl = Annotated[str, BeforeValidator(_parse_database_url)]
-RateLimit = Annotated[str, BeforeValidator(_parse_rate_limit)]
-RateLimitStorage = Annotated[str, BeforeValidator(_parse_rate_limit_storage)]
-Proxies = Annotated[TrustedProxies, PlainValidator(_parse_proxies)]
-Count = Annotated[int, BeforeValidator(_whole_number("is not a number from 1 to 99999; write one like 1024"))]
-Days = Annotated[
-    int, BeforeValidator(_whole_number("is no number of days from 1 to 99999; write one like 365"))
+Pool = Annotated[IPv4Network, _read(_parse_pool)]
+PublicKey = Annotated[WireGuardKey | None, _read(_parse_public_key)]
+Endpoint = Annotated[str, _read(_parse_endpoint)]
+HubAddress = Annotated[
+    IPv4Address,
+    _read(IPv4Address, "is not an IPv4 address; write one like 10.0.0.1, without a prefix length"),
 ]
+ConfigPath = Annotated[Path, _read(_parse_config_path)]
+StateDirectory = Annotated[Path, _read(_parse_state_directory)]
+DatabaseUrl = Annotated[str, _read(_parse_database_url)]
+RateLimit = Annotated[str, _read(_parse_rate_limit)]
+RateLimitStorage = Annotated[str, _read(_parse_rate_limit_storage)]
+Proxies = Annotated[TrustedProxies, PlainValidator(_parse_proxies)]
+Count = Annotated[int, _read(_parse_number, "is not a number from 1 to 99999; write one like 1024")]
+Days = Annotated[int, _read(_parse_number, "is no number of days from 1 to 99999; write one like 365")]
 Reload = Annotated[
     ReloadMode,
-    BeforeValidator(_choice(ReloadMode, "is neither syncconf nor off; write one of the two")),
+    _read(lambda text: ReloadMode(text.lower()), "is neither syncconf nor off; write one of the two"),
 ]
 Auth = Annotated[
-    AuthMode, BeforeValidator(_choice(AuthMode, "is neither required nor off; write one of the two"))
+    AuthMode, _read(lambda text: AuthMode(text.lower()), "is neither required nor off; write one of the two")
 ]
 Level = Annotated[
-    LogLevel, BeforeValidator(_choice(LogLevel, f"is unknown; write one of {', '.join(LogLevel)}"))
+    LogLevel, _read(lambda text: LogLevel(text.lower()), f"is unknown; write one of {', '.join(LogLevel)}")
 ]

@@ -5,6 +5,9 @@ step of the way from the root is checked, and the way that a link leads as well.
 
 Trusted are root, this process's user, and the owner of this program, who can change what it does anyhow:
 `sudo make run` in a user's checkout works for that user.
+
+It is here and not among the host's adapters because the settings, which know no adapter, read a `.env` only
+if it passes this check.
 """
 
 import grp
@@ -20,10 +23,8 @@ from typing import Final
 
 from backend.errors import StartRefusedError
 
-_ROOT: Final = Path("/")
 # As many links as Linux follows itself (path_resolution(7)).
 _MOST_LINKS: Final = 40
-_ACL: Final = "system.posix_acl_access"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def require_trusted(path: Path, what: str) -> None:
 
     A path that doesn't exist or can't be read passes: to use it fails by itself.
     """
-    problem = _problem(path)
+    problem = problem_with(path)
     if problem is not None:
         raise StartRefusedError(f"{what} is within other users' reach: {problem}")
 
@@ -64,12 +65,7 @@ def require_trusted_file(path: Path, what: str) -> None:
 
 def problem_with_file(path: Path) -> str | None:
     """Say how others could change a file, or put theirs beside it, and what to do; None if they can't."""
-    return _problem(path) or _problem(Path(os.path.realpath(path)).parent)
-
-
-def is_trusted(path: Path) -> bool:
-    """Tell whether no other user could change it."""
-    return _problem(path) is None
+    return problem_with(path) or problem_with(Path(os.path.realpath(path)).parent)
 
 
 def make_private_directory(directory: Path) -> None:
@@ -81,8 +77,8 @@ def make_private_directory(directory: Path) -> None:
     directory.mkdir(mode=0o700, exist_ok=True)
 
 
-def _problem(path: Path) -> str | None:
-    """Say what of the way to `path` others could change, and what to do about it."""
+def problem_with(path: Path) -> str | None:
+    """Say what of the way to `path` others could change, and what to do about it; None if they can't."""
     user = os.geteuid()
     users = {0, user, Path(__file__).stat().st_uid}
     for step in _way(path):
@@ -107,7 +103,7 @@ def _problem(path: Path) -> str | None:
 
 def _way(path: Path) -> Iterator[_Step]:
     """Yield each step of the way from the root to `path`, through links, as far as it exists."""
-    here, shared, links = _ROOT, False, 0
+    here, shared, links = Path("/"), False, 0
     # The next one is at the end.
     names = [*reversed(path.absolute().parts)]
     with suppress(OSError):
@@ -130,11 +126,10 @@ def _way(path: Path) -> Iterator[_Step]:
 
 def _others_write(step: _Step, users: Collection[int]) -> bool:
     mode = step.status.st_mode
-    if step.is_link:
-        return False  # its mode means nothing
-    if mode & stat.S_IWOTH:
-        return True
-    return bool(mode & stat.S_IWGRP) and not _is_private_group(step, users)
+    # A link's mode means nothing.
+    return not step.is_link and bool(
+        mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_private_group(step, users))
+    )
 
 
 def _is_private_group(step: _Step, users: Collection[int]) -> bool:
@@ -153,7 +148,7 @@ def _is_private_group(step: _Step, users: Collection[int]) -> bool:
 def _has_acl(path: Path) -> bool:
     """Tell whether the group's bits may be the mask of an access control list (acl(5))."""
     try:
-        return bool(os.getxattr(path, _ACL))
+        return bool(os.getxattr(path, "system.posix_acl_access"))
     except OSError:
         return False
 

@@ -1,4 +1,4 @@
-"""What a peer is told: as a model, and as the JSON text of that model without the model."""
+"""Renders the configuration that a peer gets: as JSON text, and as the model that this text is read into."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from backend.models.wireguard.peer import Peer
 from backend.models.wireguard.provisioning import PERSISTENT_KEEPALIVE_SECONDS, PeerConfiguration
 from backend.services.hub.operator_peers import OperatorPeers
 
-# So many take well under a millisecond: whoever renders thousands lets others go on in between.
+# So many take well under a millisecond: other requests go on between two chunks.
 _CHUNK: Final = 250
 
 
@@ -18,28 +18,23 @@ class Configurations:
     """Makes the configurations of one hub's peers: all but three of their fields are the hub's."""
 
     def __init__(
-        self, network: IPv4Network, hub_endpoint: str, dns_server: IPv4Address, hand_made: OperatorPeers
+        self, network: IPv4Network, hub_endpoint: str, dns_server: IPv4Address, operator_peers: OperatorPeers
     ) -> None:
-        self._network = network
-        self._hub_endpoint = hub_endpoint
-        self._dns_server = dns_server
-        self._hand_made = hand_made
+        self._operator_peers = operator_peers
+        # In the model's order.
+        self._hub_fields = {
+            "subnet_mask": str(network.netmask),
+            "hub_public_key": "",
+            "hub_endpoint": hub_endpoint,
+            "allowed_ips": str(network),
+            "persistent_keepalive": PERSISTENT_KEEPALIVE_SECONDS,
+            "dns_servers": [str(dns_server)],
+        }
         self._common: tuple[WireGuardKey | None, str] = (None, "")
 
     def model(self, peer: Peer) -> PeerConfiguration:
         """Return a peer's configuration."""
-        # Built from values that were checked when they came in: not checked again.
-        return PeerConfiguration.model_construct(
-            node_id=peer.node_id,
-            assigned_ip=peer.address,
-            subnet_mask=self._network.netmask,
-            hub_public_key=self._hand_made.hub_key,
-            hub_endpoint=self._hub_endpoint,
-            allowed_ips=str(self._network),
-            persistent_keepalive=PERSISTENT_KEEPALIVE_SECONDS,
-            dns_servers=[self._dns_server],
-            provisioned_at=peer.provisioned_at,
-        )
+        return PeerConfiguration.model_validate_json(self.json(peer))
 
     def json(self, peer: Peer) -> str:
         """Return what the model's ``model_dump_json()`` returns."""
@@ -62,16 +57,9 @@ class Configurations:
 
     def _shared(self) -> str:
         key, common = self._common
-        if key != self._hand_made.hub_key:
-            key = self._hand_made.hub_key
-            fields = {
-                "subnet_mask": str(self._network.netmask),
-                "hub_public_key": key,
-                "hub_endpoint": self._hub_endpoint,
-                "allowed_ips": str(self._network),
-                "persistent_keepalive": PERSISTENT_KEEPALIVE_SECONDS,
-                "dns_servers": [str(self._dns_server)],
-            }
+        if key != self._operator_peers.hub_key:
+            key = self._operator_peers.hub_key
+            fields = self._hub_fields | {"hub_public_key": key}
             common = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)[1:-1]
             self._common = (key, common)
         return common

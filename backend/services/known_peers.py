@@ -19,19 +19,15 @@ def is_same(body: ProvisioningRequest, identity: NodeIdentity | None, peer: Peer
 
 
 def is_repeat(sent: Mapping[str, object], peer: Peer) -> bool:
-    """Say whether a body that is not validated yet has a peer's node_id and both of its keys.
+    """Say whether a body that is not validated yet, with a peer's WireGuard key, has the rest of it too.
 
-    An identity that is written in another way passes: whether that was proved is asked later.
+    That is its node_id and its public_key. An identity that is written in another way passes: whether that
+    was proved is asked later.
     """
-    node_id, public_key = sent.get("node_id"), sent.get("public_key")
-    if node_id != peer.node_id or not has_its_key(sent, peer):
+    public_key = sent.get("public_key")
+    if sent.get("node_id") != peer.node_id or not isinstance(public_key, str):
         return False
-    return public_key == peer.public_key or (isinstance(public_key, str) and _is(_identity(public_key), peer))
-
-
-def has_its_key(sent: Mapping[str, object], peer: Peer) -> bool:
-    """Say whether a body that is not validated yet has a peer's WireGuard key."""
-    return sent.get("wireguard_public_key") == peer.wireguard_public_key
+    return public_key == peer.public_key or _is(_identity(public_key), peer)
 
 
 def may_know_address(body: ProvisioningRequest, caller: Caller, peer: Peer) -> bool:

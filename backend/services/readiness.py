@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Lock, Thread
+from typing import Final
 
 from backend.errors import HubUpdateError
 
@@ -10,9 +11,21 @@ from backend.errors import HubUpdateError
 class Readiness:
     """Runs its checks in a thread of their own. All requests that come meanwhile get the same outcome."""
 
-    def __init__(self, checks: Sequence[tuple[str, Callable[[], None]]]) -> None:
-        """Run nothing yet. Each check has a name, and raises the error that a provision would meet."""
+    def __init__(
+        self,
+        checks: Sequence[tuple[str, Callable[[], None]]],
+        *,
+        live: bool,
+        notices: Callable[[], tuple[str, ...]] = tuple,
+    ) -> None:
+        """Run nothing yet. Each check has a name, and raises the error that a provision would meet.
+
+        `live` is False where only the file is kept. `notices` are what an operator should know, though the
+        service works.
+        """
         self._checks = checks
+        self.live: Final = live
+        self.notices: Final = notices
         self._lock = Lock()  # guards _answer, so that one thread looks at a time
         self._answer: Future[None] | None = None
         # Written by that thread alone; a reader may see the check before.

@@ -126,7 +126,7 @@ def storm(bench: Bench, noop: int, scale: Scale) -> dict[str, float]:
     (listing,) = bench.shown([{"method": "GET", "path": PEERS}])
     alone = load(Job(bench.service.port, [listing] * 20, clients=1))
     quiet = load(Job(noop, [{**noop_job.requests[0]}] * 200, clients=1))
-    # A reader of small things, while somebody asks for the whole list again and again.
+    # Small requests, while another client reads the whole list again and again.
     both = subprocess.Popen(
         [sys.executable, "-m", "tests.benchmarks.load"],
         stdin=subprocess.PIPE,
@@ -148,13 +148,13 @@ def storm(bench: Bench, noop: int, scale: Scale) -> dict[str, float]:
     }
 
 
-def door(directory: Path, scale: Scale) -> dict[str, float]:
-    """Measure 64 clients who show a token, each on record, against a service without a door; a second."""
-    rates: dict[str, list[float]] = {"token": [], "doorless": []}
+def access_control(directory: Path, scale: Scale) -> dict[str, float]:
+    """Measure 64 clients with a token, with and without access control; answers a second."""
+    rates: dict[str, list[float]] = {"token": [], "without": []}
     with contextlib.ExitStack() as stack:
         benches = {}
         for number, (name, module) in enumerate(
-            (("token", "backend"), ("doorless", "tests.benchmarks.doorless"))
+            (("token", "backend"), ("without", "tests.benchmarks.unauthenticated"))
         ):
             bench = Bench(directory / name, module, f"wg{name}", 38003 + number)
             stack.callback(bench.close)
@@ -206,14 +206,14 @@ def start(bench: Bench, directory: Path, repeats: int) -> dict[str, float]:
 # What lies between two boundaries of tests.benchmarks.timeline, in the order of one request.
 _STRETCHES: Final = {
     "submitted": "HTTP in, body checked, address reserved",
-    "taken": "the committer's thread wakes",
+    "taken": "the agent's thread wakes",
     "prepared": "file and interface looked at, batch made, the new wg0.conf written",
     "committed": "records: statements, commit, fsync; the new wg0.conf synced meanwhile",
     "replaced": "wg0.conf waited for and replaced",
     "started": "wg given the change, and the next one started",
     "written": "directory synced, while wg works",
     "changed": "wg waited for",
-    "settled": "settled",
+    "applied": "noted as applied",
     "answering": "the event loop wakes",
     "answered": "answer rendered and sent",
 }
@@ -288,8 +288,8 @@ def measure(scale: Scale, say: Callable[[str], object]) -> dict[str, Any]:
         finally:
             bench.close()
             floor.close()
-        say("with a token, and without a door")
-        figures["door"] = door(directory, scale)
+        say("with and without access control")
+        figures["access control"] = access_control(directory, scale)
         say("where the time goes")
         for size in (scale.sizes[0], scale.sizes[-1]) if not scale.quick else scale.sizes[:1]:
             figures["breakdown"][size] = breakdown(directory / f"breakdown-{size}", size, scale.turns * 2)

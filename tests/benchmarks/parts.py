@@ -1,4 +1,4 @@
-"""The things that are measured: processes, interfaces, and the floor below which nobody gets."""
+"""What is measured: processes, interfaces, and the least that a durable change can cost."""
 
 import contextlib
 import json
@@ -145,7 +145,7 @@ class Floor:
         )
 
     def one_peer(self) -> None:
-        """Do the three that nobody can do without."""
+        """Do the three things that every durable change needs."""
         self.commit()
         self.replace_file()
         self.wg_set()
@@ -172,7 +172,7 @@ class Bench:
         self.hub = HubInterface(LocalHost(), interface, directory, listen_port=port)
         self.hub.start()
         settings = settings_for(self.hub, directory, WIREGUARD_IP_POOL="10.0.0.0/8", LOG_LEVEL="warning")
-        # What is measured is how fast it can be, not how fast it lets anybody be.
+        # The service's speed is measured, not its rate limits.
         for kind in ("SOURCE", "TOKEN", "KEY"):
             settings[f"WIREGUARD_RATE_LIMIT_{kind}"] = "1000000000/minute"
         self.service = ServiceProcess(directory, settings, module=(module,), tree=tree)
@@ -186,7 +186,7 @@ class Bench:
         self.hub.close()
 
     def new_names(self, count: int) -> list[str]:
-        """Return names that nobody has had."""
+        """Return new node IDs."""
         self._number += count
         return [f"bench-{self._number - count + n}" for n in range(count)]
 

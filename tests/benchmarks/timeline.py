@@ -13,23 +13,24 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from backend.__main__ import app
 from backend.adapters.host.programs import Running
-from backend.adapters.records import tables
+from backend.adapters.records import peers
 from backend.adapters.wireguard.wg import WgInterface
-from backend.services.hub.hub_committer import HubCommitter
+from backend.services.hub.agent import Agent
+from backend.services.hub.writer import Writer
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 
 # What begins or ends there, and whether that is before or after the method's work.
 BOUNDARIES: Final[tuple[tuple[object, str, str, bool], ...]] = (
     (HttpToolsProtocol, "data_received", "received", False),
-    (HubCommitter, "submit", "submitted", True),
-    (HubCommitter, "_prepare", "taken", False),
-    (tables, "write_intent", "prepared", False),
-    (HubCommitter, "_apply", "committed", False),
+    (Writer, "submit", "submitted", True),
+    (Agent, "_prepare", "taken", False),
+    (peers, "write", "prepared", False),
+    (Agent, "_apply", "committed", False),
     (WireGuardConfigManager, "put_in_place", "replaced", True),
     (WgInterface, "change", "started", True),
     (WireGuardConfigManager, "sync_directory", "written", True),
     (Running, "output", "changed", True),
-    (HubCommitter, "_apply", "settled", True),
+    (Agent, "_apply", "applied", True),
 )
 
 _passed: list[tuple[float, str]] = []

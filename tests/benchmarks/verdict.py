@@ -61,8 +61,8 @@ def verdict(figures: dict[str, Any], scale: Scale) -> list[Goal]:
     goals.append(Goal(f"6 start at {last}, ms", start_["start"], limit))
     per_peer = (resident[last] - resident[first]) / (last - first)
     goals.append(Goal("6 memory, KiB a peer", per_peer, 2.0))
-    with_token, without = figures["door"]["token"], figures["door"]["doorless"]
-    goals.append(Goal("7 door: with a token / without a door", with_token / without, 0.9, at_most=False))
+    with_token, without = figures["access control"]["token"], figures["access control"]["without"]
+    goals.append(Goal("7 access control: with / without", with_token / without, 0.9, at_most=False))
     return goals
 
 
@@ -77,7 +77,7 @@ def table(figures: dict[str, Any], goals: list[Goal]) -> str:
     for size, found in figures["shared"].items():
         rates = "  ".join(f"{name} {found[name]:.0f}" for name in ("add", "delete", "noop"))
         lines.append(f"{size:>9}  {rates}  (generator's CPU {found['generator']:.2f})")
-    for part in ("storm", "door", "start", "resident KiB"):
+    for part in ("storm", "access control", "start", "resident KiB"):
         lines += ["", part, "  ".join(f"{name}: {value:.1f}" for name, value in figures[part].items())]
     for size, found in figures["breakdown"].items():
         lines += ["", f"one request at {size} peers, ms"]

@@ -29,7 +29,7 @@ def test_the_file_for_wg_quick_has_the_nodes_key_and_the_hubs_answer(
     "body", [b"", b"[]", b"{}", b'{"config": null}', b"\xff", b"[" * 100_000, b" " * 70_000]
 )
 @pytest.mark.parametrize("path", [CHALLENGE_PATH, PROVISION_PATH])
-def test_an_answer_that_is_none_is_a_join_error(
+def test_malformed_answer_is_a_join_error(
     hub: Hub, client: Client, node: Node, path: str, body: bytes
 ) -> None:
     hub.replies[path].append(Reply(200, body))
@@ -63,7 +63,7 @@ def test_an_answer_that_is_none_is_a_join_error(
         {"provisioned_at": "yesterday"},
     ],
 )
-def test_a_hub_can_write_nothing_else_into_the_nodes_file(
+def test_answer_cannot_inject_lines_into_the_nodes_file(
     hub: Hub, client: Client, node: Node, change: dict[str, Any]
 ) -> None:
     """A line such as PostUp would be run by wg-quick, as root."""
@@ -90,7 +90,7 @@ def test_a_hub_can_write_nothing_else_into_the_nodes_file(
         pytest.param({"dns_servers": ["2001:db8::1"]}, id="a public name server by IPv6"),
     ],
 )
-def test_a_hub_cannot_take_the_nodes_traffic_to_itself(
+def test_answer_cannot_route_other_traffic_to_the_hub(
     hub: Hub, client: Client, node: Node, change: dict[str, Any]
 ) -> None:
     hub.in_config = change
@@ -107,7 +107,7 @@ def test_a_hub_cannot_take_the_nodes_traffic_to_itself(
         ("100.64.0.2", "fd00:1::/64,100.64.0.0/10", "100.127.0.1"),
     ],
 )
-def test_private_networks_are_taken_from_a_hub(address: str, allowed_ips: str, server: str) -> None:
+def test_private_networks_are_accepted(address: str, allowed_ips: str, server: str) -> None:
     configuration = Configuration.from_json(
         {**GOOD, "assigned_ip": address, "allowed_ips": allowed_ips, "dns_servers": [server]}
     )
@@ -116,13 +116,13 @@ def test_private_networks_are_taken_from_a_hub(address: str, allowed_ips: str, s
     assert f"DNS = {server}\n" in text
 
 
-def test_a_newer_hub_may_say_more(hub: Hub, client: Client, node: Node) -> None:
+def test_unknown_fields_of_an_answer_are_ignored(hub: Hub, client: Client, node: Node) -> None:
     hub.in_challenge = hub.in_config = {"something_new": [1, 2, 3]}
     client.provision(node, version="1.0.0")
 
 
 @pytest.mark.parametrize("field_", sorted(GOOD))
-def test_a_configuration_lacks_nothing(field_: str) -> None:
+def test_missing_field_of_a_configuration_is_refused(field_: str) -> None:
     assert Configuration.from_json(GOOD).persistent_keepalive == 25
     with pytest.raises(AnswerError, match=field_):
         Configuration.from_json({key: value for key, value in GOOD.items() if key != field_})
@@ -131,5 +131,5 @@ def test_a_configuration_lacks_nothing(field_: str) -> None:
 @pytest.mark.parametrize(
     "endpoint", ["localhost:51820", "192.0.2.1:1", "[2001:db8::1]:65535", "a-b.example.:9"]
 )
-def test_the_endpoints_that_a_hub_may_have_are_taken(endpoint: str) -> None:
+def test_valid_endpoints_are_accepted(endpoint: str) -> None:
     assert Configuration.from_json({**GOOD, "hub_endpoint": endpoint}).hub_endpoint == endpoint

@@ -33,7 +33,7 @@ from tests.harness.joining_hub import PROOF_HEADERS, TOKEN, Hub, Naps, Reply
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """Make a key and a certificate for 127.0.0.1 that nobody has signed but itself, in one file."""
+    """Make a key and a self-signed certificate for 127.0.0.1, in one file."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hub")])
     now = datetime.now(UTC)
@@ -78,7 +78,7 @@ def test_a_node_proves_both_keys_and_is_let_in(hub: Hub, client: Client, node: N
     assert (kept.version, kept.metadata) == ("1.0.0", {"region": "eu-1"})
 
 
-def test_a_hub_that_asks_for_no_proof_gets_none(hub: Hub, client: Client, node: Node) -> None:
+def test_client_sends_no_proof_where_none_is_required(hub: Hub, client: Client, node: Node) -> None:
     hub.asks_for_proof = False
     client.provision(node, version="1.0.0")
     (request,) = hub.provisions()
@@ -95,7 +95,7 @@ def test_another_node_of_that_name_is_refused(hub: Hub, client: Client, node: No
     assert hub.peers["swarm-node-001"].public_key == node.identity.peer_id
 
 
-def test_a_captured_request_is_good_for_nobody(hub: Hub, client: Client, node: Node) -> None:
+def test_captured_request_cannot_be_replayed(hub: Hub, client: Client, node: Node) -> None:
     client.provision(node, version="1.0.0")
     hub.peers.clear()
     (captured,) = hub.provisions()
@@ -108,7 +108,7 @@ def test_a_captured_request_is_good_for_nobody(hub: Hub, client: Client, node: N
     assert hub.peers == {}
 
 
-def test_over_https_the_token_goes_to_whom_the_certificate_names_alone(
+def test_token_is_sent_only_after_the_certificate_was_verified(
     certificate: Path, node: Node, naps: Naps
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -125,12 +125,12 @@ def test_over_https_the_token_goes_to_whom_the_certificate_names_alone(
         hub.close()
 
 
-def test_a_prefix_is_the_proxys_and_is_not_signed(hub: Hub, node: Node, naps: Naps) -> None:
+def test_path_prefix_of_a_proxy_is_not_signed(hub: Hub, node: Node, naps: Naps) -> None:
     Client(f"{hub.url}/behind/a/proxy/", TOKEN, sleep=naps).provision(node, version="1.0.0")
     assert "swarm-node-001" in hub.peers
 
 
-def test_a_hub_that_is_known_beforehand_is_held_to_it(hub: Hub, node: Node, naps: Naps) -> None:
+def test_pinned_hub_key_is_enforced(hub: Hub, node: Node, naps: Naps) -> None:
     other = WireGuardPrivateKey.generate().public_key()
     Client(hub.url, TOKEN, hub_public_key=hub.key).provision(node, version="1.0.0")
     hub.peers.clear()
@@ -144,7 +144,7 @@ def test_a_hub_that_is_known_beforehand_is_held_to_it(hub: Hub, node: Node, naps
         Client(hub.url, TOKEN, hub_public_key=hub.key).provision(node, version="1.0.0")
 
 
-def test_what_was_signed_for_one_hub_is_no_good_for_another(hub: Hub, client: Client, node: Node) -> None:
+def test_signature_for_one_hub_is_refused_by_another(hub: Hub, client: Client, node: Node) -> None:
     hub.in_challenge = {"audience": WireGuardPrivateKey.generate().public_key()}
     with pytest.raises(RefusedError, match="401"):
         client.provision(node, version="1.0.0")
@@ -163,7 +163,7 @@ def test_what_was_signed_for_one_hub_is_no_good_for_another(hub: Hub, client: Cl
         {"audience": "hub"},
     ],
 )
-def test_a_challenge_that_is_none_is_not_answered(
+def test_malformed_challenge_is_not_answered(
     hub: Hub, client: Client, node: Node, change: dict[str, Any]
 ) -> None:
     hub.in_challenge = change
@@ -185,7 +185,7 @@ def test_a_challenge_that_is_none_is_not_answered(
         "https://h/a b",
     ],
 )
-def test_an_address_that_is_none_is_the_callers_mistake(url: str) -> None:
+def test_invalid_base_url_is_a_value_error(url: str) -> None:
     with pytest.raises(ValueError, match="base_url"):
         Client(url, TOKEN)
 
@@ -200,7 +200,7 @@ def test_a_token_does_not_go_over_the_network_in_the_clear(url: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000"])
-def test_the_nodes_own_host_may_be_asked_by_http(host: str) -> None:
+def test_plain_http_is_allowed_to_the_nodes_own_host(host: str) -> None:
     assert Client(f"http://{host}", TOKEN)
 
 
@@ -214,7 +214,7 @@ def test_the_nodes_own_host_may_be_asked_by_http(host: str) -> None:
         ("https://hub.example.com", ("hub.example.com", 443)),
     ],
 )
-def test_the_end_of_an_ipv6_address_is_not_taken_for_a_port(
+def test_last_group_of_an_ipv6_address_is_not_taken_for_a_port(
     url: str, address: tuple[str, int], node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The token would be sent to another host, or to none."""
@@ -249,7 +249,7 @@ def test_the_package_has_what_its_callers_need() -> None:
 
 
 @pytest.mark.parametrize("token", ["", " ", "a b", "a\nb", "caf\xe9", "\u0661"])
-def test_a_token_that_is_none_is_refused_without_being_shown(token: str) -> None:
+def test_invalid_token_is_refused_without_being_shown(token: str) -> None:
     with pytest.raises(ValueError) as refused:
         Client("https://hub", token)
     assert str(refused.value) == "the token has characters that no token has"
@@ -259,7 +259,7 @@ def test_a_token_read_from_a_file_may_end_its_line(hub: Hub, node: Node) -> None
     Client(hub.url, f"{TOKEN}\n").provision(node, version="1.0.0")
 
 
-def test_a_caller_without_a_token_sends_none(hub: Hub, node: Node) -> None:
+def test_client_without_a_token_sends_no_authorization_header(hub: Hub, node: Node) -> None:
     with pytest.raises(RefusedError, match="401"):
         Client(hub.url).provision(node, version="1.0.0")
     assert "Authorization" not in hub.seen[0].headers
@@ -278,7 +278,7 @@ def test_the_identitys_key_is_taken_in_the_forms_that_libp2p_keeps_it_in() -> No
         Node("a", key, "short")
 
 
-def test_secrets_are_shown_to_nobody(hub: Hub, client: Client, node: Node) -> None:
+def test_secrets_are_in_no_representation_and_no_request(hub: Hub, client: Client, node: Node) -> None:
     hub.replies[PROVISION_PATH].append(Reply(400))
     with pytest.raises(RefusedError) as refused:
         client.provision(node, version="1.0.0")

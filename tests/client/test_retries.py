@@ -62,7 +62,7 @@ def test_an_answer_that_breaks_off_is_asked_for_again(hub: Hub, client: Client, 
 
 @pytest.mark.parametrize("path", [CHALLENGE_PATH, PROVISION_PATH])
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 413, 422, 500])
-def test_a_refusal_is_not_argued_with(hub: Hub, client: Client, node: Node, path: str, status: int) -> None:
+def test_refusal_is_not_retried(hub: Hub, client: Client, node: Node, path: str, status: int) -> None:
     elsewhere = {"Location": f"{hub.url}{PROVISION_PATH}", "Retry-After": "1"}
     hub.replies[path].append(Reply(status, headers=elsewhere))
     with pytest.raises(RefusedError) as refused:
@@ -89,7 +89,7 @@ def test_a_refusal_is_not_argued_with(hub: Hub, client: Client, node: Node, path
         (b'{"detail": "\\ud800 caf\\u00e9"}', "\\ud800 caf\xe9"),
     ],
 )
-def test_a_reason_is_told_whatever_form_it_has(
+def test_reason_of_a_refusal_is_shown_in_any_form(
     hub: Hub, client: Client, node: Node, body: bytes, detail: str
 ) -> None:
     hub.replies[PROVISION_PATH].append(Reply(422, body))
@@ -98,7 +98,7 @@ def test_a_reason_is_told_whatever_form_it_has(
     assert refused.value.detail == detail
 
 
-def test_it_gives_up_after_so_many_tries_with_the_hubs_own_words(hub: Hub, node: Node, naps: Naps) -> None:
+def test_last_attempt_reports_the_hubs_reason(hub: Hub, node: Node, naps: Naps) -> None:
     hub.replies[PROVISION_PATH].extend(Reply(503) for _ in range(9))
     client = Client(hub.url, TOKEN, attempts=3, sleep=naps)
     with pytest.raises(RefusedError, match="503: not now"):
@@ -121,7 +121,7 @@ def test_it_gives_up_after_so_many_tries_with_the_hubs_own_words(hub: Hub, node:
         ("9" * 5000, [1]),
     ],
 )
-def test_the_hub_says_when_to_ask_again_within_reason(
+def test_retry_after_is_followed_within_bounds(
     hub: Hub, node: Node, naps: Naps, retry_after: str, waits: list[float] | None
 ) -> None:
     client = Client(hub.url, TOKEN, sleep=naps)
@@ -135,14 +135,14 @@ def test_the_hub_says_when_to_ask_again_within_reason(
         assert naps.are(*waits)
 
 
-def test_a_hub_that_is_not_there_is_tried_and_then_reported(node: Node, naps: Naps) -> None:
+def test_unreachable_hub_is_reported_after_the_last_attempt(node: Node, naps: Naps) -> None:
     client = Client(f"http://127.0.0.1:{free_port()}", TOKEN, attempts=7, sleep=naps)
     with pytest.raises(UnreachableError, match="refused"):
         client.provision(node, version="1.0.0")
     assert naps.are(1, 2, 4, 8, 16, 30)
 
 
-def test_a_hub_that_says_nothing_is_not_waited_for_for_ever(node: Node, naps: Naps) -> None:
+def test_silent_hub_times_out(node: Node, naps: Naps) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         client = Client(url, TOKEN, timeout=0.05, attempts=2, sleep=naps)

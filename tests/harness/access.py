@@ -10,7 +10,7 @@ from backend.errors import UnauthenticatedError
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.callers import SERVICE, Caller
 from backend.models.access.credentials import Credential, KeyRequest, Role, Secret, TokenRequest
-from backend.models.access.limit_kind import LimitKind
+from backend.models.access.sources import LimitKind
 from backend.services.access.access_control import AccessControl
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.authenticator import Authenticator

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from backend.__main__ import app
-from backend.adapters.dbos_journal import DbosJournal
-from backend.adapters.records import tables
-from backend.services.hub.hub_mirror import HubMirror
+from backend.adapters.records import peers
+from backend.services.hub.reconciler import Reconciler
 
 # Where the process dies: the method, and whether its work is done first.
 MOMENTS: Final[dict[str, tuple[object, str, bool]]] = {
-    "before-intent": (tables, "write_intent", False),
-    "after-intent": (DbosJournal, "apply", False),
-    "after-apply": (HubMirror, "apply", True),
-    "before-revocation": (tables, "revoke_intent", False),
+    "before-commit": (peers, "write", False),
+    "after-commit": (Reconciler, "apply", False),
+    "after-apply": (Reconciler, "apply", True),
+    "before-compensation": (peers, "take_back", False),
 }
 
 

@@ -1,29 +1,29 @@
 """Doubles with behaviour, for unit tests; each satisfies the Protocol that the real thing does."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from threading import Event
 
-from backend.errors import HubUpdateError, OvertakenError, RecordsUnavailableError
+import sqlalchemy as sa
+
+from backend.adapters.records.database import IN_MEMORY, Database
+from backend.adapters.records.tables import hubs, peers
+from backend.adapters.records.unit_of_work import SqlRecords
+from backend.errors import HubUpdateError, RecordsUnavailableError
 from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
-from backend.models.access.limit_kind import LimitKind
-from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
+from backend.models.access.sources import LimitKind
+from backend.models.wireguard.interface import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.models.wireguard.peer import Peer
+from backend.models.wireguard.peer import Change, Peer, PeerState
+from backend.models.wireguard.records import RecordedState
 from backend.services.hub.drift import Drift
-from backend.services.ports import (
-    AccessStore,
-    Batch,
-    Hub,
-    Journal,
-    NextBatch,
-    RateLimiter,
-    RecordedState,
-)
-from tests.harness.memory_journal import MemoryJournal
+from backend.services.ports import AccessStore, Hub, RateLimiter, Records
+from tests.harness.patience import WAIT
 
 
 class FakeHub:
@@ -122,13 +122,39 @@ def _public_key(stripped: bytes) -> str | None:
     return None if found is None else WireGuardPrivateKey.parse(found[1].decode()).public_key()
 
 
-class FlakyJournal(MemoryJournal):
-    """Records that stop answering at a chosen moment, and answer again when `failing_at` is cleared."""
+class _ForgetfulDatabase(Database):
+    """A database in memory that can lose the answer to a commit."""
 
     def __init__(self) -> None:
-        super().__init__()
-        # "check", "load", "intend" (nothing written), "intended" (written), "applied" (done), "revoke".
+        super().__init__(IN_MEMORY)
+        self.migrate()
+        self.loses_answer = False
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be around a transaction, as far as its COMMIT."""
+        with super().writing():
+            yield
+        if self.loses_answer:
+            raise RecordsUnavailableError("no answer at committed")
+
+
+class FlakyRecords(SqlRecords):
+    """Records in memory that stop answering at chosen moments, and answer again when these are cleared.
+
+    `is_durable` has them say that they outlive the process, as those in a file or on a server do.
+    """
+
+    def __init__(self, *, is_durable: bool = False) -> None:
+        self.database = _ForgetfulDatabase()
+        super().__init__(self.database)
+        # "check", "load", "commit" (nothing is written), "committed" (all is), "compensate", "note_observed".
         self.failing_at: set[str] = set()
+        # Called before each commit with its changes.
+        self.before_commit: Callable[[Sequence[Change]], object] = lambda _: None
+        # How many changes each commit had.
+        self.batches: list[int] = []
+        self.durable = is_durable
 
     def _fail(self, moment: str) -> None:
         if moment in self.failing_at:
@@ -136,47 +162,71 @@ class FlakyJournal(MemoryJournal):
 
     def overtake(self) -> None:
         """Write to the records as another process would."""
-        self._generation += 5
+        with self.database.engine.begin() as connection:
+            connection.execute(sa.update(hubs).values(generation=hubs.c.generation + 5))
+
+    def states(self) -> dict[str, PeerState]:
+        """Return the state of each peer's row by node_id."""
+        with self.database.engine.connect() as connection:
+            rows = connection.execute(sa.select(peers.c.node_id, peers.c.state)).all()
+        return {node_id: PeerState(state) for node_id, state in rows}
 
     def check(self) -> None:
         self._fail("check")
+        super().check()
 
-    def load(self) -> RecordedState:
+    def load(self, *, settled: bool = False) -> RecordedState:
         self._fail("load")
-        return super().load()
+        return super().load(settled=settled)
 
-    def intend(self, batch: Batch) -> None:
-        self._fail("intend")
-        if batch.generation != self._generation + 1:
-            raise OvertakenError
-        super().intend(batch)
-        self._fail("intended")
+    def commit(self, generation: int, observed: int, changes: Sequence[Change]) -> None:
+        self.batches.append(len(changes))
+        self.before_commit(changes)
+        self._fail("commit")
+        self.database.loses_answer = "committed" in self.failing_at
+        try:
+            super().commit(generation, observed, changes)
+        finally:
+            self.database.loses_answer = False
 
-    def apply(self, batch: Batch) -> str | None:
-        failure = super().apply(batch)
-        self._fail("applied")
-        return failure
+    def compensate(self, generation: int, changes: Sequence[Change], reason: str) -> None:
+        self._fail("compensate")
+        super().compensate(generation, changes, reason)
 
-    def revoke(self, batch: Batch) -> None:
-        self._fail("revoke")
-        super().revoke(batch)
+    def note_observed(self, generation: int) -> None:
+        self._fail("note_observed")
+        super().note_observed(generation)
 
 
-class GatedJournal(MemoryJournal):
-    """Records that wait at a gate before each batch, so that a test can look at what is under way."""
+class GatedRecords(FlakyRecords):
+    """Records that wait at a gate before each commit, so that a test can look at what is under way."""
 
-    def __init__(self, gate: Callable[[Batch], object]) -> None:
+    def __init__(self, *, is_open: bool = False) -> None:
         super().__init__()
-        self._gate = gate
+        self._gate = Event()
+        self._reached = Event()
+        self.before_commit = self._wait
+        if is_open:
+            self.open()
 
-    def run(self, next_batch: NextBatch) -> None:
-        def gated() -> Batch | None:
-            batch = next_batch()
-            if batch is not None:
-                self._gate(batch)
-            return batch
+    def open(self) -> None:
+        """Let commits pass from here on."""
+        self._gate.set()
 
-        super().run(gated)
+    def shut(self) -> None:
+        """Have commits wait from here on."""
+        self._reached.clear()
+        self._gate.clear()
+
+    def wait_for_commit(self) -> None:
+        """Wait until a commit is at the gate, or has passed it."""
+        if not self._reached.wait(WAIT):
+            raise AssertionError("no commit has come")
+
+    def _wait(self, _: Sequence[Change]) -> None:
+        self._reached.set()
+        if not self._gate.wait(WAIT):
+            raise AssertionError("the gate was never opened")
 
 
 class FakeAccessStore:
@@ -237,7 +287,7 @@ class FakeAccessStore:
 
 
 class NoLimits:
-    """Lets everybody come as often as they like."""
+    """Rate limits that allow everything."""
 
     async def hit(self, kind: LimitKind, who: str) -> int | None:
         return None
@@ -247,4 +297,4 @@ class NoLimits:
 
 
 __: tuple[type[AccessStore], type[RateLimiter]] = (FakeAccessStore, NoLimits)
-_: tuple[type[Hub], type[Journal], type[Journal]] = (FakeHub, FlakyJournal, GatedJournal)
+_: tuple[type[Hub], type[Records], type[Records]] = (FakeHub, FlakyRecords, GatedRecords)

@@ -20,6 +20,7 @@ from backend.models.access.proof import (
     TIMESTAMP_HEADER,
     WIREGUARD_PROOF_HEADER,
     IdentityProof,
+    SignedRequest,
     WireGuardProof,
     check_clock,
     check_signature,
@@ -181,14 +182,8 @@ class Hub:
             headers.get(TIMESTAMP_HEADER), headers.get(NONCE_HEADER), headers.get(SIGNATURE_HEADER)
         )
         check_clock(proof)
-        check_signature(
-            NodeIdentity.parse(asked.public_key),
-            proof,
-            method="POST",
-            path=PROVISION_PATH,
-            audience=self.key,
-            body_sha256=body_sha256,
-        )
+        signed = SignedRequest("POST", PROVISION_PATH, self.key, body_sha256)
+        check_signature(NodeIdentity.parse(asked.public_key), proof, signed)
         if proof.nonce in self._nonces:
             raise NonceError
         self._nonces.add(proof.nonce)

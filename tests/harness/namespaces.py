@@ -173,7 +173,7 @@ def _main() -> None:
     sys.stdout.flush()
     while os.read(sys.stdin.fileno(), 1):
         pass
-    # Nobody may be reading any more.
+    # The owner may be dead, and the pipe without a reader.
     with contextlib.suppress(OSError):
         os.write(1, "".join(f"{name}\n" for name in _sweep({os.getpid(), options.spare})).encode())
 

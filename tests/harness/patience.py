@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Final
 
 _PATIENCE_SECONDS: Final = 20.0
+# For a future that another thread completes: seconds.
+WAIT: Final = 10.0
 
 
 def eventually(condition: Callable[[], bool]) -> None:

@@ -61,7 +61,7 @@ def fresh_database(url: str) -> str:
 
 
 def _unprivileged_account() -> pwd.struct_passwd | None:
-    """Choose who runs the server: PostgreSQL refuses root. None means the caller."""
+    """Choose the user that runs the server: PostgreSQL refuses root. None means the caller."""
     if os.geteuid() != 0:
         return None
     try:

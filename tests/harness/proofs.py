@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import httpx
@@ -20,6 +20,7 @@ from backend.models.access.proof import (
     TIMESTAMP_HEADER,
     WIREGUARD_PROOF_HEADER,
     Challenge,
+    SignedRequest,
     WireGuardProof,
     answer_challenge,
     sign,
@@ -98,14 +99,9 @@ class Attempt:
             json={"wireguard_public_key": self.node.wireguard_public_key},
             headers=bearer(self.token),
         )
-        truth = {
-            "method": "POST",
-            "path": PROVISION_PATH,
-            "audience": question.json()["audience"],
-            "body_sha256": digest,
-            "timestamp": int(time.time()),
-        }
-        identity = sign(self.node.identity_private_key, **{**truth, **lies})
+        timestamp = lies.pop("timestamp", int(time.time()))
+        truth = SignedRequest("POST", PROVISION_PATH, question.json()["audience"], digest)
+        identity = sign(self.node.identity_private_key, replace(truth, **lies), timestamp)
         return identity.headers() | self.answer()
 
     def answer(self) -> dict[str, str]:

@@ -24,7 +24,7 @@ def bearer(secret: str) -> dict[str, str]:
 
 
 def new_key() -> str:
-    """Make a WireGuard public key that nobody else has."""
+    """Make a new WireGuard public key."""
     return base64.b64encode(X25519PrivateKey.generate().public_key().public_bytes_raw()).decode()
 
 

@@ -20,7 +20,7 @@ def settings_for(hub: HubInterface, directory: Path, **over: object) -> dict[str
         "WIREGUARD_CONFIG_PATH": hub.config_path,
         "WIREGUARD_HUB_ENDPOINT": "hub.example.com:51820",
         "STATE_DIRECTORY": directory / "state",
-        # Tests fail to come in more often than anybody should, and are all at one address.
+        # Tests fail to authenticate more often than is allowed to one address, and share one.
         "WIREGUARD_RATE_LIMIT_FAILED_AUTHENTICATION": "1000000/minute",
         **over,
     }

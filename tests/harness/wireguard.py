@@ -98,7 +98,7 @@ class Interface:
         self._process = None
 
     def close(self) -> None:
-        """Leave nothing behind, whoever made what is there now."""
+        """Delete the interface, even if another program made it."""
         self.down()
 
 

@@ -1,4 +1,4 @@
-"""Tokens and keys over HTTP: what they look like, what they take, whom they let in, and what is on record."""
+"""Tokens and keys over HTTP: their fields, their limits, their permissions, and the audit log."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def assert_refused(answer: httpx.Response) -> None:
     assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
-def test_a_token_is_told_of_by_what_it_is_and_its_secret_once(admin: Holder) -> None:
+def test_new_token_is_shown_with_its_fields_and_its_secret_once(admin: Holder) -> None:
     asked = {"max_uses": 3, "expires_in": 60, "node_id_pattern": "gpu-*", "source_cidr": "10.0.0.0/8"}
     token = admin.make(TOKENS, **asked, note="for the lab").made
     secret = token.pop("secret")
@@ -108,7 +108,7 @@ def test_a_token_is_told_of_by_what_it_is_and_its_secret_once(admin: Holder) -> 
     assert admin.listed(TOKENS)[token["id"]] == token
 
 
-def test_a_key_is_told_of_by_what_it_is_and_its_secret_once(admin: Holder) -> None:
+def test_new_key_is_shown_with_its_fields_and_its_secret_once(admin: Holder) -> None:
     key = admin.make(KEYS, role="read", expires_in=60, note="dashboard").made
     secret = key.pop("secret")
     assert re.fullmatch(rf"ocw_{key['id']}_[0-9a-f]{{64}}", secret)
@@ -158,7 +158,7 @@ def test_no_answer_has_a_hash_or_a_secret_but_the_one_that_makes_it(
         (KEYS, "max_uses", 1),
     ],
 )
-def test_what_no_credential_can_have_is_said_in_a_sentence(
+def test_invalid_credential_fields_are_refused_with_a_sentence(
     admin: Holder, path: str, field: str, value: object
 ) -> None:
     before = admin.listed(path).keys()
@@ -181,14 +181,14 @@ def test_what_no_credential_can_have_is_said_in_a_sentence(
         (KEYS, {"role": "operate", "expires_in": None, "note": ""}),
     ],
 )
-def test_the_limits_themselves_are_within(admin: Holder, path: str, asked: dict[str, Any]) -> None:
+def test_limits_of_credential_fields_are_inclusive(admin: Holder, path: str, asked: dict[str, Any]) -> None:
     made = admin.make(path, **asked).made
     for name, value in asked.items():
         if name != "expires_in":
             assert made[name] == value
 
 
-def test_who_is_revoked_twice_stays_as_revoked_first(admin: Holder) -> None:
+def test_second_revocation_keeps_the_first_ones_time(admin: Holder) -> None:
     token = admin.make(TOKENS)
     first = admin.ask("DELETE", f"{TOKENS}/{token.id}")
     assert (first.status_code, first.json()["state"]) == (200, "revoked")
@@ -207,7 +207,7 @@ def test_a_key_may_revoke_itself_and_is_refused_from_then_on(admin: Holder) -> N
 
 @pytest.mark.parametrize("name", ["0123456789abcdef", "x", "%00", "x" * 600])
 @pytest.mark.parametrize("path", [TOKENS, KEYS])
-def test_what_is_not_there_can_not_be_revoked(admin: Holder, path: str, name: str) -> None:
+def test_unknown_credential_cannot_be_revoked(admin: Holder, path: str, name: str) -> None:
     assert admin.ask("DELETE", f"{path}/{name}").status_code == 404
 
 
@@ -220,7 +220,7 @@ def test_a_token_is_not_among_the_keys_nor_a_key_among_the_tokens(admin: Holder)
     assert admin.listed(KEYS)[key.id]["state"] == admin.listed(TOKENS)[token.id]["state"] == "active"
 
 
-def test_a_state_says_what_has_become_of_a_credential(admin: Holder, node: str) -> None:
+def test_credentials_state_is_active_revoked_expired_or_used_up(admin: Holder, node: str) -> None:
     active, used = admin.make(TOKENS, max_uses=2), admin.make(TOKENS)
     expired, revoked = admin.make(TOKENS, expires_in=1), admin.make(TOKENS)
     old_key = admin.make(KEYS, role="read", expires_in=1)
@@ -243,7 +243,7 @@ def test_a_state_says_what_has_become_of_a_credential(admin: Holder, node: str) 
     assert_refused(old_key.ask("GET", PEERS))
 
 
-def test_when_a_credential_was_used_last_is_seen_soon(admin: Holder, node: str) -> None:
+def test_last_use_is_shown_soon(admin: Holder, node: str) -> None:
     key, token = admin.make(KEYS, role="read"), admin.make(TOKENS)
     unused = admin.make(KEYS, role="read")
     before = datetime.now(UTC).replace(microsecond=0)
@@ -255,7 +255,7 @@ def test_when_a_credential_was_used_last_is_seen_soon(admin: Holder, node: str) 
     assert admin.listed(KEYS)[unused.id]["last_used_at"] is None
 
 
-def test_a_token_is_for_nodes_of_its_pattern_alone(admin: Holder, node: str) -> None:
+def test_token_admits_only_nodes_that_match_its_pattern(admin: Holder, node: str) -> None:
     token = admin.make(TOKENS, node_id_pattern=f"{node}-?")
     for name in (node, f"{node}-10", f"x{node}-1"):
         assert_refused(token.provision(provision_body(name)))
@@ -264,7 +264,7 @@ def test_a_token_is_for_nodes_of_its_pattern_alone(admin: Holder, node: str) -> 
     assert admin.listed(TOKENS)[token.id]["uses"] == 1
 
 
-def test_a_token_is_for_callers_from_its_network_alone(admin: Holder, node: str) -> None:
+def test_token_admits_only_callers_from_its_network(admin: Holder, node: str) -> None:
     for network, status in (("192.0.2.0/24", 401), ("::1/128", 401), ("127.0.0.0/8", 200)):
         token = admin.make(TOKENS, source_cidr=network)
         body = provision_body(f"{node}-{status}")
@@ -276,7 +276,7 @@ def test_a_token_is_for_callers_from_its_network_alone(admin: Holder, node: str)
             assert (entry["reason"], entry["source"]) == ("source", "127.0.0.1")
 
 
-def test_an_operator_lets_nodes_in_and_out_and_makes_no_credentials(admin: Holder, node: str) -> None:
+def test_operate_key_manages_peers_and_makes_no_credentials(admin: Holder, node: str) -> None:
     operator = admin.make(KEYS, role="operate")
     assert operator.provision(provision_body(node)).status_code == 200
     assert operator.ask("GET", f"{PEERS}/{node}").status_code == 200
@@ -304,7 +304,7 @@ def test_a_node_with_a_token_reads_and_removes_nothing(admin: Holder, node: str)
     assert admin.ask("GET", f"{PEERS}/{node}").status_code == 200
 
 
-def test_how_much_of_a_peer_is_told_depends_on_who_asks(admin: Holder, node: str) -> None:
+def test_conflict_shows_what_the_callers_credential_allows(admin: Holder, node: str) -> None:
     own, other = admin.make(TOKENS, max_uses=2), admin.make(TOKENS, max_uses=5)
     body = provision_body(node)
     whole = own.provision(body).json()["config"]
@@ -333,7 +333,7 @@ def test_how_much_of_a_peer_is_told_depends_on_who_asks(admin: Holder, node: str
     assert [tokens[holder.id]["uses"] for holder in (own, other)] == [2, 0]
 
 
-def test_an_answer_is_given_again_to_the_same_token_and_not_to_another(admin: Holder, node: str) -> None:
+def test_stored_answer_is_repeated_to_the_same_token_only(admin: Holder, node: str) -> None:
     token, other = admin.make(TOKENS), admin.make(TOKENS)
     body, key = provision_body(node), {"Idempotency-Key": "once"}
     first = token.provision(body, headers=key)

@@ -1,4 +1,4 @@
-"""What belongs together is written in one transaction, and nothing is forgotten too early."""
+"""The access store writes related rows in one transaction, and keeps answers and nonces long enough."""
 
 import secrets
 import time
@@ -20,9 +20,10 @@ from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, A
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, TokenRequest
 from backend.models.access.identity import NodeIdentity
-from backend.models.access.nonces import Nonce
 from backend.models.access.proof import (
     WINDOW_SECONDS,
+    Nonce,
+    SignedRequest,
     WireGuardProof,
     answer_challenge,
     sign,
@@ -127,17 +128,10 @@ def signed_nonce(timestamp: int) -> Nonce:
     """Return what a verifier says is to be kept of a request that was signed then."""
     owner, private = Ed25519PrivateKey.generate(), WireGuardPrivateKey.generate()
     verifier, key = ProofVerifier(WireGuardChallenges()), private.public_key()
-    request: dict[str, Any] = {
-        "method": "POST",
-        "path": PROVISION,
-        "audience": new_key(),
-        "body_sha256": secrets.token_bytes(32),
-    }
+    request = SignedRequest("POST", PROVISION, new_key(), secrets.token_bytes(32))
     challenge = verifier.challenges.issue(key)
-    answer = WireGuardProof(
-        challenge.challenge_id, answer_challenge(private, challenge, request["body_sha256"])
-    )
-    proof = Proof(sign(owner, timestamp=timestamp, **request), answer, **request)
+    answer = WireGuardProof(challenge.challenge_id, answer_challenge(private, challenge, request.body_sha256))
+    proof = Proof(sign(owner, request, timestamp), answer, request)
     return verifier.verify(proof, NodeIdentity(owner.public_key().public_bytes_raw()).peer_id, key)[1]
 
 

@@ -1,4 +1,4 @@
-"""The way in for an operator on the hub's own host: admin.header, and the switch that asks nobody."""
+"""admin.header, the credential for operators on the hub's own host, and WIREGUARD_AUTH=off."""
 
 import stat
 import subprocess
@@ -74,7 +74,7 @@ def test_a_401_names_the_file(running: ServiceProcess) -> None:
     assert "STATE_DIRECTORY" in answer.json()["detail"]
 
 
-def test_what_it_does_is_logged_as_local_and_it_is_no_record(running: ServiceProcess) -> None:
+def test_local_admin_is_logged_as_local_and_is_not_in_the_records(running: ServiceProcess) -> None:
     running.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()
     made = running.client.post(KEYS, json={"role": "read"}).json()
     assert made["created_by"] == "local"
@@ -84,7 +84,7 @@ def test_what_it_does_is_logged_as_local_and_it_is_no_record(running: ServicePro
     assert len(running.command("key", "list").stdout.splitlines()) == 1
 
 
-def test_each_start_makes_another_secret_and_an_end_takes_the_file_away(
+def test_each_start_makes_a_new_secret_and_a_stop_deletes_the_file(
     settings: dict[str, object], start_service: StartService, file: Path
 ) -> None:
     service = start_service(settings)
@@ -112,7 +112,7 @@ def test_a_service_that_ends_leaves_anothers_file(
     service.start()
 
 
-def test_a_link_in_the_files_place_leads_the_secret_nowhere(
+def test_symlink_in_the_files_place_is_not_followed(
     settings: dict[str, object], start_service: StartService, file: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "target"
@@ -125,7 +125,7 @@ def test_a_link_in_the_files_place_leads_the_secret_nowhere(
     assert target.read_text() == "untouched"
 
 
-def test_a_file_that_can_not_be_written_is_said_and_stops_nothing(
+def test_unwritable_header_file_is_logged_and_does_not_stop_the_start(
     settings: dict[str, object], start_service: StartService, file: Path
 ) -> None:
     file.mkdir(mode=0o700, parents=True)
@@ -138,14 +138,14 @@ def test_a_file_that_can_not_be_written_is_said_and_stops_nothing(
     assert answer.status_code == 200
 
 
-def test_a_start_that_is_refused_leaves_no_way_in(settings: dict[str, object], tmp_path: Path) -> None:
+def test_refused_start_leaves_no_header_file(settings: dict[str, object], tmp_path: Path) -> None:
     refused = {**settings, "WIREGUARD_HUB_IP": "192.0.2.1"}
     with pytest.raises(ServiceFailedError):
         ServiceProcess(tmp_path, refused).start()
     assert not (tmp_path / "state" / "admin.header").exists()
 
 
-def test_with_the_switch_off_every_caller_may_all_but_make_credentials(
+def test_without_authentication_every_caller_may_do_all_but_make_credentials(
     settings: dict[str, object], start_service: StartService, file: Path
 ) -> None:
     service = start_service({**settings, "WIREGUARD_AUTH": "off"})
@@ -181,7 +181,7 @@ def test_with_the_switch_off_every_caller_may_all_but_make_credentials(
 
 # Starlette's, of the httpx that all of these tests use.
 @pytest.mark.filterwarnings("ignore:Using `httpx` with `starlette.testclient`")
-def test_an_apps_tests_need_nothing_but_the_switch(
+def test_app_under_test_needs_only_authentication_off(
     settings: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from fastapi.testclient import TestClient  # noqa: PLC0415 - its import warns

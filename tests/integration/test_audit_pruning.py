@@ -1,4 +1,4 @@
-"""The audit log doesn't grow for ever, and what is left of it still can't be changed unnoticed."""
+"""The audit log is pruned, and tampering with the rest is still detected."""
 
 import json
 import threading
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from backend.adapters.records import audit
 from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import Database
-from backend.adapters.records.sql_journal import SqlJournal
+from backend.adapters.records.unit_of_work import SqlRecords
 from backend.models.access.audit import (
     PRUNED,
     AuditAction,
@@ -116,9 +116,7 @@ def forged_checkpoint(last: AuditRecord) -> str:
     )
 
 
-def test_what_is_done_to_a_pruned_log_or_its_start_is_named(
-    store: SqlAccessStore, database: Database
-) -> None:
+def test_tampering_with_a_pruned_log_is_located(store: SqlAccessStore, database: Database) -> None:
     store.prune_audit(NOON + 6 * DAY, 1000, PRUNE)
     left = rows(store)
     six = f"UPDATE access_state SET audit_pruned_sequence = 6, audit_pruned_hash = '{left[0].hash}'"  # noqa: S608 - see above
@@ -165,7 +163,9 @@ def test_what_is_done_to_a_pruned_log_or_its_start_is_named(
     assert store.verify_audit()[0] is None
 
 
-def test_only_what_the_log_says_is_pruned_can_be_deleted(store: SqlAccessStore, database: Database) -> None:
+def test_only_rows_below_a_logged_checkpoint_can_be_deleted(
+    store: SqlAccessStore, database: Database
+) -> None:
     store.prune_audit(NOON + 6 * DAY, 1000, PRUNE)
     for statement in ("DELETE FROM audit WHERE sequence = 6", "UPDATE audit SET actor = 'nobody'"):
         with (
@@ -196,12 +196,12 @@ def test_a_log_that_is_pruned_while_it_is_written_is_one_chain(store: SqlAccessS
 
 
 def test_a_mark_of_a_row_that_was_pruned_is_no_older_log(store: SqlAccessStore, database: Database) -> None:
-    journal, old = SqlJournal(database), rows(store)
+    records, old = SqlRecords(database), rows(store)
     store.prune_audit(NOON + 6 * DAY, 1000, PRUNE)
-    assert journal.audit_hash(3) == PRUNED
-    assert journal.audit_hash(5) == old[4].hash
-    assert journal.audit_hash(6) == old[5].hash
-    assert journal.audit_hash(12) is None
+    assert records.audit_hash(3) == PRUNED
+    assert records.audit_hash(5) == old[4].hash
+    assert records.audit_hash(6) == old[5].hash
+    assert records.audit_hash(12) is None
 
 
 def test_the_service_prunes_by_itself_what_is_older_than_it_keeps(store: SqlAccessStore) -> None:

@@ -1,4 +1,4 @@
-"""What a trusted proxy's X-Forwarded-For decides, and that it decides nothing from anywhere else."""
+"""X-Forwarded-For counts from a trusted proxy, and from no other address."""
 
 import socket
 from collections.abc import Iterator
@@ -13,11 +13,9 @@ from backend.adapters.http.connections import Connections
 from backend.adapters.http.http_protocol import BoundedProtocol
 from backend.models.access.sources import TrustedProxies
 from tests.harness.patience import eventually
+from tests.harness.raw_http import Client, Server
 from tests.harness.requests import API, bearer, provision_body
 from tests.harness.service import ServiceProcess, StartService
-from tests.integration.test_http_hardening import Client, Server, settings
-
-__all__ = ["settings"]
 
 
 @pytest.fixture
@@ -107,7 +105,7 @@ def test_proxys_connections_count_for_the_client_that_each_is_used_for(
     assert counted._of_source == {}
 
 
-def test_service_that_trusts_what_is_no_network_does_not_start(
+def test_invalid_trusted_proxy_refuses_the_start(
     start_service: StartService, settings: dict[str, object], tmp_path: Path
 ) -> None:
     service = start_service(settings | {"WIREGUARD_TRUSTED_PROXIES": "10.0.0.1/8"}, ready=None)

@@ -1,4 +1,4 @@
-"""Secrets go in everywhere that they can, by right or by mistake, and come out nowhere."""
+"""Secrets that are sent by right or by mistake appear in no answer, log, file or error."""
 
 import base64
 import contextlib

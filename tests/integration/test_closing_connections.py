@@ -14,21 +14,9 @@ from starlette.types import Message, Receive, Scope, Send
 from backend.adapters.http.http_protocol import BoundedProtocol, answering_when_cancelled
 from backend.adapters.http.unix_socket import listening_at
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.raw_http import CHUNKED, Client, Server, chunk, connections, get, post
+from tests.harness.requests import PROVISION, provision_body
 from tests.harness.service import StartService
-from tests.integration.test_http_hardening import (
-    CHUNKED,
-    PROVISION,
-    Client,
-    Server,
-    chunk,
-    get,
-    post,
-    server,
-    settings,
-)
-
-__all__ = ["server", "settings"]
 
 
 def half_close(client: Client) -> None:
@@ -99,11 +87,6 @@ def stopping() -> Iterator[Callable[[bytes], Client]]:
             return client
 
         yield stop_after
-
-
-def connections(server: Server) -> list[BoundedProtocol]:
-    found = list(server._server.server_state.connections)
-    return [connection for connection in found if isinstance(connection, BoundedProtocol)]
 
 
 def has_received(connection: BoundedProtocol) -> bool:

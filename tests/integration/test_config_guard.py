@@ -1,4 +1,4 @@
-"""The hub's config while it is managed: whose it is, who may write and read it, and where a link leads to."""
+"""The hub's config must be trusted: owner, mode, links, and one process at a time."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters.host.config_guard import ConfigGuard
+from backend.adapters.host.locks import ConfigGuard
 from backend.errors import ConfigFileError, InUseError
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.services.hub.config_text import PeerBlock

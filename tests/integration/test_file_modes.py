@@ -1,4 +1,4 @@
-"""What the service makes is for its owner's eyes only, and it doesn't start where others could meddle."""
+"""The service makes its files private, and refuses to start where other users could change them."""
 
 import os
 import re
@@ -33,7 +33,7 @@ FOREIGN_APP = """
         app.include_router(router, prefix="/api/v1")
         async with app.router.lifespan_context(app):
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1")
-            from tests.harness.requests import provision_body
+            from tests.harness.requests import PROVISION, provision_body
             name, _, value = Path("var/lib/admin.header").read_text().strip().partition(": ")
             client.headers[name] = value
             answer = await client.post(PROVISION, json=provision_body("node-1"))
@@ -113,7 +113,7 @@ def test_the_router_in_an_app_without_a_umask_makes_private_files_too(tmp_path: 
 
 
 @pytest.mark.parametrize("command", [["serve", "--port", "0"], ["run", "--port", "0"], ["hub", "up"]])
-def test_a_config_in_everybodys_directory_is_refused(tmp_path: Path, command: list[str]) -> None:
+def test_config_in_a_world_writable_directory_is_refused(tmp_path: Path, command: list[str]) -> None:
     settings = hub_settings(tmp_path / "etc")
     assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     (tmp_path / "etc").chmod(0o777)
@@ -135,7 +135,7 @@ def test_init_writes_no_key_where_others_could_take_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["serve", "run"])
-def test_a_state_directory_of_everybodys_is_refused(tmp_path: Path, command: str) -> None:
+def test_world_writable_state_directory_is_refused(tmp_path: Path, command: str) -> None:
     settings = hub_settings(tmp_path)
     assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
     state = tmp_path / "state"

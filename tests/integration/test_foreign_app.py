@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fastapi import FastAPI, Request
 
-from backend.api import dependencies
 from backend.api.dependencies import provisioning_service
 from backend.api.embedding import provide_service
 from backend.api.v1.endpoints.wireguard_provisioning import router
 from backend.client import Client, Node
 from backend.composition import running_service
-from backend.errors import OutcomeUnknownError
 from backend.main import create_app
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.settings import load_settings
@@ -313,25 +310,3 @@ def status_at(url: str) -> int | None:
     with suppress(httpx.TransportError):
         return httpx.get(url, trust_env=False, timeout=10).status_code
     return None
-
-
-def test_a_request_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dependencies, "ANSWER_TIMEOUT_SECONDS", 0.01)
-    monkeypatch.setattr(dependencies, "_CERTAIN_SECONDS", 0.01)
-    never: Future[None] = Future()
-    with pytest.raises(OutcomeUnknownError, match="ask again"):
-        asyncio.run(dependencies.outcome(never, lambda: False))
-
-
-def test_a_request_is_not_kept_waiting_where_the_records_leave_it_in_doubt(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(dependencies, "_CERTAIN_SECONDS", 0.01)
-    monkeypatch.setattr(dependencies, "_LOOK_SECONDS", 0.01)
-    never: Future[None] = Future()
-    looks = iter([False, False, True])
-    with pytest.raises(OutcomeUnknownError, match="the change may yet happen; ask again"):
-        asyncio.run(dependencies.outcome(never, looks.__next__))
-    decided: Future[int] = Future()
-    decided.set_result(1)
-    assert asyncio.run(dependencies.outcome(decided, lambda: True)) == 1

@@ -5,192 +5,35 @@ import json
 import logging
 import re
 import socket
-import struct
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from fastapi import APIRouter, FastAPI, Request
 from starlette.types import Message
 
-from backend.adapters.http.connections import Connections
-from backend.adapters.http.http_protocol import MAX_HEAD_BYTES, BoundedProtocol
+from backend.adapters.http.http_protocol import MAX_HEAD_BYTES
 from backend.adapters.http.unix_socket import listening_at
 from backend.api.errors import MAX_BODY_BYTES
-from backend.api.routes import DomainErrorRoute
 from backend.errors import StartRefusedError
-from backend.models.wireguard.keys import WireGuardPrivateKey
-from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.raw_http import (
+    CHUNKED,
+    Client,
+    HastyProtocol,
+    Server,
+    chunk,
+    echoing_app,
+    get,
+    post,
+)
+from tests.harness.requests import PEERS, PROVISION, provision_body
 from tests.harness.service import ServiceProcess
 
-PROVISION = "/api/v1/wireguard/provision"
-PEERS = "/api/v1/wireguard/peers"
 JSON = {"Content-Type": "application/json"}
 
 StartService = Callable[..., ServiceProcess]
-
-
-class HastyProtocol(BoundedProtocol):
-    request_seconds = 0.4
-    stop_seconds = 0.2
-
-
-def echoing_app() -> FastAPI:
-    """Return an app with our kind of route; `app.state.seen` has the paths that were asked for."""
-    router = APIRouter(route_class=DomainErrorRoute)
-    app = FastAPI()
-    app.state.seen = []
-    app.state.blocked, app.state.unblock = threading.Event(), threading.Event()
-
-    @router.post("/echo")
-    async def echo(request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        app.state.seen.append(request.url.path)
-        return {
-            "keys": list(body),
-            "headers": [name.decode() for name, _ in request.scope["headers"]],
-            "request_id": request.state.request_id,
-        }
-
-    @router.get("/slow/{seconds}")
-    async def slow(seconds: float) -> str:
-        app.state.seen.append("slow")
-        await asyncio.sleep(seconds)
-        return "slow"
-
-    @router.get("/who")
-    async def who(request: Request) -> dict[str, Any]:
-        app.state.seen.append("who")
-        return {"client": request.scope["client"], "server": request.scope["server"]}
-
-    @router.get("/block")
-    async def block() -> str:
-        # The server takes no new connection meanwhile.
-        app.state.blocked.set()
-        app.state.unblock.wait(20)
-        return "blocked"
-
-    app.include_router(router)
-    return app
-
-
-class Server:
-    """An app behind our protocol, in a thread."""
-
-    def __init__(self, listener: socket.socket, http: Any = None) -> None:
-        http = http or partial(HastyProtocol, connections=Connections(1000, 1000))
-        self.app = echoing_app()
-        self.listener = listener
-        config = uvicorn.Config(
-            self.app, loop="uvloop", http=http, ws="none", log_config=None, server_header=False
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([listener],))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        eventually(lambda: self._server.started)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
-    def connect(self) -> "Client":
-        connection = socket.socket(self.listener.family)
-        connection.settimeout(10)
-        connection.connect(self.listener.getsockname())
-        return Client(connection)
-
-
-class Client:
-    """A connection to say anything on."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._received = b""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._connection.close()
-
-    def send(self, data: bytes) -> None:
-        self._connection.sendall(data)
-
-    def send_slowly(self, pieces: Iterable[bytes]) -> None:
-        for piece in pieces:
-            self._connection.sendall(piece)
-            time.sleep(0.005)
-
-    def answer(self) -> tuple[int, bytes]:
-        """Return the next answer's status and body; ConnectionError if there is none."""
-        while b"\r\n\r\n" not in self._received:
-            self._receive()
-        head, _, rest = self._received.partition(b"\r\n\r\n")
-        length = re.search(rb"\r\ncontent-length: (\d+)", head)
-        assert length is not None
-        size = int(length[1])
-        self._received = rest
-        while len(self._received) < size:
-            self._receive()
-        body, self._received = self._received[:size], self._received[size:]
-        return int(head.split()[1]), body
-
-    def status(self) -> int:
-        return self.answer()[0]
-
-    def is_closed(self) -> bool:
-        """Wait for the end, and tell whether nothing more was said before it."""
-        try:
-            self._receive()
-        except ConnectionError:
-            return True
-        return False
-
-    def reset(self) -> None:
-        """Go away as a client does that doesn't want to be asked who it was."""
-        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._connection.close()
-
-    def _receive(self) -> None:
-        data = self._connection.recv(65536)
-        if not data:
-            raise ConnectionError("closed")
-        self._received += data
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with socket.create_server(("127.0.0.1", 0)) as listener, Server(listener) as running:
-        yield running
-
-
-def get(path: str) -> bytes:
-    return b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode()
-
-
-def post(body: bytes = b"{}", *headers: bytes) -> bytes:
-    length = b"Content-Length: %d" % len(body)
-    lines = [b"POST /echo HTTP/1.1", b"Host: localhost", b"Content-Type: application/json", length, *headers]
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
-
-
-CHUNKED = (
-    b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    b"Transfer-Encoding: chunked\r\n\r\n"
-)
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 @pytest.mark.parametrize(
@@ -452,20 +295,6 @@ def test_a_request_id_of_another_form_is_replaced(server: Server, given: bytes) 
     with server.connect() as client:
         client.send(post(b"{}", b"X-Request-ID: " + given))
         assert re.fullmatch("[0-9a-f]{32}", json.loads(client.answer()[1])["request_id"])
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> dict[str, object]:
-    """Return the settings of a hub that is a file only, with one address to give."""
-    path = tmp_path / "wg0.conf"
-    path.write_text(f"[Interface]\nPrivateKey = {WireGuardPrivateKey.generate().reveal()}\n")
-    return {
-        "WIREGUARD_CONFIG_PATH": path,
-        "WIREGUARD_RELOAD": "off",
-        "WIREGUARD_IP_POOL": "10.0.0.0/30",
-        "STATE_DIRECTORY": tmp_path / "state",
-        "ENABLE_DBOS": "false",
-    }
 
 
 def test_every_answer_has_an_id_and_is_not_to_be_kept(

@@ -225,7 +225,7 @@ def test_key_is_not_given_to_an_interface_with_none_of_the_hubs_peers(hub_interf
     assert replaced == hub_key.Replaced(stated(hub_interface), WireGuardKey.parse(public))
 
 
-def test_key_has_no_interface_to_be_given_to_while_there_is_none(hub_interface: HubInterface) -> None:
+def test_key_change_without_an_interface_changes_nothing(hub_interface: HubInterface) -> None:
     hub_interface.down()
     assert hub_key.replace(hub_interface.config_path, stated(hub_interface)) is None
 

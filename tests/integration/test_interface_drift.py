@@ -1,4 +1,4 @@
-"""An interface that isn't what the config says: mended where it's ours, and left alone where it isn't."""
+"""An interface that differs from the config is corrected, unless it belongs to another program."""
 
 import os
 import signal
@@ -61,7 +61,7 @@ def changes_without_a_pause(service: ServiceProcess) -> Iterator[None]:
         thread.join()
 
 
-def test_whatever_is_changed_on_the_interface_by_hand_is_mended(
+def test_manual_changes_of_the_interface_are_corrected(
     service: ServiceProcess, hub_interface: HubInterface, tmp_path: Path
 ) -> None:
     before = hub_interface.show("dump")

@@ -1,4 +1,4 @@
-"""CAP_NET_ADMIN is all that the service needs, in the surroundings that the systemd unit gives it."""
+"""The service needs CAP_NET_ADMIN and no other privilege, in the systemd unit's environment."""
 
 import os
 import subprocess

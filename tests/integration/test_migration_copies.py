@@ -116,7 +116,7 @@ def test_a_database_that_can_not_be_copied_is_left_as_it_was(
     assert revision(path) == "0001"
 
 
-def test_a_copy_that_was_interrupted_is_no_copy(
+def test_interrupted_copy_is_not_taken_for_a_copy(
     old: sqlite3.Connection, path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What needs no credential: health, the schema and its page."""
+"""The endpoints that need no credential: health, the schema and its page."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""What an operator wrote into wg0.conf, with the whole service at work on it."""
+"""The operator's text in wg0.conf survives the work of a real service."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def test_an_edit_between_two_writes_is_kept_and_its_address_is_taken(
 
 
 @pytest.mark.parametrize("shared", ["key", "address"])
-def test_a_hand_made_peer_gets_back_what_a_deleted_peer_of_ours_had_too(
+def test_operators_peer_keeps_the_key_or_address_that_a_removed_peer_shared(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path, shared: str
 ) -> None:
     """`wg set peer KEY remove` alone would leave it without its address, or take it off the interface."""
@@ -98,7 +98,7 @@ def test_a_hand_made_peer_gets_back_what_a_deleted_peer_of_ours_had_too(
     assert hub_interface.peers() == {theirs: {allowed}, other: {"10.0.0.8/32"}}
 
 
-def test_our_block_that_an_operator_deleted_comes_back_and_a_deleted_peer_does_not(
+def test_managed_block_deleted_by_hand_returns_and_a_removed_peer_does_not(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -141,7 +141,7 @@ def test_a_file_broken_by_hand_turns_readiness_red_and_is_left_as_it_is(
     assert service.client.get("/readyz").status_code == 200
 
 
-def test_a_hand_made_peer_whose_key_is_a_second_spelling_stays_and_keeps_its_key_to_itself(
+def test_operators_peer_with_a_noncanonical_key_stays_and_keeps_its_key(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     """`wg` and the interface take any 32 bytes, and show them as they are."""

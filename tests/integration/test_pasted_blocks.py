@@ -1,4 +1,4 @@
-"""What README and docs give an operator to paste, as it stands there."""
+"""The commands in README and docs work as they are pasted."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters.records.recorded_peers import count_recorded_peers
+from backend.adapters.records.peers import count_recorded_peers
 from tests.harness.command_line import ROOT
 from tests.harness.hosts import CommandFailedError, Host, LocalHost, connect
 from tests.harness.requests import PEERS, PROVISION, provision_body

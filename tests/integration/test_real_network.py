@@ -1,4 +1,4 @@
-"""Nodes that know nothing but the service's answer reach the hub, and each other, through real tunnels."""
+"""Nodes configured from the service's answer alone reach the hub and each other through real tunnels."""
 
 import json
 import os

@@ -17,16 +17,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from backend.adapters.http.certificate import Certificate
 from backend.adapters.http.connections import Connections
 from backend.adapters.http.http_protocol import BoundedProtocol
-from backend.adapters.http.tls_server import TlsServer
+from backend.adapters.http.tls import Certificate, TlsServer
 from backend.errors import StartRefusedError
 from tests.harness.patience import eventually
+from tests.harness.raw_http import Client, Server, get
 from tests.harness.service import ServiceProcess, StartService
-from tests.integration.test_http_hardening import Client, Server, get, settings
-
-__all__ = ["settings"]
 
 HEALTH = get("/healthz")
 
@@ -201,7 +198,7 @@ def test_certificate_that_could_not_be_read_at_first_is_read_later(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate = Certificate(*files)
-    monkeypatch.setattr("backend.adapters.http.certificate._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("backend.adapters.http.tls._LOOK_SECONDS", 0.0)
     before = certificate.context()
     for path, content in zip(files, make_certificate(2), strict=True):
         path.write_bytes(content)
@@ -221,7 +218,7 @@ def test_pipe_in_the_place_of_a_key_does_not_hold_up_the_service(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate = Certificate(*files)
-    monkeypatch.setattr("backend.adapters.http.certificate._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("backend.adapters.http.tls._LOOK_SECONDS", 0.0)
     before = certificate.context()
     files[1].unlink()
     os.mkfifo(files[1])

@@ -1,4 +1,4 @@
-"""What a token that is used up is good for: a repeat, and that not any number of times."""
+"""A used-up token repeats its answers, a limited number of times, and nothing else."""
 
 import json
 import socket
@@ -74,7 +74,7 @@ def used_token(service: ServiceProcess, node_id: str) -> tuple[str, dict[str, An
     return token, body
 
 
-def test_a_flood_with_a_token_that_is_used_up_is_turned_away_at_the_door(
+def test_flood_with_a_used_up_token_is_refused_before_its_bodies_are_read(
     service: ServiceProcess, source: Callable[[], Source]
 ) -> None:
     """Otherwise a few connections are enough to make honest nodes wait for seconds."""
@@ -91,9 +91,7 @@ def test_a_flood_with_a_token_that_is_used_up_is_turned_away_at_the_door(
     assert uses(service)[token_id(token)] == 1
 
 
-def test_a_body_that_is_turned_away_is_never_asked_for(
-    service: ServiceProcess, source: Callable[[], Source]
-) -> None:
+def test_refused_request_gets_no_100_continue(service: ServiceProcess, source: Callable[[], Source]) -> None:
     token, _ = used_token(service, "unread")
     flooder = source()
     for _ in range(LIMIT):
@@ -123,7 +121,7 @@ def test_failures_count_for_the_token_and_for_the_source(
     assert here.provision(fresh, provision_body("counted-3")).status_code == 200
 
 
-def test_anything_but_the_repeat_gets_the_one_401(
+def test_used_up_token_gets_the_common_401_for_anything_but_a_repeat(
     service: ServiceProcess, source: Callable[[], Source]
 ) -> None:
     """What is wrong with a request is for callers whose credential is good."""
@@ -165,7 +163,7 @@ def test_anything_but_the_repeat_gets_the_one_401(
         ("POST", "challenge"),
     ],
 )
-def test_elsewhere_a_token_that_is_used_up_gets_the_same_401(
+def test_used_up_token_gets_the_common_401_at_other_endpoints(
     service: ServiceProcess, source: Callable[[], Source], method: str, path: str
 ) -> None:
     token, _ = used_token(service, f"elsewhere-{method}-{path.replace('/', '-')}")

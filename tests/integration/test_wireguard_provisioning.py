@@ -1,4 +1,4 @@
-"""The interface that callers rely on, over a real socket, with a real interface behind it."""
+"""The HTTP contract, over a real socket, with a real interface behind it."""
 
 import base64
 import json
@@ -87,7 +87,7 @@ def test_a_node_joins_is_seen_and_leaves(service: ServiceProcess, hub_interface:
         assert again.json()["detail"].endswith("not found")
 
 
-def test_the_three_kinds_of_conflict_tell_what_the_caller_may_know(
+def test_each_kind_of_conflict_shows_only_the_allowed_fields(
     service: ServiceProcess, hub_interface: HubInterface
 ) -> None:
     body = provision_body("node-1")
@@ -255,7 +255,7 @@ def test_unusual_but_right_input_is_taken(service: ServiceProcess, hub_interface
     assert set(assert_in_step(service, hub_interface)) == set(UNUSUAL)
 
 
-def test_a_body_without_its_content_type_is_told_what_is_missing(bystander: ServiceProcess) -> None:
+def test_missing_content_type_is_named_in_the_422(bystander: ServiceProcess) -> None:
     refused = bystander.client.post(PROVISION, content=b"{}", headers={"Content-Type": "text/plain"})
     assert refused.status_code == 422
     assert "Content-Type: application/json" in refused.text
@@ -301,7 +301,7 @@ def test_openapi_shows_an_example_and_every_error(service: ServiceProcess) -> No
     assert service.client.post(PROVISION, json=example).status_code == 200
 
 
-def test_health_says_what_is_wrong_and_heals_with_the_interface(
+def test_readiness_names_the_missing_interface_and_recovers_with_it(
     service: ServiceProcess, hub_interface: HubInterface, tmp_path: Path
 ) -> None:
     assert service.client.get("/readyz").json() == {"status": "ready", "reload": "syncconf", "notices": []}

@@ -1,1 +1,1 @@
-"""Kills, races, faults and outages: what holds whatever happens to the service or around it."""
+"""Kills, races, faults and outages: the guarantees that hold all the same."""

@@ -1,4 +1,4 @@
-"""What several of these tests begin with."""
+"""A service whose records are older than its hub."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ from tests.harness.wireguard import HubInterface
 
 
 @pytest.mark.parametrize("nodes", [400, pytest.param(2000, marks=pytest.mark.torture(only=True))])
-def test_as_many_nodes_as_come_at_once_get_as_many_addresses(
+def test_concurrent_provisions_get_distinct_addresses(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path, nodes: int
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path, WIREGUARD_IP_POOL="10.0.0.0/20"))
@@ -27,7 +27,7 @@ def test_as_many_nodes_as_come_at_once_get_as_many_addresses(
     assert set(assert_in_step(service, hub_interface).values()) == addresses
 
 
-def test_of_clients_that_race_for_one_name_or_one_key_exactly_one_wins(
+def test_one_of_many_concurrent_requests_for_a_node_or_a_key_succeeds(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))

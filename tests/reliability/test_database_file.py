@@ -13,18 +13,17 @@ import sqlalchemy as sa
 
 from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import Database
-from backend.adapters.records.sql_journal import SqlJournal
+from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import InUseError, RecordsUnavailableError, StartRefusedError
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import TokenRequest
-from backend.services.ports import Batch
 from tests.harness.patience import eventually
+from tests.harness.records import adding
 from tests.harness.requests import PROVISION, provision_body
 from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, listed, settings_for
 from tests.harness.wireguard import HubInterface
-from tests.integration.test_records import adding
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def swap(path: Path) -> None:
         ),
     ],
 )
-def test_a_database_that_was_moved_is_missed_until_it_is_back(
+def test_moved_database_is_reported_until_it_is_back(
     database: Database,
     path: Path,
     hazard: Callable[[Path], None],
@@ -81,14 +80,14 @@ def test_a_database_that_was_moved_is_missed_until_it_is_back(
     said: str,
 ) -> None:
     hazard(path)
-    for check in (database.check_file, database.check, SqlJournal(database).check):
+    for check in (database.check_file, database.check, SqlRecords(database).check):
         with pytest.raises(RecordsUnavailableError, match=said):
             check()
     remedy(path)
     database.check()
 
 
-def test_a_deleted_database_is_missed_and_never_made_anew(database: Database, path: Path) -> None:
+def test_deleted_database_is_reported_and_not_created_again(database: Database, path: Path) -> None:
     database.engine.dispose()
     path.unlink()
     with pytest.raises(RecordsUnavailableError, match=r"was deleted .* first, as root: `cp -p /proc/"):
@@ -101,7 +100,7 @@ def test_a_deleted_database_is_missed_and_never_made_anew(database: Database, pa
         database.check()
 
 
-def test_a_database_behind_a_link_that_leads_elsewhere_now_is_missed(tmp_path: Path) -> None:
+def test_database_link_that_is_redirected_is_reported(tmp_path: Path) -> None:
     link = tmp_path / "link.sqlite"
     link.symlink_to(tmp_path / "first.sqlite")
     database = Database(f"sqlite:///{link}")
@@ -117,7 +116,7 @@ def test_a_database_behind_a_link_that_leads_elsewhere_now_is_missed(tmp_path: P
         database.close()
 
 
-def test_a_link_to_the_database_lets_no_second_service_in(
+def test_second_service_is_refused_through_a_link_to_the_database(
     database: Database, path: Path, tmp_path: Path
 ) -> None:
     database.check()
@@ -135,7 +134,7 @@ def test_a_link_to_the_database_lets_no_second_service_in(
     assert [file.name for file in link.parent.iterdir()] == ["records.sqlite"]
 
 
-def test_a_new_database_that_another_command_is_about_to_write_to_is_waited_for(
+def test_start_waits_for_a_command_that_is_creating_the_database(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.parent.mkdir(0o700)
@@ -167,20 +166,16 @@ def test_a_database_with_two_names_is_refused(path: Path, tmp_path: Path) -> Non
     Database(f"sqlite:///{path}").close()
 
 
-def test_a_batch_whose_database_is_deleted_while_it_commits_never_reaches_the_hub(
+def test_a_commit_to_a_database_that_is_deleted_meanwhile_does_not_succeed(
     database: Database, path: Path
 ) -> None:
-    journal = SqlJournal(database)
-    applied: list[Batch | None] = []
-    journal.launch(applied.append)
+    """Its batch would reach the hub, and the next start know nothing of it."""
     sa.event.listen(database.engine, "commit", lambda _: path.unlink(missing_ok=True))
-    batch = Batch(1, 0, [adding("node-1", "10.0.0.2")])
     with pytest.raises(RecordsUnavailableError, match="was deleted"):
-        journal.run(iter([batch, None]).__next__)
-    assert applied == []
+        SqlRecords(database).commit(1, 0, [adding("node-1", "10.0.0.2")])
 
 
-def test_a_credential_made_in_a_database_that_was_moved_is_not_acknowledged(
+def test_credential_is_not_acknowledged_while_the_database_is_moved_away(
     database: Database, path: Path
 ) -> None:
     store = SqlAccessStore(database)
@@ -207,7 +202,7 @@ def lines(service: ServiceProcess, event: str) -> list[str]:
     return [line for line in service.log.splitlines() if f" {event} " in line]
 
 
-def test_a_service_whose_state_directory_is_renamed_says_so_and_goes_on_when_it_is_back(
+def test_renamed_state_directory_is_reported_until_it_is_back(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -233,7 +228,7 @@ def test_a_service_whose_state_directory_is_renamed_says_so_and_goes_on_when_it_
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_a_deleted_database_is_saved_by_the_command_that_readyz_names(
+def test_command_named_by_readyz_recovers_a_deleted_database(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path, everything: bool
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -256,7 +251,7 @@ def test_a_deleted_database_is_saved_by_the_command_that_readyz_names(
     assert provision(service, 5) == {200}
 
 
-def test_a_write_ahead_log_that_was_deleted_is_missed_and_a_restart_loses_nothing(
+def test_deleted_write_ahead_log_is_reported_and_a_restart_loses_nothing(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -269,7 +264,7 @@ def test_a_write_ahead_log_that_was_deleted_is_missed_and_a_restart_loses_nothin
     assert provision(service, 3) == {200}
 
 
-def test_a_backup_that_was_moved_over_the_database_is_not_taken_for_it(
+def test_backup_moved_over_the_open_database_is_not_used(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -285,7 +280,7 @@ def test_a_backup_that_was_moved_over_the_database_is_not_taken_for_it(
     assert set(assert_in_step(service, hub_interface)) == {"node-1"}
 
 
-def test_a_backup_that_was_copied_into_the_open_database_is_found_damaged_at_the_next_start(
+def test_backup_copied_into_the_open_database_is_refused_as_damaged_at_the_next_start(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))

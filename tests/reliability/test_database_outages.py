@@ -1,4 +1,4 @@
-"""A PostgreSQL that hangs, dies or can't be reached under load: what is said, how soon, and what is left."""
+"""A PostgreSQL that hangs, dies or can't be reached under load: answers, delays, and the state afterwards."""
 
 import threading
 import time
@@ -16,11 +16,13 @@ import pytest
 
 from backend.adapters.records.database import Database
 from backend.adapters.records.postgresql import ImpatientConnection, NoAnswerError
-from backend.adapters.records.sql_journal import SqlJournal
-from backend.services.ports import Batch
+from backend.adapters.records.unit_of_work import SqlRecords
+from backend.services.hub.removal_guard import RemovalGuard
+from backend.services.hub.writer import Writer
 from tests.harness.outages import Server, lossy_network
 from tests.harness.patience import eventually
 from tests.harness.postgres import fresh_database, postgres_cluster
+from tests.harness.records import adding
 from tests.harness.requests import PEERS, PROVISION, TOKENS, bearer, new_key, provision_body
 from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import assert_in_step, listed, settings_for
@@ -115,7 +117,7 @@ def assert_told_the_truth(load: Load, service: ServiceProcess, hub: HubInterface
     assert not load.names(503, "nothing was changed") & there
     assert there <= load.names(200) | load.names(503, "ask again")
     assert load.slowest() < ANSWERED_SECONDS
-    # One line when it goes, one when it is back, and nobody's tracebacks.
+    # One line when it goes, one when it is back, and no traceback.
     for event in ("database_away", "database_back"):
         assert len([line for line in service.log.splitlines() if f" {event} " in line]) == 1
     assert "Traceback" not in service.log
@@ -134,7 +136,7 @@ def is_back(running: Load, moment: float) -> bool:
     return any(began > moment and answer.status_code == 200 for began, _, _, answer in running.answers)
 
 
-def test_a_server_that_hangs_under_load_leaves_nobody_waiting(
+def test_hanging_server_leaves_no_request_waiting_under_load(
     hub_interface: HubInterface,
     start_service: StartService,
     tmp_path: Path,
@@ -159,7 +161,7 @@ def test_a_server_that_hangs_under_load_leaves_nobody_waiting(
     assert running.first_after(back_at) < BACK_SECONDS
 
 
-def test_a_server_that_dies_under_load_and_comes_back_is_used_again(
+def test_restarted_server_is_used_again_under_load(
     hub_interface: HubInterface,
     start_service: StartService,
     tmp_path: Path,
@@ -180,7 +182,7 @@ def test_a_server_that_dies_under_load_and_comes_back_is_used_again(
     assert running.first_after(back_at) < BACK_SECONDS
 
 
-def test_a_network_that_loses_everything_leaves_no_lock_and_no_commit_behind(
+def test_network_that_drops_every_packet_leaves_no_lock_and_no_late_commit(
     hub_interface: HubInterface,
     start_service: StartService,
     tmp_path: Path,
@@ -203,7 +205,7 @@ def test_a_network_that_loses_everything_leaves_no_lock_and_no_commit_behind(
         assert service.terminate() == 0
 
 
-def test_a_server_that_hangs_holds_up_nobody_who_has_to_show_a_credential(
+def test_hanging_server_does_not_delay_authentication(
     hub_interface: HubInterface,
     start_service: StartService,
     tmp_path: Path,
@@ -243,7 +245,7 @@ def test_a_server_that_hangs_holds_up_nobody_who_has_to_show_a_credential(
     assert "Traceback" not in service.log
 
 
-def test_a_connection_gives_up_a_server_that_says_nothing_and_no_sooner(
+def test_silent_server_is_given_up_after_the_timeout_and_not_before(
     server: Server, database_url: str
 ) -> None:
     connection = ImpatientConnection.connect(database_url.replace("+psycopg", ""))
@@ -266,9 +268,10 @@ def test_a_connection_gives_up_a_server_that_says_nothing_and_no_sooner(
         connection.close()
 
 
-def test_a_commit_that_got_no_answer_is_waited_for_before_its_outcome_is_told(database_url: str) -> None:
+def test_unanswered_commit_is_resolved_before_the_request_is_answered(database_url: str) -> None:
     database = Database(database_url)
-    journal = SqlJournal(database)
+    records = SqlRecords(database)
+    writer = Writer(records, RemovalGuard(records.removed_keys))
     try:
         database.migrate()
         with (
@@ -276,11 +279,9 @@ def test_a_commit_that_got_no_answer_is_waited_for_before_its_outcome_is_told(da
             ThreadPoolExecutor(1) as threads,
         ):
             # What a session that we gave up on may yet be doing.
-            pending.execute("UPDATE hub_state SET generation = 1")
-            journal.launch(lambda _: None)
-            with pytest.raises(ZeroDivisionError):
-                journal.run(lambda: Batch(1 // 0, 0, []))
-            found = threads.submit(journal.load)
+            pending.execute("UPDATE hubs SET generation = 1")
+            writer.doubtful = [adding("node-1", "10.0.0.2")]
+            found = threads.submit(writer.look_up)
             waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
             with psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True) as looking:
                 eventually(lambda: looking.execute(waits).fetchone() == (1,))
@@ -290,7 +291,7 @@ def test_a_commit_that_got_no_answer_is_waited_for_before_its_outcome_is_told(da
         database.close()
 
 
-def test_a_cluster_that_is_tuned_to_lose_commits_does_not_lose_ours(database_url: str) -> None:
+def test_commits_are_durable_even_where_the_server_sets_synchronous_commit_off(database_url: str) -> None:
     with psycopg.connect(database_url.replace("+psycopg", "")) as connection:
         assert connection.execute("SHOW synchronous_commit").fetchone() == ("off",)
     database = Database(database_url)

@@ -1,4 +1,4 @@
-"""Databases that can be read and not written, for a while."""
+"""Databases that can be read and, for a while, not written."""
 
 import itertools
 import sqlite3
@@ -12,22 +12,24 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from backend.adapters.records import tables
 from backend.adapters.records.database import Database
-from backend.adapters.records.sql_journal import SqlJournal
+from backend.adapters.records.tables import hubs
+from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import RecordsUnavailableError
-from backend.services.ports import Batch
 from tests.harness.patience import eventually
+from tests.harness.records import adding
 from tests.harness.requests import PROVISION, provision_body
 from tests.harness.service import StartService
 from tests.harness.three_places import assert_in_step, settings_for
 from tests.harness.wireguard import HubInterface
-from tests.integration.test_records import adding
+
+# Writes what is there already.
+TOUCH = sa.update(hubs).values(generation=hubs.c.generation)
 
 
 @contextmanager
 def read_only(path: Path) -> Iterator[None]:
-    """Let nobody open the file for writing, root neither; who has it open goes on."""
+    """Prevent the file from being opened for writing, by root too; open descriptors still work."""
     subprocess.run(["mount", "--bind", path, path], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", path], check=True)
     try:
@@ -49,16 +51,14 @@ def database(path: Path) -> Iterator[Database]:
     database.close()
 
 
-def test_connections_that_were_opened_for_reading_only_are_not_kept(
-    needs_namespaces: None, database: Database, path: Path
-) -> None:
+def test_read_only_connections_are_not_kept(needs_namespaces: None, database: Database, path: Path) -> None:
     engine = database.engine
     with read_only(path), engine.connect() as first, engine.connect() as second:
         # The pool had one, and opened the other now.
         refused = 0
         for connection in (first, second):
             try:
-                tables.touch(connection)
+                connection.execute(TOUCH)
                 connection.commit()
             except sa.exc.OperationalError:
                 refused += 1
@@ -68,15 +68,15 @@ def test_connections_that_were_opened_for_reading_only_are_not_kept(
     eventually(lambda: time.monotonic() - opened_at > 0.5)
     for _ in range(10):
         with engine.begin() as connection, engine.connect():
-            tables.touch(connection)
+            connection.execute(TOUCH)
 
 
-def test_a_database_that_can_not_be_written_is_seen_before_anybody_asks_for_a_change(
+def test_unwritable_database_turns_readiness_red_before_any_change(
     needs_namespaces: None, database: Database, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    journal = SqlJournal(database)
-    journal.check_writable()
+    records = SqlRecords(database)
+    records.check_writable()
     database.note_not_written(ValueError("some time has passed"))
     caplog.clear()
     database.engine.dispose()
@@ -85,51 +85,50 @@ def test_a_database_that_can_not_be_written_is_seen_before_anybody_asks_for_a_ch
             with pytest.raises(
                 RecordsUnavailableError, match="can't be written: attempt to write a readonly"
             ):
-                journal.check_writable()
-    journal.check_writable()
-    journal.launch(lambda _: None)
-    journal.run(iter([Batch(1, 0, [adding("node-1", "10.0.0.2")]), None]).__next__)
-    journal.check_writable()
+                records.check_writable()
+    records.check_writable()
+    records.commit(1, 0, [adding("node-1", "10.0.0.2")])
+    records.check_writable()
     # Once each, however often it was met.
     assert [record.message for record in caplog.records] == ["database_writable"]
 
 
-def test_a_database_that_another_program_holds_keeps_no_health_check_for_long(
+def test_locked_database_does_not_hold_up_health_checks(
     database: Database, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backend.adapters.records.database._TRIAL_TIMEOUT_MS", 50)
-    journal = SqlJournal(database)
+    records = SqlRecords(database)
     other = sqlite3.connect(path, isolation_level=None)
     try:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(RecordsUnavailableError, match="database is locked"):
-            journal.check_writable()
+            records.check_writable()
         other.execute("COMMIT")
-        journal.check_writable()
+        records.check_writable()
         with database.engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == 30_000
     finally:
         other.close()
 
 
-def test_a_server_that_refuses_writes_is_seen_and_named(postgres_database: str) -> None:
+def test_read_only_server_is_found_by_the_check_for_writes(postgres_database: str) -> None:
     database = Database(postgres_database)
-    journal = SqlJournal(database)
+    records = SqlRecords(database)
     try:
         database.migrate()
-        journal.check_writable()
+        records.check_writable()
         name = sa.make_url(postgres_database).database
         with database.engine.begin() as connection:
             connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
         database.engine.dispose()
         database.note_not_written(ValueError("some time has passed"))
         with pytest.raises(RecordsUnavailableError, match="in a read-only transaction"):
-            journal.check_writable()
+            records.check_writable()
     finally:
         database.close()
 
 
-def test_adds_work_as_soon_as_the_database_can_be_written_again(
+def test_provisions_work_again_once_the_database_is_writable(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(

@@ -1,4 +1,4 @@
-"""A token lets in as many nodes as it says: whoever races for it, and whatever happens in between."""
+"""A token admits as many nodes as it has uses, with concurrent clients, failures and kills."""
 
 import asyncio
 import contextlib
@@ -108,10 +108,10 @@ def assert_single_use_tokens_let_one_in_each(service: ServiceProcess, rounds: in
 
 
 @RACES
-def test_of_64_clients_that_race_for_a_single_use_token_one_gets_in(
+def test_single_use_token_admits_one_of_64_clients(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path, races: int
 ) -> None:
-    # An address is held for each who is still in the race.
+    # Each request under way holds an address.
     settings = settings_for(hub_interface, tmp_path, WIREGUARD_IP_POOL="10.0.0.0/22")
     service = with_admin_key(start_service(settings))
     assert_single_use_tokens_let_one_in_each(service, races)
@@ -123,7 +123,7 @@ def test_of_64_clients_that_race_for_a_single_use_token_one_gets_in(
 
 
 @RACES
-def test_of_64_clients_that_race_for_a_single_use_token_one_gets_in_with_postgresql_too(
+def test_single_use_token_admits_one_of_64_clients_on_postgresql(
     hub_interface: HubInterface,
     start_service: StartService,
     tmp_path: Path,
@@ -154,7 +154,7 @@ def service(
     return with_admin_key(start_service(settings_for(hub_interface, tmp_path, **over)))
 
 
-def test_a_token_for_five_lets_five_of_a_crowd_in(
+def test_token_with_five_uses_admits_five_of_many_clients(
     service: ServiceProcess, hub_interface: HubInterface
 ) -> None:
     tokens = [new_token(service, max_uses=5) for _ in range(10)]
@@ -168,7 +168,7 @@ def test_a_token_for_five_lets_five_of_a_crowd_in(
     assert len(assert_in_step(service, hub_interface)) == 50
 
 
-def test_who_looks_at_the_tokens_in_the_middle_of_it_takes_no_use_from_them(
+def test_listing_tokens_during_a_race_loses_no_use(
     service: ServiceProcess, hub_interface: HubInterface
 ) -> None:
     token = new_token(service, max_uses=150)
@@ -196,7 +196,7 @@ def test_who_looks_at_the_tokens_in_the_middle_of_it_takes_no_use_from_them(
     assert len(assert_in_step(service, hub_interface)) == 150
 
 
-def test_the_node_itself_may_ask_again_with_a_token_that_is_used_up_and_nobody_else(
+def test_used_up_token_repeats_the_answer_for_its_own_node_only(
     service: ServiceProcess, hub_interface: HubInterface
 ) -> None:
     token = new_token(service)
@@ -225,7 +225,9 @@ def test_the_node_itself_may_ask_again_with_a_token_that_is_used_up_and_nobody_e
     assert uses(service) == {token_id(token): 1}
 
 
-def test_a_node_that_leaves_takes_its_use_along(service: ServiceProcess, hub_interface: HubInterface) -> None:
+def test_removing_a_node_does_not_return_its_tokens_use(
+    service: ServiceProcess, hub_interface: HubInterface
+) -> None:
     token = new_token(service)
     body = provision_body("node-1")
     service.client.post(PROVISION, json=body, headers=bearer(token)).raise_for_status()
@@ -237,7 +239,7 @@ def test_a_node_that_leaves_takes_its_use_along(service: ServiceProcess, hub_int
     assert assert_in_step(service, hub_interface) == {}
 
 
-def test_a_use_that_the_hub_could_not_honour_is_given_back(
+def test_failed_change_returns_its_tokens_use(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     wg = FailingWg(tmp_path / "bin")
@@ -258,7 +260,7 @@ def test_a_use_that_the_hub_could_not_honour_is_given_back(
     assert set(assert_in_step(service, hub_interface)) == {"node-2"}
 
 
-def test_no_use_is_taken_while_the_interface_is_away(
+def test_missing_interface_costs_a_token_no_use(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = with_admin_key(start_service(settings_for(hub_interface, tmp_path)))
@@ -274,7 +276,7 @@ def test_no_use_is_taken_while_the_interface_is_away(
     assert set(assert_in_step(service, hub_interface)) == {"node-1"}
 
 
-def test_a_use_that_somebody_saw_before_it_was_given_back_is_there_again(
+def test_returned_use_is_usable_even_if_it_was_listed_as_used(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     wg = FailingWg(tmp_path / "bin")
@@ -302,7 +304,7 @@ def test_a_use_that_somebody_saw_before_it_was_given_back_is_there_again(
 
 @dataclass
 class Enroller:
-    """Lets nodes in with a token until nobody answers any more; keeps what it was told."""
+    """Provisions nodes with a token until the service is dead; keeps the answers."""
 
     url: str
     token: str
@@ -329,7 +331,7 @@ def any_refused(enrollers: Sequence[Enroller]) -> bool:
 
 
 @pytest.mark.torture
-def test_killed_under_load_no_token_has_let_in_more_than_were_counted(
+def test_kill_under_load_admits_no_more_nodes_than_the_token_counts(
     hub_interface: HubInterface,
     start_service: StartService,
     tmp_path: Path,

@@ -1,10 +1,13 @@
-"""A `wg` that fails, really: everybody is told, nothing is left, and it goes on when `wg` works again."""
+"""A `wg` that fails: every request is answered, nothing is left behind, and the service recovers."""
 
 import os
 import signal
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.harness.failing_wg import FailingWg
@@ -23,7 +26,7 @@ def service(
 
 
 @pytest.mark.parametrize("mood", ["fails", "lies"])
-def test_a_batch_that_the_interface_refuses_leaves_nothing_anywhere(
+def test_batch_that_wg_refuses_leaves_no_trace(
     service: ServiceProcess, hub_interface: HubInterface, wg: FailingWg, mood: str
 ) -> None:
     for number in range(3):
@@ -54,6 +57,31 @@ def test_a_batch_that_the_interface_refuses_leaves_nothing_anywhere(
     assert len(assert_in_step(service, hub_interface)) == 4
 
 
+def test_a_repeat_is_not_told_success_before_the_first_request_is_live(
+    service: ServiceProcess, wg: FailingWg, tmp_path: Path
+) -> None:
+    """The answer is committed before the hub is told, and taken back where that fails."""
+    body, key = provision_body("node-1"), {"Idempotency-Key": "key"}
+
+    def ask(seconds: float = 60.0) -> int:
+        return service.client.post(PROVISION, json=body, headers=key, timeout=seconds).status_code
+
+    wg.be("held")
+    with (
+        ThreadPoolExecutor(1) as pool,
+        closing(sqlite3.connect(tmp_path / "state" / "provisioning.sqlite")) as records,
+    ):
+        first = pool.submit(ask)
+        eventually(lambda: records.execute("SELECT node_id FROM answers").fetchall() == [("node-1",)])
+        with pytest.raises(httpx.ReadTimeout):
+            ask(1.0)
+        wg.be("fails")
+        assert first.result() == 503
+    assert ask() == 503
+    wg.be("works")
+    eventually(lambda: ask() == 200)
+
+
 @pytest.fixture
 def hasty_service(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path, wg: FailingWg
@@ -65,7 +93,7 @@ def hasty_service(
 @pytest.mark.parametrize(
     "patience", ["hasty_service", pytest.param("service", marks=pytest.mark.torture(only=True))]
 )
-def test_a_wg_that_hangs_is_given_up_in_time_for_a_true_answer(
+def test_hanging_wg_is_given_up_in_time_for_an_answer(
     request: pytest.FixtureRequest, hub_interface: HubInterface, wg: FailingWg, patience: str
 ) -> None:
     service: ServiceProcess = request.getfixturevalue(patience)
@@ -80,7 +108,7 @@ def test_a_wg_that_hangs_is_given_up_in_time_for_a_true_answer(
     assert set(assert_in_step(service, hub_interface)) == {"node-1"}
 
 
-def test_a_stop_in_the_middle_of_a_change_is_no_error_of_the_server(
+def test_stop_in_the_middle_of_a_change_is_not_a_500(
     hasty_service: ServiceProcess, hub_interface: HubInterface, wg: FailingWg
 ) -> None:
     service = hasty_service
@@ -100,7 +128,7 @@ def test_a_stop_in_the_middle_of_a_change_is_no_error_of_the_server(
     assert_in_step(service, hub_interface)
 
 
-def test_a_hub_that_fails_at_the_start_is_brought_up_to_the_records_later(
+def test_interface_that_failed_at_the_start_is_reconciled_later(
     service: ServiceProcess, hub_interface: HubInterface, wg: FailingWg
 ) -> None:
     service.client.post(PROVISION, json=provision_body("node-1")).raise_for_status()

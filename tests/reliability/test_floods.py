@@ -14,29 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from backend.adapters.host.descriptors import Descriptors
-from backend.adapters.http.connections import Connections
+from backend.adapters.http.connections import Connections, divide_descriptors
 from backend.adapters.http.http_protocol import MAX_AHEAD, BoundedProtocol
 from backend.adapters.http.unix_socket import listening_at
 from backend.adapters.wireguard.host_link import HostLinks, interface_exists
 from backend.errors import HubUpdateError
 from tests.harness.patience import eventually
-from tests.harness.requests import provision_body
+from tests.harness.raw_http import Client, HastyProtocol, Server, connections, get, post
+from tests.harness.requests import PROVISION, provision_body
 from tests.harness.service import StartService
 from tests.harness.three_places import settings_for
 from tests.harness.wireguard import HubInterface
-from tests.integration.test_closing_connections import connections
-from tests.integration.test_http_hardening import (
-    PROVISION,
-    Client,
-    HastyProtocol,
-    Server,
-    get,
-    post,
-    settings,
-)
-
-__all__ = ["settings"]
 
 STALLED_SECONDS = 0.5
 LARGE = 4 * 1024 * 1024
@@ -169,8 +157,8 @@ def test_ipv6_sources_count_by_their_64_and_mapped_ones_as_ipv4() -> None:
 
 
 def test_limit_on_descriptors_is_divided() -> None:
-    assert Descriptors.of(8192) == Descriptors(8192, backlog=1024, connections=6912)
-    assert Descriptors.of(1024) == Descriptors(1024, backlog=128, connections=640)
+    assert divide_descriptors(8192) == (1024, 6912)
+    assert divide_descriptors(1024) == (128, 640)
 
 
 def test_service_raises_its_limit_on_descriptors(

@@ -1,4 +1,4 @@
-"""Records that were lost, new or restored: no start takes the hub's peers away by itself."""
+"""Records that were lost, new or restored: no start removes the hub's peers by itself."""
 
 import json
 import sqlite3
@@ -37,7 +37,7 @@ def test_records_switched_from_memory_to_disk_keep_every_peer(
     assert len(assert_in_step(service, hub_interface)) == 9
 
 
-def test_records_in_memory_and_back_pause_the_service_only_where_something_changed(
+def test_switching_to_memory_and_back_pauses_only_after_changes(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -64,7 +64,7 @@ def test_records_in_memory_and_back_pause_the_service_only_where_something_chang
 
 
 @pytest.mark.parametrize("away", ["moved", "deleted"])
-def test_a_state_directory_that_is_lost_takes_no_peer_off_the_hub(
+def test_lost_state_directory_removes_no_peer_from_the_hub(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path, away: str
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -83,7 +83,7 @@ def test_a_state_directory_that_is_lost_takes_no_peer_off_the_hub(
     assert assert_in_step(service, hub_interface) == before
 
 
-def test_an_adopted_peer_is_told_to_no_token_alone_and_gets_its_identity_from_an_operator(
+def test_token_alone_learns_nothing_of_an_adopted_peer_and_an_operator_sets_its_identity(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     settings = settings_for(hub_interface, tmp_path)
@@ -139,7 +139,7 @@ def test_records_older_than_the_hub_pause_the_service_and_remove_no_peer(
     assert len(hub_interface.peers()) == 12
 
 
-def test_an_operator_adopts_what_restored_records_do_not_know(
+def test_operator_adopts_peers_that_restored_records_lack(
     restored: tuple[ServiceProcess, dict[str, str]], hub_interface: HubInterface
 ) -> None:
     service, before = restored
@@ -159,7 +159,7 @@ def test_an_operator_adopts_what_restored_records_do_not_know(
     assert ("hub_paused", "service") in actors
 
 
-def test_an_operator_takes_off_what_restored_records_do_not_know(
+def test_operator_removes_peers_that_restored_records_lack(
     restored: tuple[ServiceProcess, dict[str, str]], hub_interface: HubInterface
 ) -> None:
     service, before = restored
@@ -176,7 +176,7 @@ def test_an_operator_takes_off_what_restored_records_do_not_know(
     assert assert_in_step(service, hub_interface) == left
 
 
-def test_a_decision_without_a_cause_is_refused(
+def test_decision_is_refused_where_nothing_waits_for_one(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -214,11 +214,11 @@ def test_peers_that_only_the_interface_has_are_adopted_under_names_of_their_own(
     assert key in hub_interface.peers()
 
 
-def test_a_removal_on_the_record_is_carried_out_after_kill_9_however_many_it_takes(
+def test_recorded_removals_are_carried_out_after_a_kill_however_many(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(
-        settings_for(hub_interface, tmp_path), module=("tests.harness.dying_service", "after-intent")
+        settings_for(hub_interface, tmp_path), module=("tests.harness.dying_service", "after-commit")
     )
     provision(service, *names(0, 10))
     connection = sqlite3.connect(tmp_path / "state" / "provisioning.sqlite")
@@ -230,13 +230,10 @@ def test_a_removal_on_the_record_is_carried_out_after_kill_9_however_many_it_tak
     service.wait_exit()
     dying.unlink()
     # As if the batch had held eight.
-    for number in range(1, 8):
-        connection.execute(
-            "INSERT INTO removed_peers SELECT wireguard_public_key, node_id, generation, provisioned_at "
-            "FROM peers WHERE node_id = ?",
-            [f"node-{number}"],
-        )
-        connection.execute("DELETE FROM peers WHERE node_id = ?", [f"node-{number}"])
+    connection.execute(
+        "UPDATE peers SET state = 'removing', generation = (SELECT generation FROM hubs) "
+        "WHERE node_id < 'node-8'"
+    )
     connection.commit()
     connection.close()
     assert len(hub_interface.peers()) == 10
@@ -244,7 +241,7 @@ def test_a_removal_on_the_record_is_carried_out_after_kill_9_however_many_it_tak
     assert set(assert_in_step(service, hub_interface)) == {"node-8", "node-9"}
 
 
-def test_blocks_of_ours_that_come_into_the_config_while_it_runs_wait_for_an_operator(
+def test_managed_blocks_pasted_into_a_running_config_wait_for_an_operator(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -267,7 +264,7 @@ def test_blocks_of_ours_that_come_into_the_config_while_it_runs_wait_for_an_oper
     assert_in_step(service, hub_interface)
 
 
-def test_an_audit_log_that_lost_a_revocation_is_said_at_the_start_and_by_verify(
+def test_audit_log_that_lost_a_revocation_is_reported_at_the_start_and_by_verify(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))

@@ -1,4 +1,4 @@
-"""What an operator decides where the records don't fit the hub, and what must not come in between."""
+"""An operator decides about records that don't match the hub, and nothing interferes meanwhile."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from tests.harness.three_places import assert_in_step, in_file, settings_for
 from tests.harness.wireguard import HubInterface
 
 
-def test_nodes_that_ask_again_and_again_do_not_get_in_the_way_of_an_adoption(
+def test_repeated_requests_do_not_disturb_an_adoption(
     restored: tuple[ServiceProcess, dict[str, str]], hub_interface: HubInterface
 ) -> None:
     service, before = restored
@@ -54,7 +54,7 @@ def test_nodes_that_ask_again_and_again_do_not_get_in_the_way_of_an_adoption(
 
 
 @pytest.mark.parametrize("then", ["in memory before", "in memory in between"])
-def test_records_that_are_new_go_on_from_what_the_hub_has_reached_also_without_peers(
+def test_new_records_continue_from_the_hubs_generation_even_without_peers(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path, then: str
 ) -> None:
     settings = settings_for(hub_interface, tmp_path)
@@ -79,7 +79,7 @@ def test_records_that_are_new_go_on_from_what_the_hub_has_reached_also_without_p
     assert assert_in_step(service, hub_interface) == before
 
 
-def test_new_records_beside_peers_that_only_the_interface_has_wait_for_a_decision(
+def test_peers_on_the_interface_alone_wait_for_a_decision(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     for number in range(8):
@@ -93,7 +93,7 @@ def test_new_records_beside_peers_that_only_the_interface_has_wait_for_a_decisio
     assert len(assert_in_step(service, hub_interface)) == 8
 
 
-def test_peers_that_came_back_after_their_removal_are_not_lost_with_records_from_in_between(
+def test_records_from_between_a_removal_and_a_return_do_not_remove_the_peer(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))

@@ -1,4 +1,4 @@
-"""A change that the disk refuses: no tunnel notices it, however often it is asked for again."""
+"""A change that the disk refuses never touches a tunnel, however often it is repeated."""
 
 import itertools
 import shutil
@@ -75,7 +75,7 @@ def written(calls: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["full", "out of inodes", "immutable directory"])
-def test_a_change_that_the_disk_refuses_touches_no_tunnel(
+def test_full_disk_refuses_a_change_without_touching_the_interface(
     hub_interface: HubInterface, start_service: StartService, disk: Disk, calls: Path, how: str
 ) -> None:
     path = hub_interface.config_path
@@ -112,7 +112,7 @@ def test_a_change_that_the_disk_refuses_touches_no_tunnel(
     assert set(assert_in_step(service, hub_interface)) == {"node-1", "node-2"}
 
 
-def test_an_immutable_config_is_said_and_touches_no_tunnel(
+def test_immutable_config_is_reported_without_touching_the_interface(
     hub_interface: HubInterface, start_service: StartService, disk: Disk, calls: Path
 ) -> None:
     path = hub_interface.config_path

@@ -1,4 +1,4 @@
-"""What is left after the process died: all that was acknowledged, and nothing that was not asked for."""
+"""After the process died: each acknowledged change is there, and nothing else."""
 
 import random
 import re
@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -23,7 +24,7 @@ from tests.harness.wireguard import HubInterface
 CLIENTS: Final = 16
 
 
-def test_a_restart_after_kill_9_forgets_nothing(
+def test_restart_after_a_kill_keeps_every_peer(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -43,7 +44,7 @@ def test_a_restart_after_kill_9_forgets_nothing(
     assert len(assert_in_step(service, hub_interface)) == 51
 
 
-def test_state_is_for_its_owner_alone(
+def test_state_directory_is_private(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))
@@ -68,7 +69,7 @@ class Client:
     answers: int = 0
 
     def work(self) -> None:
-        """Add and delete until nobody answers any more."""
+        """Add and delete until the service is dead."""
         chance = random.Random(self.seed)  # noqa: S311 - not a secret
         with httpx.Client(
             base_url=self.service.url,
@@ -102,7 +103,7 @@ class Client:
 
 
 @pytest.mark.torture
-def test_killed_under_load_keeps_every_promise(
+def test_kill_under_load_loses_no_acknowledged_change(
     hub_interface: HubInterface,
     start_service: StartService,
     tmp_path: Path,
@@ -151,17 +152,22 @@ def _workflows(directory: Path) -> list[str]:
     return [status for (status,) in rows]
 
 
+def _states(directory: Path) -> dict[str, str]:
+    with closing(sqlite3.connect(directory / "state" / "provisioning.sqlite")) as connection:
+        return dict(connection.execute("SELECT node_id, state FROM peers"))
+
+
 @pytest.mark.parametrize(
     ("moment", "there"),
-    [("before-intent", False), ("after-intent", True), ("after-apply", True), ("before-revocation", True)],
+    [("before-commit", False), ("after-commit", True), ("after-apply", True), ("before-compensation", True)],
 )
-def test_a_process_that_dies_inside_a_batch_leaves_a_clean_state_to_the_next(
+def test_process_killed_inside_a_batch_leaves_a_consistent_state(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path, moment: str, there: bool
 ) -> None:
     settings = settings_for(hub_interface, tmp_path)
     module = ("tests.harness.dying_service", moment)
     failing = None
-    if moment == "before-revocation":
+    if moment == "before-compensation":
         failing = tmp_path / "bin"
         failing.mkdir()
         script = failing / "wg"
@@ -182,9 +188,11 @@ def test_a_process_that_dies_inside_a_batch_leaves_a_clean_state_to_the_next(
         dying.client.post(PROVISION, json=new)
     dying.wait_exit()
     (dying.directory / "die").unlink()
+    assert _states(tmp_path).get("new") == ("pending" if there else None)
 
     service = start_service(settings)
     assert set(assert_in_step(service, hub_interface)) == {"kept", "gone"} | ({"new"} if there else set())
+    eventually(lambda: set(_states(tmp_path).values()) == {"active"})
     # What DBOS takes up again must find its work done, and come to an end.
     eventually(lambda: set(_workflows(tmp_path)) == {"SUCCESS"})
     before = assert_in_step(service, hub_interface)
@@ -196,23 +204,32 @@ def test_a_process_that_dies_inside_a_batch_leaves_a_clean_state_to_the_next(
     assert set(assert_in_step(service, hub_interface)) == {"kept", "new"}
 
 
+@pytest.mark.parametrize("moment", ["after-commit", "after-apply"])
 def test_a_deletion_that_the_process_did_not_survive_is_brought_to_its_end(
-    hub_interface: HubInterface, start_service: StartService, tmp_path: Path
+    hub_interface: HubInterface, start_service: StartService, tmp_path: Path, moment: str
 ) -> None:
     settings = settings_for(hub_interface, tmp_path)
-    dying = start_service(settings, module=("tests.harness.dying_service", "after-intent"))
-    for name in ("kept", "gone"):
-        dying.client.post(PROVISION, json=provision_body(name)).raise_for_status()
+    dying = start_service(settings, module=("tests.harness.dying_service", moment))
+    kept, gone = provision_body("kept"), provision_body("gone")
+    for body in (kept, gone):
+        dying.client.post(PROVISION, json=body).raise_for_status()
+    before = assert_in_step(dying, hub_interface)
     (dying.directory / "die").touch()
     with pytest.raises(httpx.TransportError):
         dying.client.delete(f"{PEERS}/gone")
     dying.wait_exit()
+    assert _states(tmp_path)["gone"] == "removing"
+    assert (gone["wireguard_public_key"] in hub_interface.peers()) == (moment == "after-commit")
     service = start_service(settings)
     assert set(assert_in_step(service, hub_interface)) == {"kept"}
     assert listed(service).keys() == {"kept"}
+    assert _states(tmp_path) == {"kept": "active"}
+    # Name, key and address can be had again.
+    assert service.client.post(PROVISION, json=gone).status_code == 200
+    assert assert_in_step(service, hub_interface) == before
 
 
-def test_a_second_process_on_the_same_file_stops_at_once_and_harms_nothing(
+def test_second_process_on_the_same_config_stops_and_changes_nothing(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     settings = settings_for(hub_interface, tmp_path)
@@ -240,7 +257,7 @@ def _copy(path: Path, directory: Path) -> Path:
     return copy
 
 
-def test_of_two_blocks_of_ours_for_one_address_the_later_stays_as_on_the_interface(
+def test_of_two_managed_blocks_with_one_address_the_later_wins_as_it_does_in_wg(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     settings = settings_for(hub_interface, tmp_path, ENABLE_DBOS="false")
@@ -255,7 +272,7 @@ def test_of_two_blocks_of_ours_for_one_address_the_later_stays_as_on_the_interfa
     assert "unknown_peers_removed" not in service.log
 
 
-def test_without_durable_records_the_file_is_what_is_remembered(
+def test_without_durable_records_peers_are_read_from_the_file(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path, ENABLE_DBOS="false"))
@@ -274,7 +291,7 @@ def test_without_durable_records_the_file_is_what_is_remembered(
     assert assert_in_step(service, hub_interface) == {"node-2": "10.0.0.3"}
 
 
-def test_a_stop_that_was_asked_for_finishes_what_was_accepted(
+def test_sigterm_finishes_accepted_requests(
     hub_interface: HubInterface, start_service: StartService, tmp_path: Path
 ) -> None:
     service = start_service(settings_for(hub_interface, tmp_path))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from backend.errors import HubUpdateError
-from backend.models.trusted_paths import is_trusted
+from backend.models.trusted_paths import problem_with
 
 _TIMEOUT_SECONDS: Final = 15.0
 _LONGEST_REASON: Final = 500
@@ -172,8 +172,7 @@ class Running:
 
 def query(command: Sequence[str]) -> list[dict[str, Any]]:
     """Run `ip -json ...`, which prints nothing at all for an empty list."""
-    text = run(command)
-    found: list[dict[str, Any]] = json.loads(text) if text.strip() else []
+    found: list[dict[str, Any]] = json.loads(run(command).strip() or "[]")
     return found
 
 
@@ -194,7 +193,7 @@ def obstacles() -> list[str]:
 
 
 def _which(name: str) -> str | None:
-    return next((str(path) for path in _installed(name) if is_trusted(path)), None)
+    return next((str(path) for path in _installed(name) if problem_with(path) is None), None)
 
 
 def _installed(name: str) -> Iterator[Path]:

@@ -2,15 +2,19 @@
 
 uvicorn limits none of it. A client that sends requests and never reads the answers keeps a descriptor, and
 the memory of what was written for it, without an end: to close its connection waits until that is read.
+
+Each connection takes a file descriptor. A process starts with a soft limit of 1024 on most systems.
 """
 
 import array
 import asyncio
 import fcntl
 import logging
+import resource
 import socket
 import struct
 import termios
+from collections import Counter
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final, Protocol, Self
@@ -19,6 +23,12 @@ from backend.models.access.sources import network_of
 
 log = logging.getLogger(__name__)
 
+# File descriptors: for 4096 connections, as many that were accepted at once and aren't counted yet, and the
+# reserve.
+_WANTED: Final = 8192
+# For `wg`, the database, the config and other files: some 60 are in use at a time.
+_RESERVE: Final = 256
+_MOST_BACKLOG: Final = 1024
 STALLED_SECONDS: Final = 10.0
 # All connections are checked so many times in STALLED_SECONDS.
 _LOOKS: Final = 10
@@ -60,7 +70,7 @@ class Connections:
         self._most_of_one_source = most_of_one_source
         self._stalled_seconds = stalled_seconds
         self._open: dict[Connection, _Open] = {}
-        self._of_source: dict[str, int] = {}
+        self._of_source: Counter[str] = Counter()
         self._looking: asyncio.TimerHandle | None = None
         self._refused = 0
         self._log_again_at = float("-inf")
@@ -107,10 +117,9 @@ class Connections:
             return None
         self._forget_source(known)
         if source is not None:
-            count = self._of_source.get(source, 0)
-            if count >= self._most_of_one_source:
+            if self._of_source[source] >= self._most_of_one_source:
                 return self._refuse(HTTPStatus.TOO_MANY_REQUESTS, address)
-            self._of_source[source] = count + 1
+            self._of_source[source] += 1
             known.source = source
         return None
 
@@ -121,14 +130,11 @@ class Connections:
             self._forget_source(known)
 
     def _forget_source(self, known: _Open) -> None:
-        source, known.source = known.source, None
-        if source is None:
-            return
-        count = self._of_source[source] - 1
-        if count:
-            self._of_source[source] = count
-        else:
-            del self._of_source[source]
+        if known.source is not None:
+            self._of_source[known.source] -= 1
+            if not self._of_source[known.source]:
+                del self._of_source[known.source]
+            known.source = None
 
     def _refuse(self, status: HTTPStatus, address: str | None) -> HTTPStatus:
         self._refused += 1
@@ -168,6 +174,28 @@ class Connections:
             known.unread = unread
         if self._open:
             self._look_later()
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit (getrlimit(2)) as far as it is of use and allowed; return what it is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED if hard == resource.RLIM_INFINITY else min(_WANTED, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):  # a system call filter may refuse it
+            return soft
+    return wanted
+
+
+def divide_descriptors(limit: int) -> tuple[int, int]:
+    """Return how many connections may wait to be accepted, and how many may be open.
+
+    The kernel completes those that wait, and all of them may be accepted at once. What neither takes is the
+    reserve.
+    """
+    backlog = min(_MOST_BACKLOG, limit // 8)
+    return backlog, limit - backlog - min(_RESERVE, limit // 4)
 
 
 def _undelivered(handle: Any) -> int:

@@ -1,16 +1,11 @@
-"""Credentials, audit log, answers and nonces in the records' database, each call a transaction of its own."""
+"""Credentials, audit log, answers and nonces in the records' database: each call is a transaction."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-
-import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from datetime import UTC, datetime
 
 from backend.adapters.records import audit, credentials, idempotency
 from backend.adapters.records.database import Database
-from backend.errors import RecordsUnavailableError
-from backend.models.access.answers import ANSWERS_KEPT, Answer
+from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord, verify
 from backend.models.access.credentials import Credential
 
@@ -20,28 +15,27 @@ class SqlAccessStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._engine = database.engine
 
     def load_credentials(self) -> tuple[int, list[Credential]]:
         """Return every credential, and their version."""
-        with self._reading() as connection:
-            # The version first: what is made in between is then found at the next look.
+        with self._database.reading() as connection:
+            # The version first: a credential that is made in between is then found at the next look.
             return credentials.credentials_version(connection), credentials.load_credentials(connection)
 
     def credentials_version(self) -> int:
-        """Return a number that is another one after each credential that was made or revoked."""
-        with self._reading() as connection:
+        """Return the number that changes whenever a credential is made or revoked."""
+        with self._database.reading() as connection:
             return credentials.credentials_version(connection)
 
     def keep_credential(self, credential: Credential, event: AuditEvent) -> None:
         """Keep a new credential."""
-        with self._writing() as connection:
+        with self._database.transaction() as connection:
             credentials.insert_credential(connection, credential)
             audit.append_audit(connection, [event])
 
     def revoke_credential(self, credential_id: str, event: AuditEvent) -> Credential | None:
         """Revoke a credential at the event's time and return it, or None if there is none."""
-        with self._writing() as connection:
+        with self._database.transaction() as connection:
             revoked = credentials.revoke_credential(connection, credential_id, event.at)
             if revoked is not None:
                 audit.append_audit(connection, [event])
@@ -49,13 +43,13 @@ class SqlAccessStore:
 
     def write(self, events: Sequence[AuditEvent], used: Mapping[str, datetime]) -> None:
         """Append to the audit log, and note when credentials were used last."""
-        with self._writing() as connection:
+        with self._database.transaction() as connection:
             credentials.note_used(connection, used)
             audit.append_audit(connection, events)
 
     def audit_page(self, query: AuditQuery) -> list[AuditRecord]:
         """Return rows of the audit log, the newest first."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return audit.list_audit(connection, query)
 
     def verify_audit(self) -> tuple[str | None, tuple[int, str], tuple[int, str]]:
@@ -63,19 +57,19 @@ class SqlAccessStore:
 
         They are the sequences and hashes of its last row and of the last row that was pruned.
         """
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             audit.hold_still(connection)
             head, start = audit.audit_head(connection), audit.audit_start(connection)
             return verify(audit.iterate_audit(connection), head, start), head, start
 
     def prune_audit(self, before: datetime, limit: int, event: AuditEvent) -> int:
         """Delete the oldest rows of the audit log, at most `limit`, all from before a moment; count them."""
-        with self._writing() as connection:
+        with self._database.transaction() as connection:
             return audit.prune(connection, before, limit, event)
 
     def audit_until(self, before: datetime) -> Iterator[AuditRecord]:
         """Read the rows that `prune_audit` would delete, in order, as they are at one moment."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             audit.hold_still(connection)
             for record in audit.iterate_audit(connection):
                 if record.event.at >= before:
@@ -84,34 +78,10 @@ class SqlAccessStore:
 
     def find_answer(self, scope: str, key_hash: str) -> Answer | None:
         """Return what was answered to this key within the last 24 hours."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return idempotency.find_answer(connection, scope, key_hash)
 
     def tidy(self, now: datetime | None = None) -> None:
         """Delete the stored answers and nonces that are no longer needed at a moment, by default this one."""
-        now = now or datetime.now(UTC)
-        with self._writing() as connection:
-            idempotency.forget_answers_before(connection, now - ANSWERS_KEPT)
-            # A second more than it can be sent again: clocks are compared in whole seconds.
-            idempotency.forget_nonces_before(connection, now - timedelta(seconds=1))
-
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
-        self._database.require()
-        try:
-            with self._engine.connect() as connection:
-                yield connection
-        except SQLAlchemyError as exc:
-            raise RecordsUnavailableError("the records can't be read; check the database") from exc
-
-    @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        self._database.require()
-        self._database.check_file()
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except SQLAlchemyError as exc:
-            raise RecordsUnavailableError("the records can't be written; check the database") from exc
-        # A commit to a file that was moved or deleted meanwhile succeeds, and is lost with it.
-        self._database.check_file()
+        with self._database.transaction() as connection:
+            idempotency.tidy(connection, now or datetime.now(UTC))

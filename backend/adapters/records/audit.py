@@ -6,6 +6,7 @@ Every function runs in its caller's transaction. `access_state` is locked behind
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Final
 
 import sqlalchemy as sa
@@ -109,19 +110,17 @@ def list_audit(connection: sa.Connection, query: AuditQuery) -> list[AuditRecord
     statement = sa.select(audit).order_by(audit.c.sequence.desc()).limit(query.limit)
     if query.before is not None:
         statement = statement.where(audit.c.sequence < query.before)
-    if query.action is not None:
-        statement = statement.where(audit.c.action == query.action.value)
-    if query.actor is not None:
-        statement = statement.where(audit.c.actor == query.actor)
-    if query.subject is not None:
-        statement = statement.where(audit.c.subject == query.subject)
+    wanted = {"action": query.action, "actor": query.actor, "subject": query.subject}
+    for name, value in wanted.items():
+        if value is not None:
+            statement = statement.where(audit.c[name] == str(value))
     return [_record(row) for row in connection.execute(statement).mappings()]
 
 
 def hold_still(connection: sa.Connection) -> None:
-    """Let everything that this transaction reads be of one moment. Only reads, and nothing before it.
+    """Have the transaction read everything as of one moment. Comes first in it; only reads may follow.
 
-    Without it the log's end may have moved on between its head and its rows.
+    Otherwise the log may grow between the reads of its head and of its rows.
     """
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN")
@@ -130,7 +129,7 @@ def hold_still(connection: sa.Connection) -> None:
 
 
 def audit_head(connection: sa.Connection) -> tuple[int, str]:
-    """Return the sequence and the hash of the audit log's last row, as they are kept apart from it."""
+    """Return the sequence and the hash of the audit log's last row, which are stored apart from it."""
     row = connection.execute(sa.select(access_state.c.audit_sequence, access_state.c.audit_hash)).one()
     return row.audit_sequence, row.audit_hash
 
@@ -144,10 +143,10 @@ def audit_start(connection: sa.Connection) -> tuple[int, str]:
 
 
 def prune(connection: sa.Connection, before: datetime, limit: int, event: AuditEvent) -> int:
-    """Delete the oldest rows, at most `limit`, all of them from before a moment; return how many there were.
+    """Delete the oldest rows from before a moment, at most `limit`; return their number.
 
-    The log ends then with a row that says so: `event`, with the last row's sequence and hash. The chain
-    holds it, so the log's start can't be moved without it.
+    A row about that is appended: `event`, with the last deleted row's sequence and hash. It is part of the
+    chain, so the log's start can't be moved without such a row.
     """
     cutoff = timestamp(before)
     if not _older(connection, cutoff, 1):
@@ -168,18 +167,14 @@ def prune(connection: sa.Connection, before: datetime, limit: int, event: AuditE
 
 
 def _older(connection: sa.Connection, cutoff: str, limit: int) -> list[tuple[int, str]]:
-    """Return sequence and hash of the oldest rows, up to the first that isn't from before the cutoff."""
-    found = []
-    for sequence, at, own_hash in connection.execute(_OLDEST, {"number": limit}).all():
-        # As text, which is in the order of time: `timestamp` has one spelling.
-        if str(at) >= cutoff:
-            break
-        found.append((sequence, own_hash))
-    return found
+    """Return sequence and hash of the oldest rows, up to the first that is as new as the cutoff."""
+    rows = connection.execute(_OLDEST, {"number": limit}).all()
+    # As text, which is in the order of time: `timestamp` has one spelling.
+    return [(row.sequence, row.hash) for row in takewhile(lambda row: str(row.at) < cutoff, rows)]
 
 
 def audit_hash(connection: sa.Connection, sequence: int) -> str | None:
-    """Return the hash of a row of the audit log, PRUNED for a pruned one, None where there is no such row.
+    """Return the hash of a row of the audit log, PRUNED for a pruned row, None where there is no such row.
 
     The hash of the last row that was pruned is still known.
     """
@@ -192,7 +187,7 @@ def audit_hash(connection: sa.Connection, sequence: int) -> str | None:
 def iterate_audit(connection: sa.Connection) -> Iterator[AuditRecord]:
     """Read the whole audit log in order, some rows at a time.
 
-    What was changed into something that is never written comes as UNREADABLE, and so isn't missing.
+    A row that was changed into values that are never written is returned as UNREADABLE.
     """
     statement = sa.select(audit).order_by(audit.c.sequence)
     # Closed also where the caller stops early: PostgreSQL keeps the rest of the result until then.

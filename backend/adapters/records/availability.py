@@ -18,28 +18,20 @@ class Availability:
         """Begin with a database that is there. `lost` and `found` are the events in the log."""
         self._database = database
         self._events = lost, found
-        self._lock = Lock()  # guards _reason, so that each line is written once
-        self._reason: str | None = None
-        self._found_at = float("-inf")
-
-    @property
-    def reason(self) -> str | None:
-        """Why it is known not to, or None."""
-        return self._reason
-
-    @property
-    def found_at(self) -> float:
-        """When it was found again, by time.monotonic()."""
-        return self._found_at
+        self._lock = Lock()  # guards `reason`, so that each line is written once
+        # Why it is known not to, or None.
+        self.reason: str | None = None
+        # When it was found again, by time.monotonic().
+        self.found_at = float("-inf")
 
     def is_settled(self) -> bool:
         """Say whether the database answers, and so for some time: who had it open has noticed by then."""
-        return self._reason is None and time.monotonic() - self._found_at > _SETTLED_SECONDS
+        return self.reason is None and time.monotonic() - self.found_at > _SETTLED_SECONDS
 
     def lost(self, reason: str) -> None:
         """Note that it doesn't, and why."""
         with self._lock:
-            known, self._reason = self._reason, reason
+            known, self.reason = self.reason, reason
         if known is None:
             log.error(
                 self._events[0],
@@ -48,10 +40,10 @@ class Availability:
 
     def found(self) -> None:
         """Note that it does."""
-        if self._reason is None:
+        if self.reason is None:
             return
         with self._lock:
-            known, self._reason = self._reason, None
-            self._found_at = time.monotonic()
+            known, self.reason = self.reason, None
+            self.found_at = time.monotonic()
         if known is not None:
             log.info(self._events[1], extra={"database": self._database})

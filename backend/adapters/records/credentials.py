@@ -34,18 +34,17 @@ credentials: Final = sa.Table(
     sa.Column("ephemeral", sa.Boolean(), nullable=False, default=False),
     sa.Column("revoked_at", UtcDateTime(), nullable=True),
     sa.Column("last_used_at", UtcDateTime(), nullable=True),
-    # A token is counted and a key has a role; what is neither lets nobody in.
+    # A token has a number of uses and a key has a role; no other row is a credential.
     sa.CheckConstraint(
         "(kind = 'token' AND role IS NULL AND max_uses IS NOT NULL) OR "
         "(kind = 'key' AND role IS NOT NULL AND role IN ('read', 'operate', 'admin') AND max_uses IS NULL)",
         name="kind",
     ),
-    # The last word on how often a token is used.
+    # Decides how often a token is used.
     sa.CheckConstraint("uses >= 0 AND (max_uses IS NULL OR uses <= max_uses)", name="uses"),
 )
 
-# One row: whether the credentials are still those that were read, where the audit log ends, and the last row
-# of it that was pruned.
+# One row: the credentials' version, the audit log's last row, and the last of its rows that was pruned.
 access_state: Final = sa.Table(
     "access_state",
     metadata,
@@ -119,7 +118,7 @@ def load_credentials(connection: sa.Connection) -> list[Credential]:
 
 
 def credentials_version(connection: sa.Connection) -> int:
-    """Return a number that is another one after each credential that was made or revoked."""
+    """Return the number that changes whenever a credential is made or revoked."""
     version: int = connection.execute(sa.select(access_state.c.credentials_version)).scalar_one()
     return version
 
@@ -134,37 +133,27 @@ def insert_credential(connection: sa.Connection, credential: Credential) -> None
 
 
 def revoke_credential(connection: sa.Connection, credential_id: str, at: datetime) -> Credential | None:
-    """Revoke a credential and return it, or None if there is none; what was revoked before stays so."""
-    revoked = (
-        connection.execute(
-            sa.update(credentials)
-            .where(credentials.c.id == credential_id, credentials.c.revoked_at.is_(None))
-            .values(revoked_at=at)
-            .returning(credentials)
-        )
-        .mappings()
-        .one_or_none()
+    """Revoke a credential and return it, or None if there is none. An earlier revocation keeps its time."""
+    revoked = connection.execute(
+        sa.update(credentials)
+        .where(credentials.c.id == credential_id, credentials.c.revoked_at.is_(None))
+        .values(revoked_at=at)
     )
-    if revoked is not None:
+    if revoked.rowcount:
         connection.execute(_BUMP_VERSION)
-        return _credential(revoked)
-    found = (
-        connection.execute(sa.select(credentials).where(credentials.c.id == credential_id))
-        .mappings()
-        .one_or_none()
-    )
-    return None if found is None else _credential(found)
+    found = connection.execute(sa.select(credentials).where(credentials.c.id == credential_id)).mappings()
+    return next(map(_credential, found), None)
 
 
 def note_used(connection: sa.Connection, used: Mapping[str, datetime]) -> None:
-    """Note when credentials were used last; a later note stays."""
+    """Record when credentials were used last; a later time that is recorded already stays."""
     if used:
         rows = [{"credential": name, "moment": used[name]} for name in sorted(used)]
         connection.execute(_NOTE_USED, rows)
 
 
 def count_uses(connection: sa.Connection, wanted: Mapping[str, int], now: datetime) -> dict[str, int]:
-    """Count uses of tokens and return how many of those wanted each one had left.
+    """Count uses of tokens; return how many of the wanted uses each token was granted.
 
     A token that is unknown, revoked or expired by now has none.
     """
@@ -174,7 +163,7 @@ def count_uses(connection: sa.Connection, wanted: Mapping[str, int], now: dateti
         if number > 0:
             by_number.setdefault(number, []).append(token)
     if len(wanted) > 1 and connection.dialect.name == "postgresql":
-        # One UPDATE locks its rows in any order, and could wait for another that waits for it.
+        # One UPDATE locks its rows in any order: two of them could wait for each other.
         connection.execute(_LOCK_TOKENS, {"tokens": list(wanted), "now": now})
     for number, tokens in by_number.items():
         values = {"tokens": tokens, "number": number, "now": now}
@@ -192,7 +181,7 @@ def count_uses(connection: sa.Connection, wanted: Mapping[str, int], now: dateti
 
 
 def return_uses(connection: sa.Connection, counts: Mapping[str, int]) -> None:
-    """Give uses back that `count_uses` has counted, where what they were for did not happen."""
+    """Give uses back that `count_uses` has counted for changes that were compensated."""
     rows = [{"token": token, "number": counts[token]} for token in sorted(counts) if counts[token] > 0]
     if rows:
         connection.execute(_RETURN_USES, rows)

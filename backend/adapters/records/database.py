@@ -1,11 +1,9 @@
 """The database's engine, its exclusive use, and its schema brought up to date."""
 
-import os
-import shlex
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,17 +13,17 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from backend.adapters.host.lock_file import LockFile
 from backend.adapters.records import sqlite
 from backend.adapters.records.availability import Availability
-from backend.adapters.records.database_file import DatabaseFile
-from backend.adapters.records.migration_copy import copy_before_migration
 from backend.adapters.records.postgresql import NOTHING_CHANGED, PostgreSQL, said, without_timeouts
+from backend.adapters.records.sqlite import SqliteFile
 from backend.errors import InUseError, RecordsUnavailableError, StartRefusedError
-from backend.models.trusted_paths import make_private_directory, require_trusted_file
 
+# The database is away, locked, full or read-only.
+_NOT_WRITTEN: Final = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # A database that lives as long as the process.
 IN_MEMORY: Final = "sqlite:///:memory:"
@@ -36,8 +34,6 @@ _WRITTEN_SECONDS: Final = 1.0
 _MIGRATION_SECONDS: Final = 3.0
 # DBOS keeps about five connections busy for a moment while a datasource transaction holds another.
 _POOL_SIZE: Final = 10
-# A batch with its workflow, and SQLite's write-ahead log when it's checkpointed.
-_ROOM_BYTES: Final = 4 * 1024 * 1024
 
 
 class Database:
@@ -49,28 +45,26 @@ class Database:
     def __init__(self, url: str, *, exclusive: bool = True, copies: Path | None = None) -> None:
         """Open it. `copies` is where a SQLite file is copied to before a migration; by default, beside it."""
         self.url = sa.make_url(url)
+        # Without the query, too: a password may stand there.
+        self.name = self.url.set(query={}).render_as_string(hide_password=True)
+        # False where it lives as long as the process.
+        self.durable = url != IN_MEMORY
         self._copies = copies
         self._exclusive = exclusive
-        self.availability = Availability(self._name())
-        self.writability = Availability(self._name(), "database_not_writable", "database_writable")
+        self.availability = Availability(self.name)
+        self.writability = Availability(self.name, "database_not_writable", "database_writable")
         self._written_at = float("-inf")
-        self._stack = ExitStack()
-        # Where the database is a file of this host's.
-        self._file: DatabaseFile | None = None
-        self._directory: Path | None = None
-        # Where it is a server's.
+        self._file: SqliteFile | None = None
         self._server: PostgreSQL | None = None
-        if url == IN_MEMORY:
-            self.engine = sqlite.open_memory()
-        elif self.url.get_backend_name() == "sqlite":
-            self.engine = self._open_sqlite()
-        else:
-            self.engine = self._open_postgresql()
-
-    @property
-    def durable(self) -> bool:
-        """False where it lives as long as the process."""
-        return self._file is not None or self._server is not None
+        with ExitStack() as stack:
+            if not self.durable:
+                self.engine = sqlite.open_memory()
+            elif self.url.get_backend_name() == "sqlite":
+                self.engine = self._open_sqlite(stack)
+            else:
+                self.engine = self._open_postgresql(stack)
+            stack.callback(self.engine.dispose)
+            self._stack = stack.pop_all()
 
     def note_written(self) -> None:
         """Have it known that something was committed just now."""
@@ -84,35 +78,66 @@ class Database:
             self.writability.lost(said(exc))
 
     @contextmanager
-    def trial(self) -> Iterator[sa.Connection | None]:
-        """Yield a connection for a write that shows whether the next one would succeed.
+    def writing(self) -> Iterator[None]:
+        """Raise RecordsUnavailableError for what says nothing of what is written, and have the log say it."""
+        try:
+            yield
+        except _NOT_WRITTEN as exc:
+            self.note_not_written(exc)
+            raise RecordsUnavailableError("the records can't be written; check the database") from None
 
-        It waits no longer than a health check may. None where something was written a moment ago.
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """Yield a connection to read by; raise RecordsUnavailableError where the database can't be read."""
+        self.require()
+        try:
+            with self.engine.connect() as connection:
+                yield connection
+        except SQLAlchemyError as exc:
+            raise RecordsUnavailableError("the records can't be read; check the database") from exc
+
+    @contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        """Yield the connection of a transaction; raise RecordsUnavailableError where it fails."""
+        self.require()
+        self.check_file()
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as exc:
+            raise RecordsUnavailableError("the records can't be written; check the database") from exc
+        # A commit to a file that was moved or deleted meanwhile succeeds, and is lost with it.
+        self.check_file()
+
+    def try_to_write(self, harmless: sa.Update) -> None:
+        """Raise RecordsUnavailableError where this write fails, as the next one would.
+
+        It waits no longer than a health check may, and isn't made where something was written a moment ago.
         """
         if time.monotonic() - self._written_at < _WRITTEN_SECONDS:
-            yield None
             return
         is_file = self.engine.dialect.name == "sqlite"
-        with self.engine.begin() as connection:
-            if is_file:
-                connection.exec_driver_sql(f"PRAGMA busy_timeout={_TRIAL_TIMEOUT_MS}")
-            try:
-                yield connection
-            finally:
-                if is_file and not connection.invalidated:
-                    connection.exec_driver_sql(f"PRAGMA busy_timeout={sqlite.BUSY_TIMEOUT_MS}")
+        try:
+            with self.engine.begin() as connection:
+                if is_file:
+                    connection.exec_driver_sql(f"PRAGMA busy_timeout={_TRIAL_TIMEOUT_MS}")
+                try:
+                    connection.execute(harmless)
+                finally:
+                    if is_file and not connection.invalidated:
+                        connection.exec_driver_sql(f"PRAGMA busy_timeout={sqlite.BUSY_TIMEOUT_MS}")
+        except SQLAlchemyError as exc:
+            self.note_not_written(exc)
+            raise RecordsUnavailableError(f"the database can't be written: {said(exc)}") from exc
+        self.note_written()
 
     def has_room(self) -> bool:
         """Say whether more can be written, as far as this host can see: a server's disk is its own affair."""
-        if self._directory is None:
-            return True
-        disk = os.statvfs(self._directory)
-        return disk.f_bavail * disk.f_frsize >= _ROOM_BYTES
+        return self._file is None or self._file.has_room()
 
     def close(self) -> None:
         """Close every connection and let another process have the database."""
         self._stack.close()
-        self.engine.dispose()
 
     def is_current(self) -> bool:
         """Say whether the schema is this version's; raise StartRefusedError where it can't be read."""
@@ -121,13 +146,10 @@ class Database:
             with self.engine.connect() as connection:
                 return set(MigrationContext.configure(connection).get_current_heads()) == set(heads)
         except SQLAlchemyError as exc:
-            raise StartRefusedError(f"the schema of {self._name()} can't be read: {said(exc)}") from exc
+            raise StartRefusedError(f"the schema of {self.name} can't be read: {said(exc)}") from exc
 
     def migrate(self) -> None:
-        """Bring the schema up to date; do nothing, quickly, where it is.
-
-        Beside a service that runs nothing is changed, and another schema than this version's is refused.
-        """
+        """Bring the schema up to date; do nothing, quickly, where it is. Only for an exclusive use."""
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
         scripts = ScriptDirectory.from_config(config)
@@ -137,26 +159,24 @@ class Database:
                 current = MigrationContext.configure(connection).get_current_heads()
                 if set(current) == set(scripts.get_heads()):
                     return
-                if not self._exclusive:
-                    raise StartRefusedError(
-                        f"{self._name()} is used by a service of another version; restart that one"
-                    )
                 scripts.get_revisions(current)  # raises CommandError for what is newer than this version
-                if current:
-                    self._copy(connection, "-".join(current))
+                driver = connection.connection.driver_connection
+                if current and isinstance(driver, sqlite3.Connection):
+                    beside = Path(str(self.url.database)).absolute().parent
+                    sqlite.copy_before_migration(driver, "-".join(current), self._copies or beside)
                 config.attributes["connection"] = connection
                 with without_timeouts(connection):
                     command.upgrade(config, "head")
         except CommandError as exc:
             raise StartRefusedError(
-                f"{self._name()} was made by a newer version; run that one, or restore a backup"
+                f"{self.name} was made by a newer version; run that one, or restore a backup"
             ) from exc
         except SQLAlchemyError as exc:
-            raise StartRefusedError(f"the schema of {self._name()} can't be updated: {said(exc)}") from exc
+            raise StartRefusedError(f"the schema of {self.name} can't be updated: {said(exc)}") from exc
 
     def _require_whole(self) -> None:
         """Refuse a SQLite file that is damaged, as one is that was copied while it was written."""
-        if self._file is None or not self._exclusive:
+        if self._file is None:
             return
         try:
             with self.engine.connect() as connection:
@@ -167,52 +187,18 @@ class Database:
             found = said(exc)
         if found != "ok":
             raise StartRefusedError(
-                f"{self._name()} is damaged ({found.splitlines()[-1]}); move it away with its -wal and -shm "
+                f"{self.name} is damaged ({found.splitlines()[-1]}); move it away with its -wal and -shm "
                 "and put a backup in its place, or save what it still holds by the `.recover` of sqlite3(1)"
             )
 
-    def _copy(self, connection: sa.Connection, revision: str) -> None:
-        driver = connection.connection.driver_connection
-        if isinstance(driver, sqlite3.Connection) and self.url.database is not None:
-            beside = Path(self.url.database).absolute().parent
-            copy_before_migration(driver, revision, self._copies or beside)
-
-    def _name(self) -> str:
-        # Without the query, too: a password may stand there.
-        return self.url.set(query={}).render_as_string(hide_password=True)
-
-    def _open_sqlite(self) -> sa.Engine:
+    def _open_sqlite(self, stack: ExitStack) -> sa.Engine:
         if not self.url.database or self.url.database == ":memory:":
             raise StartRefusedError(
                 "DATABASE_URL names no file; write sqlite:////absolute/path, or set ENABLE_DBOS=false"
             )
-        path = Path(self.url.database).absolute()
-        try:
-            make_private_directory(path.parent)
-            require_trusted_file(path, f"the database {path} (DATABASE_URL, or STATE_DIRECTORY)")
-            # From birth: SQLite gives its -wal and -shm the mode of the database.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            # SQLite names what belongs to the file after the file itself, wherever a link to it is.
-            real = Path(os.path.realpath(path))
-            for made in (real, real.with_name(real.name + "-wal"), real.with_name(real.name + "-shm")):
-                with suppress(FileNotFoundError):
-                    made.chmod(0o600)
-        except OSError as exc:
-            raise StartRefusedError(
-                f"the database {path} can't be made or written ({exc.strerror}); "
-                "give this process a STATE_DIRECTORY or a DATABASE_URL that it may write to"
-            ) from exc
+        self._file = stack.enter_context(closing(SqliteFile(Path(self.url.database).absolute())))
         if self._exclusive:
-            if real.stat().st_nlink != 1:
-                raise StartRefusedError(
-                    f"the database {path} has another name too, by which a second service could write to it; "
-                    f"`find / -xdev -samefile {shlex.quote(str(real))}` shows all its names; leave it one"
-                )
-            # Beside the file itself, whichever link led to it: two services would undo each other's work.
-            lock = LockFile(real.with_name(real.name + ".lock"), f"The database {path}").acquire()
-            self._stack.callback(lock.release)
-        self._file, self._directory = DatabaseFile(path), path.parent
-        self._stack.callback(self._file.close)
+            stack.enter_context(self._file.lock())
         # Connections are handed from thread to thread by the pool, never used by two at once.
         engine = sa.create_engine(
             self.url, pool_size=_POOL_SIZE, max_overflow=_POOL_SIZE, connect_args={"check_same_thread": False}
@@ -236,27 +222,19 @@ class Database:
         except RecordsUnavailableError as exc:
             raise sqlite3.OperationalError(str(exc)) from exc
 
-    def _open_postgresql(self) -> sa.Engine:
+    def _open_postgresql(self, stack: ExitStack) -> sa.Engine:
         server = PostgreSQL(self.url, self.availability, patient=not self._exclusive, pool_size=_POOL_SIZE)
         self._server = server
-        self._stack.callback(server.leave)
-        mine = True
+        stack.callback(server.leave)
         try:
-            if self._exclusive:
-                mine = server.occupy()
-            else:
-                server.answers()
+            if self._exclusive and not server.occupy():
+                raise InUseError(
+                    f"The database {self.name} is already used by another hub's service; give each hub its "
+                    "own"
+                )
+            server.engine.connect().close()
         except SQLAlchemyError as exc:
-            server.engine.dispose()
-            raise StartRefusedError(
-                f"{self._name()} does not answer; check DATABASE_URL: {said(exc)}"
-            ) from exc
-        if not mine:
-            server.leave()
-            server.engine.dispose()
-            raise InUseError(
-                f"The database {self._name()} is already used by another hub's service; give each hub its own"
-            )
+            raise StartRefusedError(f"{self.name} does not answer; check DATABASE_URL: {said(exc)}") from exc
         return server.engine
 
     def check_file(self) -> None:
@@ -297,34 +275,23 @@ class Database:
 
 def open_beside(url: str, copies: Path | None = None) -> Database:
     """Open the database for a command, whether the service runs or not. `copies` is Database's."""
-    # Taken for itself only where it must be: a service that comes meanwhile, or that has lost its connection
-    # for a moment, would take the command for another hub's service.
     until = time.monotonic() + _MIGRATION_SECONDS
-    while not _is_current(url):
+    while True:
+        database = Database(url, exclusive=False)
+        with ExitStack() as failing:
+            failing.callback(database.close)
+            if database.is_current():
+                failing.pop_all()
+                return database
+        # Taken for itself only where it must be: a service that comes meanwhile, or that has lost its
+        # connection for a moment, would take the command for another hub's service.
         try:
-            alone = Database(url, copies=copies)
+            with closing(Database(url, copies=copies)) as alone:
+                alone.migrate()
         except InUseError:
-            # Whoever has it may be about to do the same.
             if time.monotonic() > until:
-                break
+                raise StartRefusedError(
+                    f"{database.name} is used by a service of another version; restart that one"
+                ) from None
+            # The other process may be about to do the same.
             time.sleep(0.1)
-            continue
-        try:
-            alone.migrate()
-        finally:
-            alone.close()
-    database = Database(url, exclusive=False)
-    try:
-        database.migrate()
-    except BaseException:
-        database.close()
-        raise
-    return database
-
-
-def _is_current(url: str) -> bool:
-    database = Database(url, exclusive=False)
-    try:
-        return database.is_current()
-    finally:
-        database.close()

@@ -4,14 +4,14 @@ Every function runs in its caller's transaction.
 """
 
 from collections.abc import Collection, Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from backend.adapters.records.tables import UtcDateTime, metadata
-from backend.models.access.answers import Answer
+from backend.models.access.answers import ANSWERS_KEPT, Answer
 
 answers: Final = sa.Table(
     "answers",
@@ -37,10 +37,8 @@ nonces: Final = sa.Table(
     sqlite_with_rowid=False,
 )
 
-_FORGET_ANSWERS: Final = (
-    sa.delete(answers)
-    .where(answers.c.node_id.in_(sa.bindparam("names", type_=sa.String(), expanding=True)))
-    .returning(answers)
+_FORGET_ANSWERS: Final = sa.delete(answers).where(
+    answers.c.node_id.in_(sa.bindparam("names", type_=sa.String(), expanding=True))
 )
 _SAVE_ANSWERS: Final = {
     "sqlite": sqlite.insert(answers).on_conflict_do_nothing(),
@@ -55,14 +53,14 @@ _BURN_NONCES: Final = {
 
 
 def save_answers(connection: sa.Connection, given: Iterable[Answer]) -> None:
-    """Keep answers. The first of a key stays, until it is forgotten."""
+    """Store answers. Of two with the same key the first stays, until it is deleted."""
     rows = [{column.name: getattr(answer, column.name) for column in answers.columns} for answer in given]
     if rows:
         connection.execute(_SAVE_ANSWERS[connection.dialect.name], rows)
 
 
 def find_answer(connection: sa.Connection, scope: str, key_hash: str) -> Answer | None:
-    """Return the answer that was given for a key, however long ago, if it's still there."""
+    """Return the stored answer of a key, whatever its age, or None."""
     rows = connection.execute(
         sa.select(answers).where(answers.c.scope == scope, answers.c.key_hash == key_hash)
     )
@@ -70,25 +68,30 @@ def find_answer(connection: sa.Connection, scope: str, key_hash: str) -> Answer 
     return None if found is None else Answer(**found)
 
 
-def forget_answers_of(connection: sa.Connection, node_ids: Collection[str]) -> list[Answer]:
-    """Delete the stored answers of removed nodes and return them."""
-    if not node_ids:
-        return []
-    gone = connection.execute(_FORGET_ANSWERS, {"names": list(node_ids)}).mappings()
-    return [Answer(**row) for row in gone]
+def taken_keys(
+    connection: sa.Connection, key_hashes: Collection[str], since: datetime
+) -> set[tuple[str, str]]:
+    """Return the (scope, key_hash) of those Idempotency-Keys that have an answer from after a moment."""
+    rows = connection.execute(
+        sa.select(answers.c.scope, answers.c.key_hash).where(
+            answers.c.key_hash.in_(key_hashes), answers.c.created_at >= since
+        )
+    )
+    return {(scope, key_hash) for scope, key_hash in rows}
 
 
-def forget_answers_before(connection: sa.Connection, moment: datetime) -> int:
-    """Forget the answers that were given before a moment, and return how many there were."""
-    return connection.execute(sa.delete(answers).where(answers.c.created_at < moment)).rowcount
+def forget_answers_of(connection: sa.Connection, node_ids: Collection[str]) -> None:
+    """Delete the stored answers of removed nodes."""
+    if node_ids:
+        connection.execute(_FORGET_ANSWERS, {"names": list(node_ids)})
 
 
 def burn_nonces(
     connection: sa.Connection, given: Iterable[tuple[str, str, datetime]]
 ) -> set[tuple[str, str]]:
-    """Keep (identity, nonce, expires_at) and return those (identity, nonce) that nobody had used before.
+    """Record (identity, nonce, expires_at); return the (identity, nonce) pairs that were not recorded before.
 
-    One that is given twice is burnt once: which of the two it was for is the caller's to decide.
+    A pair that is given twice is recorded once: the caller decides which of the two it was for.
     """
     rows = [
         {"identity": identity, "nonce": nonce, "expires_at": expires_at}
@@ -101,6 +104,8 @@ def burn_nonces(
     return {(row.identity, row.nonce) for row in burnt}
 
 
-def forget_nonces_before(connection: sa.Connection, moment: datetime) -> int:
-    """Forget the nonces that expired before a moment, and return how many there were."""
-    return connection.execute(sa.delete(nonces).where(nonces.c.expires_at < moment)).rowcount
+def tidy(connection: sa.Connection, now: datetime) -> None:
+    """Delete the stored answers and nonces that are no longer needed at a moment."""
+    connection.execute(sa.delete(answers).where(answers.c.created_at < now - ANSWERS_KEPT))
+    # A second more than it can be sent again: clocks are compared in whole seconds.
+    connection.execute(sa.delete(nonces).where(nonces.c.expires_at < now - timedelta(seconds=1)))

@@ -21,8 +21,6 @@ _Value = TypeVar("_Value")
 # How long the server may say nothing before a connection is given up: seconds. A request is answered
 # within 5 s, so one such wait and one try to connect must fit into that.
 SILENCE_SECONDS: Final = 3.0
-# libpq takes no less.
-CONNECT_SECONDS: Final = 2
 # A command of an operator's has time: it reads whole logs, and waits for whatever the service does.
 _PATIENT_SECONDS: Final = 60.0
 # Any number that nothing else takes: "wgprov" in ASCII.
@@ -34,7 +32,9 @@ _ENDING_POLL_SECONDS: Final = 0.02
 NOTHING_CHANGED: Final = "the database does not answer; nothing was changed"
 
 # libpq's (https://www.postgresql.org/docs/current/libpq-connect.html): a peer that is gone is found out.
-_TCP: Final[Mapping[str, int]] = {
+_CONNECTION: Final[Mapping[str, int]] = {
+    # libpq takes no less.
+    "connect_timeout": 2,
     "keepalives": 1,
     "keepalives_idle": 2,
     "keepalives_interval": 1,
@@ -143,7 +143,6 @@ class PostgreSQL:
         self._session = dict(_SESSION) if patient else {**_SESSION, **_SERVICE_SESSION}
         # This process's, to tell its own sessions from another service's.
         self._application = f"wireguard-provisioning {secrets.token_hex(4)}"
-        arguments: dict[str, object] = {"connect_timeout": CONNECT_SECONDS, **_TCP}
         self.engine = sa.create_engine(
             url,
             pool_size=pool_size,
@@ -152,7 +151,7 @@ class PostgreSQL:
             # A connection that the server has closed meanwhile is found out before it is used.
             pool_pre_ping=True,
             connect_args={
-                **{name: value for name, value in arguments.items() if name not in url.query},
+                **{name: value for name, value in _CONNECTION.items() if name not in url.query},
                 "application_name": self._application,
             },
         )
@@ -165,15 +164,12 @@ class PostgreSQL:
         self._presence: sa.Connection | None = None
         self._probing: int | None = None
 
-    def answers(self) -> None:
-        """Raise SQLAlchemyError unless the server answers."""
-        with self.engine.connect():
-            pass
-
     def occupy(self) -> bool:
         """Take the lock that says whose the database is, by a connection that is kept for it."""
-        self._presence = self._connect_apart()
-        return _lock(self._presence)
+        self.leave()
+        self._presence = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        self._end_own_sessions(self._presence)
+        return bool(self._presence.scalar(sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK))))
 
     def leave(self) -> None:
         """Let go of the lock."""
@@ -207,15 +203,9 @@ class PostgreSQL:
             else:
                 return
         # The lock went with the connection, and another process may have it now.
-        self.leave()
-        self._presence = self._connect_apart()
-        self._end_own_sessions(self._presence)
-        if not _lock(self._presence):
+        if not self.occupy():
             self.leave()
             raise OvertakenError
-
-    def _connect_apart(self) -> sa.Connection:
-        return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
 
     def _end_own_sessions(self, connection: sa.Connection) -> None:
         """End what the server still has of this process: with it goes the lock, and a commit in doubt.
@@ -273,10 +263,6 @@ def _opened_at(context: sa.engine.ExceptionContext) -> float:
         return math.inf
     driver = used.connection.driver_connection
     return driver.opened_at if isinstance(driver, ImpatientConnection) else math.inf
-
-
-def _lock(connection: sa.Connection) -> bool:
-    return bool(connection.scalar(sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK))))
 
 
 def said(exc: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The hub's own key: kept when its config is lost, changed only where an operator has said so twice.
+"""The hub's config and its key: kept when the config is lost, changed only where an operator says so twice.
 
 Every node that has joined knows the public half. A hub with another key is another hub to them.
 """
@@ -38,7 +38,7 @@ class Consent:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What `init` did: the key's public half where it is the interface's, and where its peers were noted."""
+    """The result of `init`: the public key if it is the interface's, and the file with its peers."""
 
     recovered: WireGuardKey | None = None
     noted_peers: Path | None = None
@@ -97,8 +97,6 @@ def write_config(
 
     `init` decides whether a hub was here before, whose key has to be kept.
     """
-    if os.path.lexists(config_path):
-        return False
     text = [
         "[Interface]",
         f"PrivateKey = {(key or WireGuardPrivateKey.generate()).reveal()}",
@@ -207,7 +205,7 @@ def _other_addresses(name: InterfaceName, address: IPv4Interface) -> list[str]:
 
 
 def _note_peers(name: InterfaceName, config_path: Path) -> Path | None:
-    """Write down what the interface has, if it has peers: those made by hand are nowhere else any more."""
+    """Save the interface's configuration, if it has peers: the operator's are nowhere else any more."""
     if not _show(name, "peers"):
         return None
     text = run([find("wg"), "showconf", name])
@@ -238,7 +236,7 @@ def _create(path: Path, content: bytes) -> bool:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # A link, since unlike a rename it doesn't replace what somebody else has just made.
+        # A link: unlike a rename it doesn't replace a file that another process has just made.
         os.link(temporary, path)
     except FileExistsError:
         return False

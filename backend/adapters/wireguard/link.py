@@ -33,7 +33,7 @@ _IP_FORWARD: Final = Path("/proc/sys/net/ipv4/ip_forward")
 
 
 class LinkState(StrEnum):
-    """What there is under the hub's interface name."""
+    """Which interface has the hub's name."""
 
     ABSENT = "absent"
     OURS = "up"
@@ -47,8 +47,6 @@ class LinkState(StrEnum):
 class HubState:
     """What can be told about a hub, without any secret."""
 
-    config_path: Path
-    interface: str
     public_key: WireGuardKey
     state: LinkState
     listen_port: int | None
@@ -81,7 +79,7 @@ def up(config_path: Path, address: IPv4Interface, stated_key: WireGuardKey | Non
     """
     require_trusted_file(config_path, "WIREGUARD_CONFIG_PATH")
     name, config = _read(config_path, stated_key)
-    require_address(config_path, config.operator_text, address.ip)
+    require_address(config_path, config, address.ip)
     ip, wg = find("ip"), find("wg")
     routes = list(_other_routes(ip, name))
     state = _state(name, config.hub_public_key)
@@ -143,12 +141,10 @@ def show(
     try:
         _read(config_path, stated_key)
         if hub_ip is not None:
-            require_address(config_path, config.operator_text, hub_ip)
+            require_address(config_path, config, hub_ip)
     except ConfigFileError as exc:
         problems.append(str(exc))
     return HubState(
-        config_path=config_path,
-        interface=name,
         public_key=config.hub_public_key,
         state=state,
         listen_port=port,
@@ -159,12 +155,9 @@ def show(
 
 
 def listen_port(config_path: Path) -> int | None:
-    """Return the port that the config names, if it does."""
-    with suppress(OSError):
-        for line in config_path.read_bytes().split(b"\n"):
-            key, _, value = line.partition(b"#")[0].partition(b"=")
-            if key.strip().lower() == b"listenport" and value.strip().isdigit():
-                return int(value)
+    """Return the port that the config names, if it does and can be read."""
+    with suppress(ConfigFileError):
+        return _read(config_path)[1].listen_port
     return None
 
 
@@ -173,19 +166,26 @@ def wg_show(name: InterfaceName, what: str) -> str:
     return run([find("wg"), "show", name, what]).strip()
 
 
+def is_free(port: int) -> bool:
+    """Tell whether no other program listens on a UDP port."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
 def _require_free_port(config_path: Path, port: int) -> None:
     """Raise HubUpdateError where another program listens on the hub's port.
 
     Asked of the port itself: wireguard-go takes it in the background, and may say nothing when it can't.
     """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind(("", port))
-    except OSError as exc:
+    if not is_free(port):
         raise HubUpdateError(
             f"UDP port {port} is in use; choose another ListenPort in {config_path} "
             "and the same in WIREGUARD_HUB_ENDPOINT"
-        ) from exc
+        )
 
 
 def _read(config_path: Path, stated_key: WireGuardKey | None = None) -> tuple[InterfaceName, ParsedConfig]:
@@ -221,7 +221,7 @@ def _make_interface(ip: str, name: InterfaceName) -> None:
         except ToolRefusedError:
             if os.geteuid() == 0:
                 raise
-            # What it prints itself is a banner that doesn't say so.
+            # wireguard-go itself prints a banner that doesn't say so.
             raise HubUpdateError(
                 "the kernel has no WireGuard, and wireguard-go takes root; as root run `modprobe wireguard`"
             ) from exc
@@ -232,13 +232,8 @@ def _give_address(
 ) -> tuple[str, ...]:
     """Add the hub's address unless it is there, without taking any of the host's own traffic."""
     pool = address.network
-    overlapping = sorted(
-        {
-            f"{route.destination} on {route.device}"
-            for route in routes
-            if route.destination.overlaps(pool) and not _is_default(route)
-        }
-    )
+    overlaps = (route for route in routes if route.destination.overlaps(pool) and not _is_default(route))
+    overlapping = sorted({f"{route.destination} on {route.device}" for route in overlaps})
     holder = _holder(address.ip, routes)
     present = {
         f"{info.get('local')}/{info.get('prefixlen')}"
@@ -275,7 +270,7 @@ def _is_default(route: _Route) -> bool:
 
 
 def _holder(address: IPv4Address, routes: Sequence[_Route]) -> str | None:
-    """Say who needs the address elsewhere: a gateway of this host, or another of its interfaces."""
+    """Return what has the address elsewhere: a gateway of this host, or another of its interfaces."""
     for route in routes:
         if address in route.gateways:
             return f"a gateway of this host on {route.device}"
@@ -296,7 +291,7 @@ def _other_routes(ip: str, name: str) -> Iterator[_Route]:
     for entry in query([ip, "-json", "-4", "route", "show", "table", "all"]):
         kind = entry.get("type", "unicast")
         if kind not in {"unicast", "local"}:
-            continue  # broadcast and multicast go with the others; blackholes and the like reach nobody
+            continue  # broadcast and multicast come with the others; blackholes and the like lead nowhere
         hops = entry.get("nexthops") or [entry]
         devices = sorted({str(hop["dev"]) for hop in hops if "dev" in hop})
         if devices == [name]:

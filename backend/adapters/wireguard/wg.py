@@ -8,8 +8,7 @@ from typing import Final
 from backend.adapters.host import programs
 from backend.adapters.wireguard.host_link import HostLinks
 from backend.errors import HubUpdateError
-from backend.models.wireguard.interface import InterfaceName
-from backend.models.wireguard.interface_state import InterfaceState
+from backend.models.wireguard.interface import InterfaceName, InterfaceState
 from backend.models.wireguard.peer import Peer, cidr
 from backend.services.hub.drift import Drift
 
@@ -35,7 +34,7 @@ class WgInterface:
         self._waiting: Future[programs.Running | None] | None = None
         self._executor = ThreadPoolExecutor(1, "hub-wg")
 
-    def change(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], None]:
+    def change(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], object]:
         """Add peers by `wg addconf`, or start one `wg set` where some are removed. No other peer notices it.
 
         A program takes longer to start than to do this, so the next `wg addconf` is started ahead and waits
@@ -55,7 +54,7 @@ class WgInterface:
         if self._waiting is None:
             # In another thread: this one syncs a directory meanwhile.
             self._waiting = self._executor.submit(self._start_waiting)
-        return lambda: _end(running)
+        return running.output
 
     def close(self) -> None:
         """End what waits for a change."""
@@ -123,16 +122,12 @@ class WgInterface:
         return programs.run([self._wg, *arguments], stdin, timeout=_TIMEOUT_SECONDS)
 
 
-def _end(running: programs.Running) -> None:
-    running.output()
-
-
 def _allowed(peer: Peer) -> str:
     return ",".join(map(cidr, peer.allowed_ips))
 
 
 class FileOnly:
-    """No interface at all, for WIREGUARD_RELOAD=off."""
+    """No interface at all, for WIREGUARD_RELOAD=off: only the file is kept."""
 
     live: Final = False
 
@@ -140,27 +135,24 @@ class FileOnly:
         self,
         added: Sequence[Peer],  # noqa: ARG002 - the port's
         removed: Sequence[Peer],  # noqa: ARG002 - the port's
-    ) -> Callable[[], None]:
-        """Do nothing: only the file is kept."""
+    ) -> Callable[[], object]:
+        """Do nothing."""
         return lambda: None
 
     def close(self) -> None:
-        """Nothing is to be closed."""
+        """Do nothing."""
 
     def sync(self, stripped: bytes) -> None:
-        """Do nothing: only the file is kept."""
+        """Do nothing."""
 
     def clear(self, drift: Drift) -> None:
-        """Do nothing: only the file is kept."""
+        """Do nothing."""
 
     def state(self) -> InterfaceState:
         """Return an empty one: there is no interface to look at."""
         return InterfaceState(None, 0)
 
-    def link_problem(self) -> str | None:
-        """Return nothing: there is no interface to look at."""
-        return None
+    def link_problem(self) -> None:
+        """Return None: there is no interface to look at."""
 
-    def ifindex(self) -> int | None:
-        """Return nothing: there is no interface to look at."""
-        return None
+    ifindex = link_problem

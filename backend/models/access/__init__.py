@@ -1,1 +1,1 @@
-"""Who is let in, and what is kept of it."""
+"""Callers, credentials, proofs of identity, and rows of the audit log."""

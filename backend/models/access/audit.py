@@ -23,7 +23,7 @@ _TEXT_MAX_CHARACTERS: Final = 512
 
 
 class AuditAction(StrEnum):
-    """What was done, or tried."""
+    """The act that was done or refused."""
 
     PROVISION = "provision"
     DEPROVISION = "deprovision"
@@ -57,7 +57,7 @@ class AuditAction(StrEnum):
 
 
 class AuditOutcome(StrEnum):
-    """How it ended. What merely happened, with nobody asking, is noted."""
+    """How the act ended. NOTED is for events that no caller asked for."""
 
     ACCEPTED = "accepted"
     REFUSED = "refused"
@@ -66,7 +66,7 @@ class AuditOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AuditEvent:
-    """Who did what, when, and how it ended; never a secret. `at` is aware."""
+    """One event: actor, act, time and outcome; never a secret. `at` is timezone-aware."""
 
     at: datetime
     action: AuditAction
@@ -82,10 +82,10 @@ class AuditEvent:
     count: int = 1
 
     def storable(self) -> Self:
-        """Return what any database can keep of it.
+        """Return the event with texts that any database can store.
 
-        What isn't printable (PostgreSQL refuses NUL, UTF-8 lone surrogates) is written as an escape, and
-        long text is cut, so that no caller can keep a refusal out of the log by what they send.
+        Characters that aren't printable are escaped (PostgreSQL refuses NUL, UTF-8 lone surrogates) and long
+        text is cut, so that no caller can keep its refusal out of the log by the text that it sends.
         """
         texts = (self.actor, self.subject, self.source, self.request_id, self.reason)
         if all(text is None or _fits(text) for text in texts):
@@ -158,8 +158,8 @@ def verify(
 
     `records` is the whole log in order, read once; `head` is the sequence and the hash of its last row as
     noted apart from it, (0, GENESIS) for an empty log; `start` is the same of the last row that was pruned.
-    Whoever can write both the log and the head can write another log; a copy of the head that is kept
-    elsewhere finds them out.
+    An attacker who can write both the log and the head can write another log. A copy of the head that is kept
+    elsewhere shows that.
     """
     sequence, previous = start
     checkpoint: AuditRecord | None = None
@@ -180,7 +180,7 @@ def verify(
 
 
 def _wrong_start(checkpoint: AuditRecord | None, start: tuple[int, str]) -> str | None:
-    """Say whether the newest checkpoint, which the chain holds, has another start of the log than `start`."""
+    """Return a sentence if the newest checkpoint in the chain names another start than `start`, or None."""
     if checkpoint is None:
         if start == BEGINNING:
             return None
@@ -195,7 +195,7 @@ def _wrong_start(checkpoint: AuditRecord | None, start: tuple[int, str]) -> str 
 
 
 def _wrong(record: AuditRecord, sequence: int, previous: str) -> str | None:
-    """Say what is wrong with a row that stands behind another of this sequence and hash, or return None."""
+    """Return a sentence about a row that can't follow the row of this sequence and hash, or None."""
     found, expected = record.sequence, sequence + 1
     if found > expected:
         return f"Row {expected} is missing: row {found} stands in its place."

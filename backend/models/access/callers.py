@@ -1,4 +1,4 @@
-"""Who it is that asks for something."""
+"""The caller of a request."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,28 +7,30 @@ from typing import Final
 
 from backend.errors import UnauthenticatedError
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
-from backend.models.access.credentials import Credential, CredentialKind, Permission
+from backend.models.access.credentials import Credential, Permission
 from backend.models.access.identity import NodeIdentity
-from backend.models.access.nonces import Nonce
+from backend.models.access.proof import Nonce
 
 
 class CallerKind(StrEnum):
-    """How a caller came in."""
+    """How a caller was authenticated."""
 
-    # By the secret in STATE_DIRECTORY/admin.header.
+    # By the key in STATE_DIRECTORY/admin.header.
     LOCAL = "local"
-    # Where no credential is asked for (WIREGUARD_AUTH=off).
+    # Not at all, because no credential is required (WIREGUARD_AUTH=off).
     ANYONE = "anyone"
+    # The kinds of credentials.
     TOKEN = "token"  # noqa: S105 - a kind
     KEY = "key"
-    # The code that runs the service, or the command line beside it.
+    # The program that runs the service, or the command line beside it.
     SERVICE = "service"
+    # Authentication failed.
     NOBODY = "nobody"
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. A `credential` is there where one was shown, an `identity` where it was proved."""
+    """The caller of a request, with the credential that it showed and the identity that it proved, if any."""
 
     kind: CallerKind
     credential: Credential | None = None
@@ -38,24 +40,24 @@ class Caller:
     identity: NodeIdentity | None = None
     # Its token had no use left when it was authenticated, which was counted as a failed attempt.
     may_only_repeat: bool = False
-    # What it signed the proof of its identity with.
+    # Of the signature that proved its identity.
     nonce: Nonce | None = None
 
     @property
     def name(self) -> str:
-        """What the audit log calls it."""
+        """Its name in the audit log."""
         if self.credential is None or self.kind is CallerKind.LOCAL:
             return self.kind.value
         return f"{self.kind.value}:{self.credential.id}"
 
     @property
     def token_id(self) -> str | None:
-        """The enrolment token that it shows."""
+        """The ID of the enrolment token that it showed."""
         return self.credential.id if self.credential is not None and self.kind is CallerKind.TOKEN else None
 
     @property
     def operates(self) -> bool:
-        """Whether it may know every peer's configuration, as one who runs the hub."""
+        """Whether it may see every peer's configuration, as an operator of the hub."""
         return self.kind not in {CallerKind.TOKEN, CallerKind.NOBODY}
 
     def may(self, permission: Permission) -> bool:
@@ -63,7 +65,7 @@ class Caller:
         if self.credential is not None:
             return self.credential.may(permission)
         if self.kind is CallerKind.ANYONE:
-            # No credential that is made meanwhile may outlive the switch.
+            # A credential that is made meanwhile would be valid after authentication is required again.
             return permission is not Permission.ADMINISTER
         return self.kind is not CallerKind.NOBODY
 
@@ -80,14 +82,13 @@ class Caller:
         subject: str | None = None,
         reason: str | None = None,
     ) -> AuditEvent:
-        """Return what the audit log is told of an act of this caller."""
+        """Return the event that logs an act of this caller."""
         return AuditEvent(at, action, outcome, self.name, subject, self.source, self.request_id, reason)
 
     @classmethod
     def of(cls, credential: Credential, source: str | None, request_id: str) -> "Caller":
-        """Return the caller who shows a credential."""
-        kind = CallerKind.TOKEN if credential.kind is CredentialKind.TOKEN else CallerKind.KEY
-        return cls(kind, credential, source, request_id)
+        """Return the caller that shows a credential."""
+        return cls(CallerKind(credential.kind), credential, source, request_id)
 
 
 SERVICE: Final = Caller(CallerKind.SERVICE)

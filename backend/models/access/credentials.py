@@ -1,4 +1,4 @@
-"""Enrolment tokens and operator keys: what is kept of them, and their shapes over HTTP."""
+"""Enrolment tokens and operators' keys: how they are stored, and their shapes over HTTP."""
 
 import hmac
 import secrets
@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from hashlib import sha256
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
-from typing import Annotated, Any, Final, NoReturn, Self
+from typing import Annotated, Any, ClassVar, Final, NoReturn, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,8 +18,15 @@ from pydantic import (
     StringConstraints,
 )
 
-from backend.models.access.secret_text import SECRET_TEXT, require_no_secret
-from backend.models.fields import FrozenModel, StrictModel, is_mapped, printable, unmapped
+from backend.models.fields import (
+    SECRET_TEXT,
+    FrozenModel,
+    StrictModel,
+    is_mapped,
+    printable,
+    require_no_secret,
+    unmapped,
+)
 from backend.models.wireguard.provisioning import UtcSecond
 
 _HOUR: Final = 3600
@@ -29,20 +36,20 @@ Network = IPv4Network | IPv6Network
 
 
 class Role(StrEnum):
-    """What an operator's key is for. Each role covers the ones before it; as text they don't compare so."""
+    """The role of an operator's key. Each role covers the ones before it."""
 
     READ = "read"
     OPERATE = "operate"
     ADMIN = "admin"
 
     def covers(self, other: "Role") -> bool:
-        """Say whether who has this role may do what the other one is for."""
+        """Say whether this role may do everything that the other one may."""
         order = list(Role)
         return order.index(self) >= order.index(other)
 
 
 class Permission(StrEnum):
-    """What an endpoint asks for."""
+    """What an endpoint requires of its caller."""
 
     PROVISION = "provision"
     READ = "read"
@@ -64,14 +71,14 @@ _LEAST_ROLE: Final = {
 
 
 class CredentialKind(StrEnum):
-    """A token lets nodes in; a key is an operator's."""
+    """A token enrols nodes; a key is an operator's."""
 
     TOKEN = "token"  # noqa: S105 - a kind, no secret
     KEY = "key"
 
 
 class CredentialState(StrEnum):
-    """What has become of a credential. Where two apply, it is the first of revoked, expired, used up."""
+    """Whether a credential is still valid. Where several apply: revoked before expired before used up."""
 
     ACTIVE = "active"
     USED_UP = "used_up"
@@ -81,7 +88,7 @@ class CredentialState(StrEnum):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Secret:
-    """The text `ocw_<id>_<secret>` that a caller shows. It shows itself to nobody but by `reveal`."""
+    """The text `ocw_<id>_<secret>` that a caller shows. Only `reveal` returns it."""
 
     id: str
     _secret: str
@@ -103,7 +110,7 @@ class Secret:
     def digest(self) -> str:
         """What is stored: the SHA-256 of the secret's 64 characters, in hexadecimal.
 
-        A slow hash is for what people choose; nobody tries 2^256.
+        A slow hash is for passwords that people choose; 2^256 secrets can't be tried.
         """
         return sha256(self._secret.encode("ascii")).hexdigest()
 
@@ -125,7 +132,6 @@ class Credential:
 
     id: str
     kind: CredentialKind
-    role: Role | None
     secret_hash: str = field(repr=False)
     note: str
     created_at: datetime
@@ -133,6 +139,7 @@ class Credential:
     created_by: str
     # None: never.
     expires_at: datetime | None = None
+    role: Role | None = None
     max_uses: int | None = None
     uses: int = 0
     node_id_pattern: str | None = None
@@ -145,13 +152,13 @@ class Credential:
         return hmac.compare_digest(self.id + self.secret_hash, secret.id + secret.digest)
 
     def may(self, permission: Permission) -> bool:
-        """Say whether it gives the permission to a caller whom it authenticates."""
+        """Say whether it gives the permission."""
         if self.role is None:
             return permission is Permission.PROVISION
         return self.role.covers(permission.role)
 
     def refusal(self, now: datetime, source: str | None) -> str | None:
-        """Return why it authenticates no caller from this source, as a word for the audit log, or None.
+        """Return why it doesn't authenticate a caller from this source, as a word for the audit log, or None.
 
         `source` is an IP address, or None for a UNIX socket, which is in no network. Whether a token has a
         use left is for TokenUses to say, and in the end for the records.
@@ -170,11 +177,11 @@ class Credential:
         return None
 
     def is_for(self, node_id: str) -> bool:
-        """Say whether it lets in nodes of this name."""
+        """Say whether it may enrol a node of this name."""
         return self.node_id_pattern is None or fnmatchcase(node_id, self.node_id_pattern)
 
     def state(self, now: datetime) -> CredentialState:
-        """Say what has become of it, as far as its row tells."""
+        """Return its state, by the uses that its row has."""
         ended = self.ended(now)
         if ended is not None:
             return CredentialState(ended)
@@ -231,37 +238,43 @@ SourceNetwork = Annotated[
 ]
 
 
-class TokenRequest(StrictModel):
-    """What an operator asks of a new enrolment token."""
+class _Request(StrictModel):
+    """The request for a new credential: its fields, and how long it is valid."""
 
+    kind: ClassVar[CredentialKind]
+    expires_in: int | None
+
+    def make(self, created_by: str, now: datetime) -> tuple[Credential, Secret]:
+        """Make the credential; its secret is kept nowhere else."""
+        secret = Secret.generate()
+        asked = {name: value for name, value in self if name != "expires_in"}
+        credential = Credential(
+            id=secret.id,
+            kind=self.kind,
+            secret_hash=secret.digest,
+            created_at=now,
+            created_by=created_by,
+            expires_at=None if self.expires_in is None else now + timedelta(seconds=self.expires_in),
+            **asked,
+        )
+        return credential, secret
+
+
+class TokenRequest(_Request):
+    """The request for a new enrolment token."""
+
+    kind = CredentialKind.TOKEN
     max_uses: int = Field(default=1, ge=1, le=1_000_000, description="How many nodes it lets in.")
     expires_in: int = Field(default=_HOUR, ge=1, le=_YEAR, description="Seconds from now.")
     node_id_pattern: NodeIdPattern | None = None
     source_cidr: SourceNetwork | None = None
     note: Note = ""
 
-    def make(self, created_by: str, now: datetime) -> tuple[Credential, Secret]:
-        """Make the token; the secret is nowhere else."""
-        secret = Secret.generate()
-        token = Credential(
-            id=secret.id,
-            kind=CredentialKind.TOKEN,
-            role=None,
-            secret_hash=secret.digest,
-            note=self.note,
-            created_at=now,
-            created_by=created_by,
-            expires_at=now + timedelta(seconds=self.expires_in),
-            max_uses=self.max_uses,
-            node_id_pattern=self.node_id_pattern,
-            source_cidr=self.source_cidr,
-        )
-        return token, secret
 
+class KeyRequest(_Request):
+    """The request for a new operator's key."""
 
-class KeyRequest(StrictModel):
-    """What an operator asks of a new key."""
-
+    kind = CredentialKind.KEY
     # A role comes as its text, which a strict model takes from JSON alone.
     role: Annotated[Role, Field(strict=False)]
     expires_in: int | None = Field(
@@ -269,24 +282,9 @@ class KeyRequest(StrictModel):
     )
     note: Note = ""
 
-    def make(self, created_by: str, now: datetime) -> tuple[Credential, Secret]:
-        """Make the key; the secret is nowhere else."""
-        secret = Secret.generate()
-        key = Credential(
-            id=secret.id,
-            kind=CredentialKind.KEY,
-            role=self.role,
-            secret_hash=secret.digest,
-            note=self.note,
-            created_at=now,
-            created_by=created_by,
-            expires_at=None if self.expires_in is None else now + timedelta(seconds=self.expires_in),
-        )
-        return key, secret
-
 
 class _Info(FrozenModel):
-    """What both kinds tell of themselves."""
+    """The fields that are shown of both kinds."""
 
     id: str = Field(examples=["3f1c0e5a9b7d2468"])
     note: str
@@ -298,14 +296,11 @@ class _Info(FrozenModel):
     state: CredentialState
 
     @classmethod
-    def of(cls, credential: Credential, now: datetime) -> Self:
-        """Tell of a credential everything but its hash."""
-        return cls(**cls._values(credential, now))
-
-    @classmethod
-    def _values(cls, credential: Credential, now: datetime) -> dict[str, Any]:
+    def of(cls, credential: Credential, now: datetime, **secret: str) -> Self:
+        """Show all of a credential but its hash, and the secret where the model has it."""
         stored = [name for name in cls.model_fields if name in Credential.__dataclass_fields__]
-        return {name: getattr(credential, name) for name in stored} | {"state": credential.state(now)}
+        shown = {name: getattr(credential, name) for name in stored}
+        return cls(**shown, state=credential.state(now), **secret)
 
 
 class TokenInfo(_Info):
@@ -328,18 +323,8 @@ class MadeToken(TokenInfo):
 
     secret: str = Field(repr=False, description="Shown this once: ocw_<id>_<secret>.")
 
-    @classmethod
-    def made(cls, token: Credential, secret: Secret, now: datetime) -> Self:
-        """Tell of a token, once with its secret."""
-        return cls(**cls._values(token, now), secret=secret.reveal())
-
 
 class MadeKey(KeyInfo):
     """A key that was just made, with its secret, which is never shown again."""
 
     secret: str = Field(repr=False, description="Shown this once: ocw_<id>_<secret>.")
-
-    @classmethod
-    def made(cls, key: Credential, secret: Secret, now: datetime) -> Self:
-        """Tell of a key, once with its secret."""
-        return cls(**cls._values(key, now), secret=secret.reveal())

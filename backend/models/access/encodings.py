@@ -6,9 +6,10 @@ Every decoder raises ValueError for any text that its encoder doesn't write.
 import base64
 from typing import Final
 
-# https://datatracker.ietf.org/doc/html/draft-msporny-base58-03, and the multibase table for base36.
-_BASE58: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
-_BASE36: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
+# Alphabets of `to_digits`: https://datatracker.ietf.org/doc/html/draft-msporny-base58-03 (Bitcoin's, without
+# a checksum), and multibase's `k`.
+BASE58: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+BASE36: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def encode_base64(data: bytes) -> str:
@@ -34,33 +35,14 @@ def decode_base32(text: str) -> bytes:
     return _only_spelling(data, text, encode_base32(data))
 
 
-def encode_base36(data: bytes) -> str:
-    """Write base36 in lower case, as multibase's `k` has it."""
-    return _to_digits(data, _BASE36)
-
-
-def decode_base36(text: str) -> bytes:
-    """Read base36 in lower case. The time grows with the square of the length: bound it before."""
-    return _from_digits(text, _BASE36)
-
-
-def encode_base58(data: bytes) -> str:
-    """Write base58 with Bitcoin's alphabet, without a checksum."""
-    return _to_digits(data, _BASE58)
-
-
-def decode_base58(text: str) -> bytes:
-    """Read base58. The time grows with the square of the length: bound it before."""
-    return _from_digits(text, _BASE58)
-
-
 def _only_spelling(data: bytes, text: str, spelling: str) -> bytes:
     if text != spelling:
         raise ValueError("not the canonical spelling")
     return data
 
 
-def _to_digits(data: bytes, alphabet: str) -> str:
+def to_digits(data: bytes, alphabet: str) -> str:
+    """Write the bytes as one number in the digits of the alphabet."""
     number, digits = int.from_bytes(data, "big"), ""
     while number:
         number, digit = divmod(number, len(alphabet))
@@ -69,7 +51,8 @@ def _to_digits(data: bytes, alphabet: str) -> str:
     return alphabet[0] * (len(data) - len(data.lstrip(b"\0"))) + digits
 
 
-def _from_digits(text: str, alphabet: str) -> bytes:
+def from_digits(text: str, alphabet: str) -> bytes:
+    """Read what `to_digits` writes. The time grows with the square of the length: bound it before."""
     number = 0
     for character in text:
         number = number * len(alphabet) + alphabet.index(character)

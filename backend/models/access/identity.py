@@ -10,11 +10,12 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from backend.models.access.encodings import (
+    BASE36,
+    BASE58,
     decode_base32,
-    decode_base36,
-    decode_base58,
     decode_base64,
-    encode_base58,
+    from_digits,
+    to_digits,
 )
 
 _KEY_BYTES: Final = 32
@@ -44,7 +45,8 @@ _FORMS: Final = (
 _P: Final = 2**255 - 19
 _D: Final = -121665 * pow(121666, -1, _P) % _P
 _Y_OF_ORDER_8: Final = 2707385501144840649318225287225658788936804267575313519463743609750303402022
-# The y-coordinates of order 1, 2, 4 and 8: anybody makes signatures that fit every eighth message, or more.
+# The y-coordinates of order 1, 2, 4 and 8: without a private key, signatures can be made that fit every
+# eighth message, or more.
 _LOW_ORDER: Final = frozenset({0, 1, _P - 1, _Y_OF_ORDER_8, _P - _Y_OF_ORDER_8})
 
 
@@ -59,7 +61,7 @@ class NodeIdentity:
     raw: bytes
 
     def __post_init__(self) -> None:
-        """Refuse bytes that are nobody's key; raise ValueError."""
+        """Raise ValueError for bytes that can't be a public key."""
         y = int.from_bytes(self.raw, "little") & (2**255 - 1)
         # The sign of x needs no look: x is zero for y = 1 and y = -1 only.
         if len(self.raw) != _KEY_BYTES or y >= _P or not _is_on_the_curve(y):
@@ -90,7 +92,7 @@ class NodeIdentity:
     @property
     def peer_id(self) -> str:
         """The canonical text: `12D3KooW...`."""
-        return encode_base58(_MULTIHASH + _PROTOBUF + self.raw)
+        return to_digits(_MULTIHASH + _PROTOBUF + self.raw, BASE58)
 
     def verify(self, signature: bytes, message: bytes) -> bool:
         """Say whether the key's owner signed these very bytes."""
@@ -99,9 +101,6 @@ class NodeIdentity:
         except InvalidSignature:
             return False
         return True
-
-    def __str__(self) -> str:
-        return self.peer_id
 
     def __repr__(self) -> str:
         return f"NodeIdentity({self.peer_id})"
@@ -136,8 +135,8 @@ def _decode_hex(text: str) -> bytes:
 
 def _multihash(text: str) -> bytes:
     if not text.startswith(("b", "k")):
-        return decode_base58(text)
-    data = decode_base32(text[1:]) if text.startswith("b") else decode_base36(text[1:])
+        return from_digits(text, BASE58)
+    data = decode_base32(text[1:]) if text.startswith("b") else from_digits(text[1:], BASE36)
     if not data.startswith(_CID):
         raise ValueError("no CID of a libp2p key")
     return data[len(_CID) :]

@@ -8,15 +8,24 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, Self
+from datetime import datetime
+from typing import Final, NamedTuple, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from backend.errors import ChallengeError, ClockError, NonceError, ProofMissingError, SignatureError
+from backend.errors import (
+    ChallengeError,
+    ClockError,
+    NonceError,
+    ProofError,
+    ProofMissingError,
+    SignatureError,
+)
 from backend.models.access.encodings import decode_base64, encode_base64
 from backend.models.access.identity import NodeIdentity
 from backend.models.wireguard.keys import WireGuardKey, WireGuardPrivateKey
@@ -39,23 +48,29 @@ _SIGNATURE_BYTES: Final = 64
 _MAC_BYTES: Final = 32
 
 
-def signed_message(  # noqa: PLR0913 - each is a part of what is signed
-    *, method: str, path: str, audience: str, body_sha256: bytes, timestamp: int, nonce: str
-) -> bytes:
-    """Return the bytes that a node signs: no two different requests have the same.
+@dataclass(frozen=True, slots=True)
+class SignedRequest:
+    """What a node signs of a request.
 
     `audience` is the hub's public key in base64, so that what was signed for one hub is no good for another.
-    `timestamp` is in Unix seconds.
     """
-    return _framed(
-        _IDENTITY_DOMAIN,
-        method.encode(),
-        path.encode(),
-        audience.encode(),
-        body_sha256,
-        str(timestamp).encode(),
-        nonce.encode(),
-    )
+
+    method: str
+    path: str
+    audience: str
+    body_sha256: bytes
+
+    def message(self, timestamp: int, nonce: str) -> bytes:
+        """Return the bytes that are signed at a time (Unix seconds): no two requests have the same."""
+        return _framed(
+            _IDENTITY_DOMAIN,
+            self.method.encode(),
+            self.path.encode(),
+            self.audience.encode(),
+            self.body_sha256,
+            str(timestamp).encode(),
+            nonce.encode(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +91,7 @@ class IdentityProof:
             raise ClockError
         if _NONCE.fullmatch(nonce) is None:
             raise NonceError
-        raw = _decode(signature, _SIGNATURE_BYTES)
-        if raw is None:
-            raise SignatureError
-        return cls(int(timestamp), nonce, raw)
+        return cls(int(timestamp), nonce, _decode(signature, _SIGNATURE_BYTES, SignatureError))
 
     @property
     def valid_until(self) -> int:
@@ -95,26 +107,18 @@ class IdentityProof:
         }
 
 
-def sign(  # noqa: PLR0913 - each is a part of what is signed
-    private_key: Ed25519PrivateKey,
-    *,
-    method: str,
-    path: str,
-    audience: str,
-    body_sha256: bytes,
-    timestamp: int,
-) -> IdentityProof:
-    """Sign a request as the node, with a nonce of its own."""
+class Nonce(NamedTuple):
+    """A nonce of an identity (its PeerID), which is recorded until its signature has expired."""
+
+    identity: str
+    nonce: str
+    expires_at: datetime
+
+
+def sign(private_key: Ed25519PrivateKey, request: SignedRequest, timestamp: int) -> IdentityProof:
+    """Sign a request as the node, with a new nonce."""
     nonce = secrets.token_urlsafe(24)
-    message = signed_message(
-        method=method,
-        path=path,
-        audience=audience,
-        body_sha256=body_sha256,
-        timestamp=timestamp,
-        nonce=nonce,
-    )
-    return IdentityProof(timestamp, nonce, private_key.sign(message))
+    return IdentityProof(timestamp, nonce, private_key.sign(request.message(timestamp, nonce)))
 
 
 def check_clock(proof: IdentityProof, clock: Callable[[], float] = time.time) -> None:
@@ -123,29 +127,13 @@ def check_clock(proof: IdentityProof, clock: Callable[[], float] = time.time) ->
         raise ClockError
 
 
-def check_signature(  # noqa: PLR0913 - each is a part of what is signed
-    identity: NodeIdentity,
-    proof: IdentityProof,
-    *,
-    method: str,
-    path: str,
-    audience: str,
-    body_sha256: bytes,
-) -> None:
-    """Raise SignatureError unless the identity's key signed this request, for this hub, at the time it says.
+def check_signature(identity: NodeIdentity, proof: IdentityProof, request: SignedRequest) -> None:
+    """Raise SignatureError unless the identity's key signed this request at the time that the proof states.
 
-    `audience` is this hub's own public key in base64, never one that the caller names. That the time is now
-    and the nonce is new is for the caller to see to.
+    The request's audience is this hub's own public key, never one that the caller names. The caller of this
+    function checks the time and the nonce.
     """
-    message = signed_message(
-        method=method,
-        path=path,
-        audience=audience,
-        body_sha256=body_sha256,
-        timestamp=proof.timestamp,
-        nonce=proof.nonce,
-    )
-    if not identity.verify(proof.signature, message):
+    if not identity.verify(proof.signature, request.message(proof.timestamp, proof.nonce)):
         raise SignatureError
 
 
@@ -171,10 +159,7 @@ class WireGuardProof:
     def parse(cls, challenge_id: str | None, mac: str | None) -> Self:
         """Read the two headers; raise ProofMissingError or ChallengeError."""
         challenge_id = _present(CHALLENGE_HEADER, challenge_id)
-        raw = _decode(_present(WIREGUARD_PROOF_HEADER, mac), _MAC_BYTES)
-        if raw is None:
-            raise ChallengeError
-        return cls(challenge_id, raw)
+        return cls(challenge_id, _decode(_present(WIREGUARD_PROOF_HEADER, mac), _MAC_BYTES, ChallengeError))
 
     def headers(self) -> dict[str, str]:
         """Return what `parse` reads, by name."""
@@ -251,10 +236,10 @@ def _present(header: str, value: str | None) -> str:
     return value
 
 
-def _decode(text: str, size: int) -> bytes | None:
-    """Return `size` bytes of canonical base64, or None."""
-    try:
+def _decode(text: str, size: int, error: type[ProofError]) -> bytes:
+    """Read `size` bytes of canonical base64; raise the error where the text is anything else."""
+    with suppress(ValueError):
         raw = decode_base64(text)
-    except ValueError:
-        return None
-    return raw if len(raw) == size else None
+        if len(raw) == size:
+            return raw
+    raise error

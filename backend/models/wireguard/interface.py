@@ -1,6 +1,7 @@
-"""The name of a WireGuard interface: parsed once, before it is an argument to anything (wg-quick(8))."""
+"""A WireGuard interface: its name, and its state as `wg show NAME dump` prints it (wg(8))."""
 
 import re
+from dataclasses import dataclass, field
 from typing import Final, Self
 
 # wg-quick(8): "INTERFACE [...] must be 15 characters or less and match [a-zA-Z0-9_=+.-]".  A leading dash
@@ -10,11 +11,14 @@ _NAME: Final = re.compile(r"(?![-.])[A-Za-z0-9_=+.-]{1,15}")
 # that the kernel gives these names to none.
 _WORDS: Final = frozenset({"all", "default", "help", "interfaces"})
 
+_NONE: Final = "(none)"
+_OFF: Final = "off"
+
 
 class InterfaceName(str):
     """A name that `ip`, `wg` and the kernel take for an interface's, and for nothing else.
 
-    Only :meth:`parse` makes one.
+    Only :meth:`parse` makes one, before the name is an argument to anything.
     """
 
     __slots__ = ()
@@ -30,3 +34,48 @@ class InterfaceName(str):
         if text in _WORDS:
             raise ValueError(f"{', '.join(sorted(_WORDS))} are words of `wg` and the kernel, and no names")
         return cls(text)
+
+
+@dataclass(slots=True)
+class InterfacePeer:
+    """One peer, without timers and counters.
+
+    `allowed_ips` are in CIDR notation, `persistent_keepalive` is in seconds, 0 for off.
+    """
+
+    allowed_ips: frozenset[str]
+    preshared_key: str | None = field(default=None, repr=False)
+    persistent_keepalive: int = 0
+
+
+@dataclass(slots=True)
+class InterfaceState:
+    """The interface itself. `public_key` is None while it has no private key, `fwmark` is 0 for off."""
+
+    public_key: str | None
+    listen_port: int
+    fwmark: int = 0
+    peers: dict[str, InterfacePeer] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, dump: str) -> Self:
+        """Read what `wg show NAME dump` prints; raise ValueError for anything else.
+
+        The private key in its first field is passed over.
+        """
+        first, *lines = dump.rstrip("\n").split("\n")
+        _, public_key, listen_port, fwmark = first.split("\t")
+        peers = {}
+        for line in lines:
+            key, preshared_key, _, allowed, _, _, _, keepalive, *_ = line.split("\t")
+            peers[key] = InterfacePeer(
+                frozenset(() if allowed == _NONE else allowed.split(",")),
+                None if preshared_key == _NONE else preshared_key,
+                0 if keepalive == _OFF else int(keepalive),
+            )
+        return cls(
+            None if public_key == _NONE else public_key,
+            int(listen_port),
+            0 if fwmark == _OFF else int(fwmark, 0),
+            peers,
+        )

@@ -60,7 +60,8 @@ def canonical_spelling(text: str) -> str:
 class WireGuardKey(str):
     """A public key: 44 characters of base64 for 32 bytes.
 
-    It is a ``str``, so it can be written, compared and bound to SQL as it is.
+    It is a ``str``, so it can be written, compared and bound to SQL as it is. To call the class takes a text
+    that was parsed before, unchecked.
     """
 
     __slots__ = ()
@@ -89,11 +90,6 @@ class WireGuardKey(str):
         return cls(text)
 
     @classmethod
-    def trusted(cls, text: str) -> Self:
-        """Take a key that was parsed before it was stored."""
-        return cls(text)
-
-    @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(cls.parse, core_schema.str_schema(strict=True))
 
@@ -114,12 +110,11 @@ class WireGuardKey(str):
 class WireGuardPrivateKey:
     """A private key. It shows itself to nobody: ``str`` and ``repr`` are masked."""
 
-    __slots__ = ("_bytes",)
+    __slots__ = ("_key",)
 
     def __init__(self, raw: bytes) -> None:
-        if len(raw) != _KEY_BYTES:
-            raise ValueError("a WireGuard private key is 32 bytes")
-        self._bytes = raw
+        """Take 32 bytes; raise ValueError for any other number."""
+        self._key = X25519PrivateKey.from_private_bytes(raw)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -133,12 +128,11 @@ class WireGuardPrivateKey:
 
     def public_key(self) -> WireGuardKey:
         """Compute the public half, as `wg pubkey` does."""
-        public = X25519PrivateKey.from_private_bytes(self._bytes).public_key().public_bytes_raw()
-        return WireGuardKey.trusted(base64.b64encode(public).decode())
+        return WireGuardKey(base64.b64encode(self._key.public_key().public_bytes_raw()).decode())
 
     def reveal(self) -> str:
         """Return the base64 text, for the config file and nothing else."""
-        return base64.b64encode(self._bytes).decode()
+        return base64.b64encode(self._key.private_bytes_raw()).decode()
 
     def __repr__(self) -> str:
         return "WireGuardPrivateKey(***)"

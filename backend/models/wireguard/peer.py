@@ -6,12 +6,17 @@ one place.
 
 import socket
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Any, Final
 
+from backend.errors import ProvisioningError
+from backend.models.access.answers import Answer
+from backend.models.access.audit import AuditEvent
+from backend.models.access.proof import Nonce
 from backend.models.wireguard.keys import WireGuardKey
 
 # The libp2p key of a peer that was adopted from the hub: only its node knows it.
@@ -65,3 +70,57 @@ def only_address(allowed_ips: Sequence[IPv4Network | IPv6Network]) -> IPv4Addres
     if not isinstance(network, IPv4Network) or network.prefixlen != network.max_prefixlen:
         return None
     return network.network_address
+
+
+def _running() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+@dataclass(slots=True, eq=False)
+class Change:
+    """A peer that is added (no `before`), removed (no `after`) or altered (both).
+
+    All that it carries is written in one transaction, or nothing of it.
+    """
+
+    before: Peer | None
+    after: Peer | None
+    # The row that the audit log gets for it.
+    event: AuditEvent | None = None
+    # The response to repeat to requests with the same Idempotency-Key.
+    answer: Answer | None = None
+    # The nonce of the signature that the node sent: it is accepted once.
+    nonce: Nonce | None = None
+    # Why this change alone was refused; the rest of its batch goes on without it.
+    refusal: ProvisioningError | None = None
+    # Completed once: when the change is applied, or with the error that says why it is not. It can't be
+    # cancelled: the change goes on without the caller, and the others of its batch with it.
+    applied: Future[None] = field(default_factory=_running)
+
+    @property
+    def peer(self) -> Peer:
+        """The peer as it is after the change, or was before its removal."""
+        peer = self.after or self.before
+        if peer is None:
+            raise ValueError("a change has a peer before it, after it, or both")
+        return peer
+
+    @property
+    def adds(self) -> bool:
+        """Whether the peer is new."""
+        return self.before is None
+
+    @property
+    def removes(self) -> bool:
+        """Whether the peer goes."""
+        return self.after is None
+
+
+class ChangeUnderWayError(Exception):
+    """Another change of the same node or key has to end before a request can be decided."""
+
+    def __init__(self, change: Change) -> None:
+        super().__init__(change)
+        self.change = change

@@ -1,1 +1,1 @@
-"""Who calls, what they may do, and what is logged of it."""
+"""Authentication, authorization and the audit log."""

@@ -7,7 +7,6 @@ from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.services.ports import AccessStore
 
-KEPT: Final = timedelta(days=365)
 # The transaction takes some 10 ms, for which nothing else is written.
 ROWS_AT_A_TIME: Final = 1000
 

@@ -1,15 +1,16 @@
-"""Merges what is to be logged into as few rows as it takes, and lets no source fill the disk with them.
+"""Merges events of the audit log into few rows, and lets no source fill the disk with them.
 
-Rows are told apart by action, reason, real credential and source, never by text that a caller chose. Within
-its budget a source gets a row for each of these at each write. Beyond it the rows wait, and count what comes
-meanwhile, until the budget has another one. So nothing is dropped, and what is kept in memory is bounded.
+Events with the same action, reason, real credential and source become one row; text that a caller chose
+makes no difference. Within its budget a source gets a row for each of these at each write. Beyond it the rows
+wait, and count further events, until the budget has another row. So no event is dropped, and memory is
+bounded.
 """
 
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from enum import IntEnum
+from enum import Enum, auto
 from typing import Final
 
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
@@ -22,7 +23,7 @@ _SOURCE_SECONDS: Final = 5.0
 # The same for all sources together: 172,800 a day.
 _ALL_ROWS: Final = 10_000
 _ALL_SECONDS: Final = 0.5
-# The budgets that are remembered, each some 200 bytes. What all may add together holds for the others.
+# The budgets that are remembered, each some 200 bytes. For further sources the common budget still holds.
 _MOST_SOURCES: Final = 10_000
 
 _WITHOUT_CREDENTIAL: Final = frozenset({CallerKind.NOBODY.value, CallerKind.ANYONE.value})
@@ -30,23 +31,23 @@ _UNIX_SOCKET: Final = "unix"
 _MANY: Final = "many"
 
 
-class _Tier(IntEnum):
-    """What is written first where not everything may be."""
+class _Tier(Enum):
+    """Rows that have budgets of their own."""
 
-    # What the service noticed by itself, which no caller can bring about as often as they like.
-    NOTICE = 0
-    # About a real credential, shown or tried.
-    CREDENTIAL = 1
-    ANONYMOUS = 2
+    # The service noticed it by itself: no caller can bring it about at will, so there is no budget.
+    NOTICE = auto()
+    # About a real credential that was shown, or whose secret was tried.
+    CREDENTIAL = auto()
+    ANONYMOUS = auto()
 
 
-# Rows that wait at once. Beyond, new ones are no longer told apart by their source.
+# Rows that wait at the same time. Beyond that, new rows don't differ by their source any more.
 _MOST_WAITING: Final = {_Tier.NOTICE: 100, _Tier.CREDENTIAL: 1000, _Tier.ANONYMOUS: 200}
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What two events share that are merged into one row."""
+    """The properties that the events of one row share."""
 
     tier: _Tier
     action: AuditAction
@@ -60,7 +61,7 @@ class _Kind:
 
 @dataclass(slots=True)
 class _Budget:
-    """So many rows at once, and another one each so many seconds."""
+    """A token bucket: `most` rows at once, and another row every `seconds`."""
 
     most: int
     seconds: float
@@ -81,30 +82,30 @@ class AuditRows:
         self._waiting: dict[_Kind, AuditEvent] = {}
         self._number: Counter[_Tier] = Counter()
         now = clock()
-        # Apart, so that a flood of strangers leaves room for what is about a real credential.
+        # One for each tier, so that a flood of anonymous requests leaves room for rows about credentials.
         self._all = {tier: _Budget(_ALL_ROWS, _ALL_SECONDS, _ALL_ROWS, now) for tier in _Tier}
         self._by_source: OrderedDict[tuple[_Tier, str], _Budget] = OrderedDict()
 
     def add(self, event: AuditEvent, credential: str | None = None) -> None:
-        """Take an event. `credential` is the ID of a real one that it is about, other than its actor's."""
+        """Add an event. `credential` is the ID of a real one that it is about, other than its actor's."""
         self._merge(_kind(event, credential), event)
 
     def take(self, *, all_of_them: bool = False) -> list[tuple[_Kind, AuditEvent]]:
-        """Return the rows that may be written now, in their order; those that can't be go to `put_back`."""
+        """Remove and return the rows that may be written now, in the order in which they were added.
+
+        Rows that could not be written go to `put_back`.
+        """
         now = self._clock()
-        chosen = {
-            kind
-            for kind in sorted(self._waiting, key=lambda kind: kind.tier)
-            if all_of_them or self._spend(kind, now)
-        }
-        taken = [(kind, event) for kind, event in self._waiting.items() if kind in chosen]
+        taken = [
+            (kind, event) for kind, event in self._waiting.items() if all_of_them or self._spend(kind, now)
+        ]
         for kind, _ in taken:
             del self._waiting[kind]
             self._number[kind.tier] -= 1
         return taken
 
     def put_back(self, rows: Iterable[tuple[_Kind, AuditEvent]]) -> None:
-        """Have rows wait that `take` has returned, and that were not written."""
+        """Keep rows that `take` has returned and that were not written."""
         for kind, event in rows:
             for budget in (self._all[kind.tier], self._budget(kind, self._clock())):
                 budget.left += 1
@@ -123,11 +124,11 @@ class AuditRows:
         self._waiting[kind] = event if known is None else _merged(kind, known, event)
 
     def _bounded(self, kind: _Kind, event: AuditEvent) -> tuple[_Kind, AuditEvent]:
-        """Tell a row less apart from others where too many wait."""
+        """Return the row without its source where too many wait, so that more of them are merged."""
         number, most = self._number[kind.tier], _MOST_WAITING[kind.tier]
         if number < most:
             return kind, event
-        # The credential is what counts, as long as these aren't too many, too.
+        # Rows about a credential keep its ID, up to twice as many.
         by_credential = kind.tier is _Tier.CREDENTIAL and number < 2 * most
         actor = kind.actor if by_credential else kind.actor.partition(":")[0]
         subject = kind.subject if by_credential else None
@@ -169,7 +170,7 @@ def _kind(event: AuditEvent, credential: str | None) -> _Kind:
 
 
 def _merged(kind: _Kind, first: AuditEvent, later: AuditEvent) -> AuditEvent:
-    """Count two events in one row, at the time of the first, with what is true of both."""
+    """Return one row for two events, at the time of the first, with the properties that they share."""
     source = first.source
     if source != later.source:
         source = None if kind.network in {_MANY, _UNIX_SOCKET} else kind.network

@@ -1,4 +1,4 @@
-"""Who a caller is, and whether they may do what they ask for."""
+"""Authenticates callers, and authorizes them for what they ask."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ from backend.errors import (
 )
 from backend.models.access.callers import Caller, CallerKind
 from backend.models.access.credentials import Credential, CredentialKind, Permission, Secret
-from backend.models.access.limit_kind import LimitKind
+from backend.models.access.sources import LimitKind
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.credential_cache import CredentialCache
 from backend.services.access.token_uses import TokenUses
@@ -34,7 +34,7 @@ class Authenticator:
         local: Credential | None = None,
         required: bool = True,
     ) -> None:
-        """`local` is the key in `admin.header`, which is in no record. Without `required` all may come in."""
+        """`local` is the key in `admin.header`, which is never recorded. `required` is WIREGUARD_AUTH."""
         self._cache = cache
         self._uses = uses
         self._audit = audit

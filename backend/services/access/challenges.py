@@ -10,13 +10,14 @@ from typing import Final, Generic, TypeVar
 
 from backend.errors import ChallengeError, InvalidCredentialsError, NonceError
 from backend.models.access.identity import NodeIdentity
-from backend.models.access.nonces import Nonce
 from backend.models.access.proof import (
     CHALLENGE_SECONDS,
     WINDOW_SECONDS,
     Challenge,
     ExpectedAnswer,
     IdentityProof,
+    Nonce,
+    SignedRequest,
     WireGuardProof,
     check_clock,
     check_signature,
@@ -34,15 +35,11 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The two proofs that a request carries, and what of the request was signed."""
+    """The two proofs that a request carries, and what they are about."""
 
     identity: IdentityProof
     wireguard: WireGuardProof
-    method: str
-    path: str
-    # The hub's own public key.
-    audience: str
-    body_sha256: bytes
+    request: SignedRequest
 
 
 class _Expiring(Generic[_Value]):
@@ -135,27 +132,21 @@ class ProofVerifier:
         self._seen = _Expiring[None](_NONCE_SECONDS, limit, clock)
 
     def verify(self, proof: Proof, public_key: str, key: WireGuardKey) -> tuple[NodeIdentity, Nonce]:
-        """Return who sent it, and the nonce to be kept, where the sender holds both keys.
+        """Return the sender's identity and the nonce to be recorded, where the sender holds both keys.
 
         Raises a ProofError, or InvalidCredentialsError where `public_key` is no identity. Takes half a
         millisecond at most, and waits for nothing.
         """
         check_clock(proof.identity)
-        self.challenges.redeem(proof.wireguard.challenge_id, key, proof.wireguard.mac, proof.body_sha256)
+        answer, request = proof.wireguard, proof.request
+        self.challenges.redeem(answer.challenge_id, key, answer.mac, request.body_sha256)
         try:
             # As costly as the signature: that the bytes are a point on the curve takes a power.
             identity = NodeIdentity.parse(public_key)
         except ValueError as exc:
             raise InvalidCredentialsError("public_key", str(exc)) from None
-        check_signature(
-            identity,
-            proof.identity,
-            method=proof.method,
-            path=proof.path,
-            audience=proof.audience,
-            body_sha256=proof.body_sha256,
-        )
-        # A second longer than the clock lets it pass.
+        check_signature(identity, proof.identity, request)
+        # A second longer than the signature passes.
         until = datetime.fromtimestamp(proof.identity.valid_until + 1, UTC)
         nonce = Nonce(identity.peer_id, proof.identity.nonce, until)
         if not self._seen.add((nonce.identity, nonce.nonce), None):

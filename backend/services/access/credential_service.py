@@ -1,7 +1,6 @@
 """Makes, lists and revokes credentials."""
 
 from datetime import UTC, datetime
-from typing import Final
 
 from backend.errors import CredentialNotFoundError
 from backend.models.access.audit import AuditAction, AuditOutcome
@@ -9,12 +8,6 @@ from backend.models.access.callers import Caller
 from backend.models.access.credentials import Credential, CredentialKind, KeyRequest, Secret, TokenRequest
 from backend.services.access.credential_cache import CredentialCache
 from backend.services.ports import AccessStore
-
-_MADE: Final = {CredentialKind.TOKEN: AuditAction.TOKEN_MADE, CredentialKind.KEY: AuditAction.KEY_MADE}
-_REVOKED: Final = {
-    CredentialKind.TOKEN: AuditAction.TOKEN_REVOKED,
-    CredentialKind.KEY: AuditAction.KEY_REVOKED,
-}
 
 
 class CredentialService:
@@ -31,7 +24,8 @@ class CredentialService:
         """Make a credential."""
         now = datetime.now(UTC)
         credential, secret = request.make(caller.name, now)
-        event = caller.event(now, _MADE[credential.kind], AuditOutcome.ACCEPTED, credential.id)
+        act = AuditAction(f"{credential.kind.value}_made")
+        event = caller.event(now, act, AuditOutcome.ACCEPTED, credential.id)
         self._store.keep_credential(credential, event)
         self._cache.refresh()
         return credential, secret
@@ -45,10 +39,11 @@ class CredentialService:
         # The command line may have made it a moment ago.
         self._cache.refresh()
         known = self._cache.get(credential_id)
-        if known is None or known.kind is not kind:
-            raise CredentialNotFoundError(f"{kind.value} {credential_id}")
-        event = caller.event(datetime.now(UTC), _REVOKED[kind], AuditOutcome.ACCEPTED, credential_id)
-        revoked = self._store.revoke_credential(credential_id, event)
+        revoked = None
+        if known is not None and known.kind is kind:
+            act = AuditAction(f"{kind.value}_revoked")
+            event = caller.event(datetime.now(UTC), act, AuditOutcome.ACCEPTED, credential_id)
+            revoked = self._store.revoke_credential(credential_id, event)
         if revoked is None:
             raise CredentialNotFoundError(f"{kind.value} {credential_id}")
         self._cache.refresh()

@@ -1,6 +1,7 @@
 """Counts the requests that came too often (429): a line of the log, and no rows of the audit log."""
 
 import logging
+import time
 from collections import Counter
 from threading import Lock
 from typing import Final
@@ -9,6 +10,7 @@ from backend.models.access.sources import network_of
 
 log = logging.getLogger(__name__)
 
+_INTERVAL_SECONDS: Final = 60.0
 _MOST_SOURCES: Final = 1000
 _OTHERS: Final = "others"
 
@@ -20,6 +22,7 @@ class LimitedRequests:
         # Guards _counts; never held across I/O.
         self._lock = Lock()
         self._counts: Counter[str] = Counter()
+        self._reported_at = float("-inf")
 
     def count(self, source: str | None) -> None:
         """Count a request of a source."""
@@ -28,6 +31,13 @@ class LimitedRequests:
             if name not in self._counts and len(self._counts) >= _MOST_SOURCES:
                 name = _OTHERS
             self._counts[name] += 1
+
+    def report_in_time(self) -> None:
+        """Log what was counted, at once after a quiet minute and then once a minute."""
+        now = time.monotonic()
+        if self._counts and now - self._reported_at >= _INTERVAL_SECONDS:
+            self._reported_at = now
+            self.report()
 
     def report(self) -> None:
         """Log one line about what was counted since the last call, if anything was."""

@@ -1,4 +1,4 @@
-"""Looks into the records on behalf of many requests at once, and only so often."""
+"""One look into the records for many requests that wait at the same time."""
 
 import asyncio
 import time
@@ -10,17 +10,17 @@ INTERVAL_SECONDS: Final = 0.1
 
 
 class SharedLook:
-    """One look at a time, for all who ask. Used by one event loop at a time.
+    """Runs one look at a time, which all callers of `wait` share. Used by one event loop at a time.
 
-    A caller waits for a look that begins after the call. One that is under way, or that ended a moment ago,
-    may have missed what was committed since: a key that the command line has just printed.
+    A caller waits for a look that begins after its call. One that is under way, or that ended a moment ago,
+    may have missed a later commit: a key that the command line has just printed.
     """
 
     def __init__(self, look: Callable[[], None]) -> None:
         """`look` blocks, and may raise: it is run in a thread."""
         self._look = look
         self._began_at = float("-inf")
-        # The look that hasn't begun yet, which new callers may still wait for, and the one before it.
+        # The look that hasn't begun yet, which further callers may join, and the one before it.
         self._next: asyncio.Future[None] | None = None
         self._current: asyncio.Future[None] | None = None
 

@@ -12,14 +12,14 @@ Our peers stand in blocks of exactly this form, the newline in front of the comm
     AllowedIPs = A.B.C.D/32
     PersistentKeepalive = N         (only if given)
 
-Everything else is foreign and belongs to the operator. Blocks are rendered behind all foreign text: where two
-peers claim one address `wg` gives it to the later one, which has to be ours.
+Everything else is the operator's text. Blocks are rendered behind all of it: where two peers claim one
+address `wg` gives it to the later one, which has to be ours.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from typing import Final, NamedTuple, Self
 
 from backend.models.wireguard.keys import KEY_PATTERN, WireGuardKey, WireGuardPrivateKey
@@ -30,6 +30,7 @@ from backend.services.hub.config_values import (
     HubKeyError,
     InvalidConfigError,
     check_save_config,
+    interface_addresses,
 )
 
 _WHITESPACE: Final = b" \t\r\v\f"
@@ -108,7 +109,7 @@ class ParsedConfig:
     """A file, taken apart."""
 
     operator_text: bytes = field(repr=False)
-    # The foreign lines as `wg` reads them: without wg-quick's keys, comments and white space.
+    # The operator's lines as `wg` reads them: without wg-quick's keys, comments and white space.
     operator_stripped: bytes = field(repr=False)
     private_key: WireGuardPrivateKey
     # The public half of it.
@@ -120,6 +121,8 @@ class ParsedConfig:
     listen_port: int | None = None
     # 0 for none.
     fwmark: int = 0
+    # What wg-quick gives the interface.
+    addresses: tuple[IPv4Interface | IPv6Interface, ...] = ()
 
     @property
     def stripped(self) -> bytes:
@@ -130,8 +133,8 @@ class ParsedConfig:
 def parse(text: bytes) -> ParsedConfig:
     """Take a file apart and check the operator's text; raise InvalidConfigError.
 
-    Operator text that stands between or behind our blocks follows, in order, on what stands before them.
-    What stands in a block is ours to replace, so damage there is no error.
+    The operator's text between and behind our blocks is appended, in order, to the text before them. What
+    stands in a block is ours to replace, so damage there is no error.
     """
     nul = text.find(b"\0")
     if nul >= 0:
@@ -159,6 +162,7 @@ def parse(text: bytes) -> ParsedConfig:
         blocks=(*(block for block in read if block is not None), *behind),
         listen_port=interface.listen_port,
         fwmark=interface.fwmark,
+        addresses=tuple(reader.addresses),
     )
 
 
@@ -201,21 +205,24 @@ def _is_marker(line: bytes) -> bool:
     return line.startswith(_MARKER_START) and _MARKER.fullmatch(line) is not None
 
 
-def _split(
-    text: bytes,
-) -> tuple[list[bytes], list[tuple[str, list[bytes]]], list[tuple[int, bytes, bytes]]]:
+# A block's label and its key lines as `wg` sees them; and number, raw and compact form of a line.
+_Block = tuple[str, list[bytes]]
+_Line = tuple[int, bytes, bytes]
+
+
+def _split(text: bytes) -> tuple[list[bytes], list[_Block], list[_Line]]:
     """Tell our blocks from the operator's text.
 
     A block starts at a marker line with a [Peer] line right below it, and takes every key that follows up
     to the next section: a key that an operator added there would otherwise change its section when the
     block moves. Comments and blank lines in it are the operator's.
 
-    Returns the operator's text before, between and behind the blocks; each block's label and its key lines as
-    `wg` sees them; and number, raw and compact form of each line of the operator's that `wg` doesn't skip.
+    Returns the operator's text before, between and behind the blocks; the blocks; and those of the operator's
+    lines that `wg` doesn't skip.
     """
     gaps: list[bytes] = []
-    blocks: list[tuple[str, list[bytes]]] = []
-    operator_lines: list[tuple[int, bytes, bytes]] = []
+    blocks: list[_Block] = []
+    operator_lines: list[_Line] = []
     lines = text.split(b"\n")
     gap: list[bytes] = []
     block: list[bytes] | None = None
@@ -272,6 +279,7 @@ class _OperatorTextReader:
 
     def __init__(self) -> None:
         self.stripped: list[bytes] = []
+        self.addresses: list[IPv4Interface | IPv6Interface] = []
         self.interface = InterfaceSection()
         self._peers: list[PeerSection] = []
         self._section: Section | None = None
@@ -287,6 +295,8 @@ class _OperatorTextReader:
         elif self._quick_interface and key in _QUICK_KEYS:
             if key == b"saveconfig":
                 check_save_config(value.strip(_WHITESPACE).lower())
+            elif key == b"address":
+                self.addresses += interface_addresses(value)
             return
         elif self._section is None:
             raise InvalidConfigError("a key outside of any section")

@@ -1,7 +1,16 @@
 """What `wg` takes for the value of a key; these raise InvalidConfigError for what it doesn't take."""
 
 import re
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from contextlib import suppress
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv4Network,
+    IPv6Address,
+    IPv6Interface,
+    IPv6Network,
+    ip_interface,
+)
 from typing import Final
 
 from backend.models.wireguard.keys import KEY_PATTERN, WireGuardPrivateKey
@@ -91,6 +100,15 @@ def allowed_ip(value: bytes) -> IPv4Network | IPv6Network:
 def allowed_ips(value: bytes) -> tuple[IPv4Network | IPv6Network, ...]:
     """Read one line of AllowedIPs."""
     return tuple(map(allowed_ip, value.split(b",")))
+
+
+def interface_addresses(value: bytes) -> list[IPv4Interface | IPv6Interface]:
+    """Read a line of Address; one that can't be read is left out, since only wg-quick would refuse it."""
+    found = []
+    for word in value.replace(b",", b" ").split():
+        with suppress(ValueError):
+            found.append(ip_interface(word.decode("ascii")))
+    return found
 
 
 def _is_host(value: bytes) -> bool:

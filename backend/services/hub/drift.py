@@ -3,14 +3,14 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from backend.models.wireguard.interface_state import InterfacePeer, InterfaceState
+from backend.models.wireguard.interface import InterfacePeer, InterfaceState
 from backend.models.wireguard.peer import cidr
 from backend.services.hub.config_text import ParsedConfig
 
 
 @dataclass(slots=True)
 class Drift:
-    """What differs: in words for the log, and as what `wg syncconf` may leave as it is."""
+    """The differences: in words for the log, and those that `wg syncconf` may leave as they are."""
 
     found: list[str] = field(default_factory=list)
     fwmark: bool = False

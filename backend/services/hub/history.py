@@ -17,10 +17,11 @@ from backend.models.access.callers import SERVICE
 from backend.models.operator_commands import command
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.peer import UNRECORDED_PUBLIC_KEY, Peer, only_address
-from backend.services.hub.hub_mirror import HubMirror
+from backend.models.wireguard.records import Decision, NewGeneration, RecordedState
 from backend.services.hub.mark import HubMark, Mark
+from backend.services.hub.reconciler import Reconciler
 from backend.services.hub.removal_guard import HubPeer, RemovalGuard, fingerprint, stepped_back
-from backend.services.ports import Decision, Journal, NewGeneration, RecordedState
+from backend.services.ports import Records
 
 log = logging.getLogger(__name__)
 
@@ -62,57 +63,57 @@ def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer], at: datetime) -> A
 
 
 class HubHistory:
-    """Used by the committer's thread, and before that by the one that starts it."""
+    """Used by the agent's thread, and before that by the one that starts it."""
 
-    def __init__(self, journal: Journal, mirror: HubMirror, guard: RemovalGuard, mark: HubMark) -> None:
-        self._journal = journal
-        self._mirror = mirror
+    def __init__(self, records: Records, reconciler: Reconciler, guard: RemovalGuard, mark: HubMark) -> None:
+        self._records = records
+        self._reconciler = reconciler
         self._guard = guard
         self._file = mark
         self._mark = Mark()
-        # Whether the records have, or may have, a decision carried out that the service doesn't know yet.
+        # Whether the records have, or may have, a decision carried out that memory doesn't know yet.
         self._decided = False
         # What an operator should know, though the service works.
         self.notices: tuple[str, ...] = ()
 
-    def load(self) -> RecordedState:
-        """Read the records; raise RecordsUnavailableError. The first thing to be called."""
+    def compare(self, state: RecordedState) -> bool:
+        """Hold the records against what this hub has reached; return whether that has changed them.
+
+        New records adopt the file's peers. Records that are older than the hub pause the service.
+        """
         self._mark = self._file.read()
-        state = self._journal.load()
-        if state.generation == 0 and not state.peers:
-            state = self._adopt_file(state)
-        else:
+        new = state.generation == 0 and not state.peers
+        adopted = self._adopt_file() if new else False
+        if not new:
             self._compare(state)
-        self.notices = self._journal.hub_status().notices
-        return state
+        self.notices = self._records.status().notices
+        return adopted
 
     def reach(self, generation: int) -> None:
         """Note that the hub has reached a generation."""
         self._raise_mark(generation, (self._mark.audit_sequence, self._mark.audit_hash))
 
-    def look(self, generation: int) -> RecordedState | None:
-        """See to what changes beside the peers; return the records where a decision has changed them.
+    def look(self, generation: int) -> bool:
+        """Carry out what an operator has decided; return whether that has changed the records.
 
         `go_on` has to follow then. Raises RecordsUnavailableError and HubUpdateError: a decision is carried
         out later then.
         """
-        status = self._journal.hub_status()
+        status = self._records.status()
         self.notices = status.notices
         if self._guard.paused and status.decision is not None:
             self._carry_out(status.decision, status.basis)
-        if self._decided:
-            return self._journal.load()
-        if self._guard.paused:
-            return None
-        if self._journal.durable:
+        if self._decided or self._guard.paused:
+            return self._decided
+        if self._records.durable:
             self._raise_mark(generation, status.audit_head)
         if status.decision is not None:
             # It was made for another moment than this.
-            self._journal.dismiss_decision()
-        return None
+            self._records.dismiss_decision()
+        return False
 
     def go_on(self) -> None:
-        """End the pause: the service knows what the records have by an operator's decision."""
+        """End the pause: memory knows what an operator's decision has put into the records."""
         self._decided = False
         self._guard.release()
 
@@ -122,7 +123,7 @@ class HubHistory:
 
     def _compare(self, state: RecordedState) -> None:
         sequence = self._mark.audit_sequence
-        hash_there = self._journal.audit_hash(sequence) if sequence else None
+        hash_there = self._records.audit_hash(sequence) if sequence else None
         reason = stepped_back(state, self._mark, hash_there)
         if reason is not None:
             self._guard.hold(reason)
@@ -135,11 +136,11 @@ class HubHistory:
                 },
             )
 
-    def _adopt_file(self, state: RecordedState) -> RecordedState:
-        adoption = adopt(self._mirror.found_in_file().peers, (), _now())
+    def _adopt_file(self) -> bool:
+        adoption = adopt(self._reconciler.found_in_file().peers, (), _now())
         count = len(adoption.peers)
         if count == 0 and self._mark.generation == 0:
-            return state
+            return False
         # Also without peers: whatever follows comes after what the hub has reached with other records.
         if count:
             log.warning("peers_adopted", extra={"peers": count, "reason": "the records were new"})
@@ -150,16 +151,16 @@ class HubHistory:
         self._add_generation(
             AuditAction.PEERS_ADOPTED, f"{count} peers, from the config", adoption, notice if count else None
         )
-        return self._journal.load()
+        return True
 
     def _carry_out(self, decision: Decision, basis: str | None) -> None:
-        recorded = self._journal.load()
+        recorded = self._records.load()
         keys = {peer.wireguard_public_key for peer in recorded.peers}
-        unknown = self._guard.unknown(self._mirror.found(), keys)
+        unknown = self._guard.unknown(self._reconciler.found(), keys)
         if basis not in {None, fingerprint(unknown)}:
             reason = "the hub's unknown peers are others than those that were shown"
             log.warning("decision_dismissed", extra={"decision": decision.value, "reason": reason})
-            self._journal.dismiss_decision()
+            self._records.dismiss_decision()
             return
         if decision is Decision.ADOPT:
             action, adoption = AuditAction.PEERS_ADOPTED, adopt(unknown, recorded.peers, _now())
@@ -183,19 +184,19 @@ class HubHistory:
 
         Records in memory go on from there: they leave no durable ones behind until something changes.
         """
-        reached = max(generation, self._mark.generation) + (1 if self._journal.durable else 0)
-        self._journal.add_generation(
+        reached = max(generation, self._mark.generation) + (1 if self._records.durable else 0)
+        self._records.adopt(
             NewGeneration(
                 generation=reached,
                 peers=adoption.peers,
                 removed=[(peer.public_key, peer.label or "") for peer in adoption.refused],
                 event=SERVICE.event(datetime.now(UTC), action, AuditOutcome.NOTED, reason=reason),
-                notice=notice if self._journal.durable else None,
+                notice=notice if self._records.durable else None,
             )
         )
-        if self._journal.durable:
+        if self._records.durable:
             # From here on these are the records that the next ones are held against.
-            self._raise_mark(reached, self._journal.hub_status().audit_head)
+            self._raise_mark(reached, self._records.status().audit_head)
 
 
 def _now() -> datetime:

@@ -12,10 +12,10 @@ from typing import Final, Self
 from backend.errors import PausedError
 from backend.models.access.audit import PRUNED
 from backend.models.operator_commands import command
-from backend.models.wireguard.interface_state import InterfaceState
+from backend.models.wireguard.interface import InterfaceState
+from backend.models.wireguard.records import RecordedState
 from backend.services.hub.config_text import PeerBlock
 from backend.services.hub.mark import Mark
-from backend.services.ports import RecordedState
 
 # More than so many, and more than this share of our peers on the hub, are an operator's decision.
 _MOST: Final = 5
@@ -101,6 +101,8 @@ class RemovalGuard:
         self._removed_keys = removed_keys
         self._stepped_back: str | None = None
         self._many = False
+        # Why the service is paused, as the last check found it; None where it is not.
+        self.pause: PausedError | None = None
 
     @property
     def paused(self) -> bool:
@@ -131,7 +133,9 @@ class RemovalGuard:
         """Return how many unknown peers a reconciliation would remove; raise PausedError if it must not."""
         unknown, present = len(self.unknown(found, recorded_keys)), len(found.peers)
         self._many = is_many(unknown, present)
+        self.pause = None
         if self.paused:
             reason = self._stepped_back or "the records don't fit the hub"
-            raise PausedError(reason, unknown, present, command("reconcile --show"))
+            self.pause = PausedError(reason, unknown, present, command("reconcile --show"))
+            raise self.pause
         return unknown

@@ -8,10 +8,10 @@ from typing import Self
 from backend.errors import HubUpdateError
 from backend.models.wireguard.peer import Peer
 from backend.services.hub.history import Adoption, adopt
-from backend.services.hub.hub_mirror import HubMirror
 from backend.services.hub.mark import Mark
+from backend.services.hub.reconciler import Reconciler
 from backend.services.hub.removal_guard import HubPeer, RemovalGuard, is_many, stepped_back
-from backend.services.ports import Journal
+from backend.services.ports import Records
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +37,20 @@ class HubReview:
     notices: Sequence[str]
 
     @classmethod
-    def make(cls, journal: Journal, mirror: HubMirror, mark: Mark) -> Self:
+    def make(cls, records: Records, reconciler: Reconciler, mark: Mark) -> Self:
         """Look at records, file and interface, and change nothing; raise ProvisioningError."""
         unseen = None
         try:
-            found = mirror.found()
+            found = reconciler.found()
         except HubUpdateError as exc:
             # One that is about the file itself comes again.
-            found, unseen = mirror.found_in_file(), str(exc)
+            found, unseen = reconciler.found_in_file(), str(exc)
         # After the hub: what comes to it meanwhile is in the records first.
-        state = journal.load()
+        state = records.load()
         keys = {peer.wireguard_public_key for peer in state.peers}
-        hash_there = journal.audit_hash(mark.audit_sequence) if mark.audit_sequence else None
+        hash_there = records.audit_hash(mark.audit_sequence) if mark.audit_sequence else None
         paused = stepped_back(state, mark, hash_there)
-        guard = RemovalGuard(journal.removed_keys)
+        guard = RemovalGuard(records.removed_keys)
         if paused is not None:
             guard.hold(paused)
         unknown = guard.unknown(found, keys)
@@ -70,7 +70,7 @@ class HubReview:
             paused=None if new else paused,
             new_records=new,
             unseen=unseen,
-            notices=journal.hub_status().notices,
+            notices=records.status().notices,
         )
 
     @property

@@ -29,7 +29,7 @@ def node_body() -> dict[str, Any]:
     return provision_body(f"node-{secrets.token_hex(4)}")
 
 
-def test_the_same_key_and_body_get_the_same_bytes_again(
+def test_repeated_request_gets_the_same_bytes(
     trusting: tuple[ServiceProcess, HubInterface],
 ) -> None:
     service, hub = trusting
@@ -51,7 +51,7 @@ def test_the_same_key_and_body_get_the_same_bytes_again(
     assert body["node_id"] in in_file(hub.config_path)
 
 
-def test_the_same_key_at_the_same_time_provisions_once(
+def test_concurrent_repeats_provision_once(
     trusting: tuple[ServiceProcess, HubInterface],
 ) -> None:
     service, _ = trusting
@@ -64,7 +64,7 @@ def test_the_same_key_at_the_same_time_provisions_once(
     assert [entry["outcome"] for entry in audit_entries(service, subject=body["node_id"])] == ["accepted"]
 
 
-def test_the_same_key_with_other_bodies_at_the_same_time_is_the_first_ones(
+def test_concurrent_bodies_under_one_key_admit_the_first(
     trusting: tuple[ServiceProcess, HubInterface],
 ) -> None:
     service, _ = trusting
@@ -77,7 +77,7 @@ def test_the_same_key_with_other_bodies_at_the_same_time_is_the_first_ones(
     assert len(listed(service).keys() & {body["node_id"] for body in bodies}) == 1
 
 
-def test_the_same_key_with_another_body_is_refused(trusting: tuple[ServiceProcess, HubInterface]) -> None:
+def test_key_reused_with_another_body_is_refused(trusting: tuple[ServiceProcess, HubInterface]) -> None:
     service, hub = trusting
     token, body = new_token(service, max_uses=10), node_body()
     ask_once(service, token, body, "key").raise_for_status()
@@ -92,7 +92,7 @@ def test_the_same_key_with_another_body_is_refused(trusting: tuple[ServiceProces
     assert uses(service)[token_id(token)] == 1
 
 
-def test_a_key_is_its_callers_own(trusting: tuple[ServiceProcess, HubInterface]) -> None:
+def test_same_key_of_two_callers_is_two_keys(trusting: tuple[ServiceProcess, HubInterface]) -> None:
     service, _ = trusting
     one, other = new_token(service, max_uses=10), new_token(service, max_uses=10)
     body = node_body()
@@ -104,7 +104,7 @@ def test_a_key_is_its_callers_own(trusting: tuple[ServiceProcess, HubInterface])
     assert ask_once(service, other, node_body(), "key").status_code == 200
 
 
-def test_what_a_node_was_told_is_forgotten_with_it(trusting: tuple[ServiceProcess, HubInterface]) -> None:
+def test_stored_answer_is_deleted_with_its_node(trusting: tuple[ServiceProcess, HubInterface]) -> None:
     service, _ = trusting
     token, body = new_token(service, max_uses=2), node_body()
     # Let in anew the second time, which takes a use; and the third time none is left.
@@ -117,7 +117,21 @@ def test_what_a_node_was_told_is_forgotten_with_it(trusting: tuple[ServiceProces
     assert body["node_id"] not in listed(service)
 
 
-def test_only_a_success_is_kept(trusting: tuple[ServiceProcess, HubInterface]) -> None:
+def test_the_key_of_a_removed_node_may_come_with_another_body_at_once(
+    trusting: tuple[ServiceProcess, HubInterface],
+) -> None:
+    service, _ = trusting
+    token, body, other = new_token(service, max_uses=9), node_body(), node_body()
+    ask_once(service, token, body, "key").raise_for_status()
+    service.client.delete(f"{PEERS}/{body['node_id']}").raise_for_status()
+    answer = ask_once(service, token, other, "key")
+    assert (answer.status_code, answer.json()["config"]["node_id"]) == (200, other["node_id"])
+    # And is the other's from here on.
+    assert ask_once(service, token, other, "key").content == answer.content
+    assert ask_once(service, token, body, "key").status_code == 422
+
+
+def test_only_successful_answers_are_stored(trusting: tuple[ServiceProcess, HubInterface]) -> None:
     service, _ = trusting
     token, body = new_token(service, max_uses=10), node_body()
     ask_once(service, token, {**body, "node_id": "in-the-way"}).raise_for_status()
@@ -139,7 +153,7 @@ def test_only_a_success_is_kept(trusting: tuple[ServiceProcess, HubInterface]) -
     ],
     ids=["empty", "too long", "a space", "a tab", "no ASCII", "two", "twice"],
 )
-def test_an_idempotency_key_that_is_none_is_refused(
+def test_invalid_idempotency_key_is_refused(
     trusting: tuple[ServiceProcess, HubInterface], keys: tuple[str | bytes, ...]
 ) -> None:
     service, hub = trusting

@@ -33,7 +33,7 @@ from tests.harness.wireguard import HubInterface
 
 
 class Wiretap(Client):
-    """The reference client, with somebody who listens."""
+    """The client, with the requests that it sends."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -58,7 +58,7 @@ def test_a_node_joins_with_the_client_and_asks_again_for_what_it_got(
     assert newest(service, node.node_id) == ("provision", "refused", "duplicate", f"token:{token_id(token)}")
 
 
-def test_a_captured_request_is_good_for_nothing(service: ServiceProcess, hub: HubInterface) -> None:
+def test_captured_request_cannot_be_used_in_any_way(service: ServiceProcess, hub: HubInterface) -> None:
     token, node = new_token(service, max_uses=10), new_node()
     tapped = Wiretap(service.url, token)
     tapped.provision(node, version="1.0.0")
@@ -88,11 +88,11 @@ def test_a_captured_request_is_good_for_nothing(service: ServiceProcess, hub: Hu
         replay()
         assert newest(service, node.node_id)[2] == "challenge"
     assert node.node_id not in listed(service)
-    # Nobody but the replay was in the node's way.
+    # The node itself still joins.
     assert Client(service.url, token).provision(node, version="1.0.0").node_id == node.node_id
 
 
-def test_a_signature_is_good_once_whatever_challenge_is_answered_beside_it(
+def test_signature_is_accepted_once_even_with_a_new_challenge(
     service: ServiceProcess, hub: HubInterface
 ) -> None:
     token, node = new_token(service, max_uses=10), new_node()
@@ -109,7 +109,7 @@ def test_a_signature_is_good_once_whatever_challenge_is_answered_beside_it(
             assert newest(service, node.node_id)[2] == "nonce"
 
 
-def test_of_copies_of_a_request_that_come_at_once_one_gets_in(service: ServiceProcess) -> None:
+def test_one_of_many_concurrent_copies_of_a_request_succeeds(service: ServiceProcess) -> None:
     token = new_token(service, max_uses=50)
     attempts = [Attempt(service, new_node(), token) for _ in range(4)]
     with ThreadPoolExecutor(16) as pool:
@@ -183,7 +183,7 @@ def test_a_wireguard_key_without_its_private_half_is_refused(
         assert newest(service, thief.node_id)[1:3] == ("refused", "challenge")
 
 
-def test_anothers_name_or_identity_is_refused_without_its_configuration(
+def test_name_or_identity_of_another_node_is_refused_without_its_configuration(
     service: ServiceProcess, hub: HubInterface
 ) -> None:
     token, victim = new_token(service, max_uses=10), new_node()
@@ -211,7 +211,7 @@ def test_anothers_name_or_identity_is_refused_without_its_configuration(
             Client(service.url, token).provision(thief, version="1.0.0")
 
 
-def test_what_is_no_identity_is_invalid(service: ServiceProcess, hub: HubInterface) -> None:
+def test_invalid_identity_is_a_422(service: ServiceProcess, hub: HubInterface) -> None:
     token, node = new_token(service), new_node()
     with nothing_changed(service, hub):
         answer = Attempt(service, node, token, {"public_key": "peer_libp2p_public_key"}).send()
@@ -219,7 +219,7 @@ def test_what_is_no_identity_is_invalid(service: ServiceProcess, hub: HubInterfa
         assert answer.json()["detail"][0]["loc"] == ["body", "public_key"]
 
 
-def test_an_operator_proves_no_less(service: ServiceProcess, hub: HubInterface) -> None:
+def test_operators_must_prove_the_keys_too(service: ServiceProcess, hub: HubInterface) -> None:
     node = new_node()
     key = service.client.headers["Authorization"].removeprefix("Bearer ")
     with nothing_changed(service, hub):
@@ -230,7 +230,7 @@ def test_an_operator_proves_no_less(service: ServiceProcess, hub: HubInterface) 
     assert Client(service.url, key).provision(node, version="1.0.0").node_id == node.node_id
 
 
-def test_an_idempotency_key_spares_nobody_the_proof(service: ServiceProcess, hub: HubInterface) -> None:
+def test_repeated_request_needs_a_proof_too(service: ServiceProcess, hub: HubInterface) -> None:
     token, node = new_token(service), new_node()
     key = ("Idempotency-Key", "once")
     first = Attempt(service, node, token)
@@ -242,7 +242,7 @@ def test_an_idempotency_key_spares_nobody_the_proof(service: ServiceProcess, hub
         assert (again.status_code, again.content) == (200, answer.content)
 
 
-def test_a_challenge_is_for_whoever_may_come_in(service: ServiceProcess) -> None:
+def test_challenge_needs_the_permission_to_provision(service: ServiceProcess) -> None:
     token = new_token(service)
     question = {"wireguard_public_key": new_key()}
 
@@ -268,7 +268,7 @@ def test_a_challenge_is_for_whoever_may_come_in(service: ServiceProcess) -> None
     assert ask(question, **bearer(token)).status_code == 401
 
 
-def test_where_no_proof_is_asked_for_the_client_gives_none(
+def test_client_joins_without_proofs_where_none_are_required(
     trusting: tuple[ServiceProcess, HubInterface],
 ) -> None:
     service, _ = trusting

@@ -7,7 +7,7 @@ from typing import Any, Final
 import pytest
 
 from backend.client.node import CHALLENGE_PATH
-from backend.models.access.encodings import encode_base32, encode_base36, encode_base64
+from backend.models.access.encodings import BASE36, encode_base32, encode_base64, to_digits
 from backend.models.access.identity import NodeIdentity
 from backend.models.access.proof import (
     CHALLENGE_HEADER,
@@ -37,7 +37,7 @@ SPELLINGS: Final[dict[str, Callable[[NodeIdentity], str]]] = {
     "protobuf in base64": lambda identity: encode_base64(_PROTOBUF + identity.raw),
     "PeerID": lambda identity: identity.peer_id,
     "CIDv1 in base32": lambda identity: "b" + encode_base32(_CID + _PROTOBUF + identity.raw),
-    "CIDv1 in base36": lambda identity: "k" + encode_base36(_CID + _PROTOBUF + identity.raw),
+    "CIDv1 in base36": lambda identity: "k" + to_digits(_CID + _PROTOBUF + identity.raw, BASE36),
 }
 
 
@@ -115,13 +115,13 @@ def _challenge_that_was_used(attempt: Attempt) -> None:
         pytest.param(_with(NONCE_HEADER, "short"), "nonce", id="a nonce that is too short"),
         pytest.param(_anothers_signature, "signature", id="another node's signature"),
         pytest.param(_with(SIGNATURE_HEADER, "AA=="), "signature", id="no signature"),
-        pytest.param(_with(CHALLENGE_HEADER, "0" * 32), "challenge", id="a challenge of nobody's"),
+        pytest.param(_with(CHALLENGE_HEADER, "0" * 32), "challenge", id="an unknown challenge"),
         pytest.param(_answer_to_another_body, "challenge", id="an answer for another body"),
         pytest.param(_challenge_that_was_used, "challenge", id="a challenge that had its one try"),
         pytest.param(_with(WIREGUARD_PROOF_HEADER, "AA=="), "challenge", id="no answer"),
     ],
 )
-def test_what_isnt_what_was_signed_is_refused(
+def test_request_that_differs_from_its_signature_is_refused(
     service: ServiceProcess, hub: HubInterface, tamper: Callable[[Attempt], None], reason: str
 ) -> None:
     token, node = new_token(service), new_node()
@@ -142,7 +142,7 @@ def test_what_isnt_what_was_signed_is_refused(
 
 
 @pytest.mark.parametrize("header", PROOF_HEADERS)
-def test_a_header_that_is_missing_or_there_twice_is_no_proof(
+def test_missing_or_repeated_proof_header_is_refused(
     service: ServiceProcess, hub: HubInterface, header: str
 ) -> None:
     token, node = new_token(service), new_node()

@@ -46,7 +46,7 @@ def test_the_audit_log_is_read_as_it_was_written(engine: sa.Engine) -> None:
     assert verified(engine) is None
 
 
-def test_nobody_keeps_their_refusal_out_of_the_log(engine: sa.Engine) -> None:
+def test_event_with_unstorable_text_is_logged(engine: sa.Engine) -> None:
     append(engine, event("\x00\ud800", actor="x" * 100_000, reason="\x1b[2J", request_id="\udfff" * 9999))
     assert verified(engine) is None
 
@@ -92,7 +92,7 @@ def test_a_log_that_grows_meanwhile_is_verified_as_it_was(engine: sa.Engine) -> 
     assert verified(engine) is None
 
 
-def test_an_act_that_did_not_happen_leaves_no_row_and_no_gap(engine: sa.Engine) -> None:
+def test_rolled_back_act_leaves_no_row_and_no_gap(engine: sa.Engine) -> None:
     append(engine, event())
     with engine.connect() as connection:
         audit.append_audit(connection, [event(), event()])
@@ -102,7 +102,7 @@ def test_an_act_that_did_not_happen_leaves_no_row_and_no_gap(engine: sa.Engine) 
 
 
 @pytest.mark.parametrize("statement", ["UPDATE audit SET actor = 'nobody'", "DELETE FROM audit"])
-def test_the_log_takes_nothing_back(engine: sa.Engine, statement: str) -> None:
+def test_log_rows_cannot_be_changed_or_deleted(engine: sa.Engine, statement: str) -> None:
     append(engine, event(), event())
     with pytest.raises(sa.exc.DBAPIError, match="append-only"), engine.begin() as connection:
         connection.exec_driver_sql(statement)
@@ -113,7 +113,7 @@ def test_the_log_takes_nothing_back(engine: sa.Engine, statement: str) -> None:
 
 
 def tamper(engine: sa.Engine, *statements: str) -> None:
-    """Change the log as somebody does who may do anything with the database."""
+    """Change the log as a superuser of the database could."""
     triggers = (
         ["DROP TRIGGER audit_refuses_update", "DROP TRIGGER audit_refuses_delete"]
         if engine.dialect.name == "sqlite"
@@ -166,9 +166,7 @@ def tamper(engine: sa.Engine, *statements: str) -> None:
         (["UPDATE access_state SET audit_hash = 'nothing'"], "Row 5 was replaced"),
     ],
 )
-def test_what_is_done_to_the_log_by_hand_is_named(
-    engine: sa.Engine, statements: list[str], says: str
-) -> None:
+def test_tampering_is_located(engine: sa.Engine, statements: list[str], says: str) -> None:
     append(engine, *(event(f"node-{number}") for number in range(1, 6)))
     tamper(engine, *statements)
     assert says in (verified(engine) or "nothing")
@@ -184,7 +182,7 @@ def test_what_is_done_to_the_log_by_hand_is_named(
         "UPDATE audit SET hash = x'00' WHERE sequence = 2",
     ],
 )
-def test_a_type_that_sqlite_takes_and_nobody_wrote_is_named(tmp_path: Path, statement: str) -> None:
+def test_value_of_a_foreign_sqlite_type_is_located(tmp_path: Path, statement: str) -> None:
     opened = Database(f"sqlite:///{tmp_path}/records.sqlite")
     opened.migrate()
     append(opened.engine, event(), event(), event())

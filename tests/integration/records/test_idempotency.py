@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from backend.adapters.records import idempotency
-from backend.models.access.answers import Answer
+from backend.models.access.answers import ANSWERS_KEPT, Answer
 from tests.harness.access_records import LATER, NOON, together
 
 
@@ -34,7 +34,7 @@ def test_answers_are_forgotten_with_their_node_and_with_time(engine: sa.Engine) 
         idempotency.save_answers(connection, [gone, old, kept])
         idempotency.forget_answers_of(connection, ["node-1", "node-9"])
         idempotency.forget_answers_of(connection, [])
-        assert idempotency.forget_answers_before(connection, LATER) == 1
+        idempotency.tidy(connection, LATER + ANSWERS_KEPT)
     assert (find(engine, "1"), find(engine, "2"), find(engine, "3")) == (None, None, kept)
 
 
@@ -47,9 +47,11 @@ def test_a_nonce_is_accepted_once_for_each_identity(engine: sa.Engine) -> None:
     assert burn(("a", "1"), ("a", "2"), ("b", "1"), ("a", "1")) == {("a", "1"), ("a", "2"), ("b", "1")}
     assert burn(("a", "1"), ("b", "2")) == {("b", "2")}
     with engine.begin() as connection:
-        assert idempotency.forget_nonces_before(connection, LATER) == 0
-        assert idempotency.forget_nonces_before(connection, LATER + timedelta(microseconds=1)) == 4
-    assert burn(("a", "1")) == {("a", "1")}
+        idempotency.tidy(connection, LATER + timedelta(seconds=1))
+    assert burn(("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")) == set()
+    with engine.begin() as connection:
+        idempotency.tidy(connection, LATER + timedelta(seconds=1, microseconds=1))
+    assert len(burn(("a", "1"), ("a", "2"), ("b", "1"), ("b", "2"))) == 4
 
 
 def test_a_nonce_that_many_bring_at_once_is_accepted_from_one(engine: sa.Engine) -> None:

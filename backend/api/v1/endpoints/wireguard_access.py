@@ -33,7 +33,7 @@ _NOT_FOUND = problem("No such credential.", "token 3f1c0e5a9b7d2468 not found")
 async def make_token(body: TokenRequest, caller: Admin, credentials: Credentials) -> MadeToken:
     """Make a token that lets nodes in. Its secret is in this answer and nowhere else."""
     token, secret = await asyncio.to_thread(credentials.make, body, caller)
-    return MadeToken.made(token, secret, datetime.now(UTC))
+    return MadeToken.of(token, datetime.now(UTC), secret=secret.reveal())
 
 
 @router.get("/tokens", summary="List the enrolment tokens")
@@ -57,7 +57,7 @@ async def revoke_token(credential_id: str, caller: Admin, credentials: Credentia
 async def make_key(body: KeyRequest, caller: Admin, credentials: Credentials) -> MadeKey:
     """Make a key for an operator. Its secret is in this answer and nowhere else."""
     key, secret = await asyncio.to_thread(credentials.make, body, caller)
-    return MadeKey.made(key, secret, datetime.now(UTC))
+    return MadeKey.of(key, datetime.now(UTC), secret=secret.reveal())
 
 
 @router.get("/keys", summary="List the operators' keys")

@@ -1,20 +1,21 @@
 """The endpoints of provisioning. Include `router` with prefix="/api/v1"."""
 
 import asyncio
-from typing import Any, Final, Literal
+import hashlib
+from dataclasses import replace
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from backend.api.audit import audited
-from backend.api.dependencies import Service, outcome
+from backend.api.dependencies import Service, applied
 from backend.api.embedding import service_of_the_app
 from backend.api.errors import problem
-from backend.api.proofs import proven
-from backend.api.repeats import repeatable
-from backend.api.security import REFUSALS, Operator, Provisioner, Reader, SecuredRoute
-from backend.errors import NoProofAskedError
+from backend.api.security import REFUSALS, Operator, Provisioner, Reader, SecuredRoute, repeatable
+from backend.errors import NoProofAskedError, ProvisioningError
 from backend.models.access.audit import AuditAction
+from backend.models.access.callers import Caller
 from backend.models.access.proof import (
     CHALLENGE_HEADER,
     NONCE_HEADER,
@@ -22,6 +23,9 @@ from backend.models.access.proof import (
     TIMESTAMP_HEADER,
     WINDOW_SECONDS,
     WIREGUARD_PROOF_HEADER,
+    IdentityProof,
+    SignedRequest,
+    WireGuardProof,
 )
 from backend.models.fields import StrictModel
 from backend.models.wireguard.keys import WireGuardKey
@@ -30,8 +34,9 @@ from backend.models.wireguard.provisioning import (
     ProvisioningRequest,
     ProvisioningResponse,
 )
+from backend.services.access.challenges import Proof
 from backend.services.access.idempotency import IdempotencyKey
-from backend.services.known_peers import has_its_key, is_repeat
+from backend.services.known_peers import is_repeat
 
 router = APIRouter(
     prefix="/wireguard",
@@ -94,7 +99,6 @@ class ChallengeAnswer(BaseModel):
     audience: str = Field(description="The hub's public key: what is signed names it.")
 
 
-_NO_PROOF: Final = "this hub asks for no proof: provision without one"
 _CONFLICT: dict[str, Any] = {
     "model": Conflict,
     "description": "The node or its WireGuard key is already provisioned; nothing was changed.",
@@ -172,15 +176,15 @@ _UNAVAILABLE = problem(
     "/challenge",
     operation_id="make_challenge",
     summary="Ask for a challenge to a WireGuard key",
-    responses={404: problem("This hub asks for no proof.", _NO_PROOF)},
+    responses={404: problem("This hub asks for no proof.", NoProofAskedError.message)},
 )
 @audited(AuditAction.CHALLENGE)
-@repeatable(has_its_key)
+@repeatable()
 async def make_challenge(body: ChallengeRequest, _: Provisioner, service: Service) -> ChallengeAnswer:
     """Give a challenge, where this hub asks for proofs (WIREGUARD_REQUIRE_PROOF); 404 elsewhere."""
     proofs = service.access.proofs
     if proofs is None:
-        raise NoProofAskedError(_NO_PROOF)
+        raise NoProofAskedError
     challenge = proofs.challenges.issue(body.wireguard_public_key)
     return ChallengeAnswer(
         challenge_id=challenge.challenge_id,
@@ -218,15 +222,64 @@ async def provision_peer(
 ) -> Response:
     """Give a node an address, and tell the hub about it. The answer comes when the hub knows the node."""
     request.state.subject = body.node_id
-    caller = await proven(request, body, caller, service)
+    caller = await _proven(request, body, caller, service)
     keys = request.headers.getlist("idempotency-key")
-    if not keys:
-        return _json(service.answer(await outcome(service.submit_provision(body, caller), service.in_doubt)))
-    # Several would be joined by a space, which no key has.
-    key = IdempotencyKey.parse(" ".join(keys), await request.body())
-    answer = await asyncio.to_thread(service.submit_provision_once, body, caller, key)
-    first = await outcome(answer, service.in_doubt)
-    return _json(first)
+    if keys:
+        # Several would be joined by a space, which no key has.
+        key = IdempotencyKey.parse(" ".join(keys), await request.body())
+        return _json(await _provision_once(body, caller, service, key))
+    change = await applied(lambda: service.provision(body, caller), service.in_doubt)
+    return _json(service.answer(change))
+
+
+async def _proven(request: Request, body: ProvisioningRequest, caller: Caller, service: Service) -> Caller:
+    """Return the caller with the identity that it proved, where the hub asks for proofs.
+
+    Raises UnauthenticatedError where the caller's token isn't for this node; after that a ProofError, or
+    InvalidCredentialsError where public_key is no identity.
+    """
+    verifier = service.access.proofs
+    if verifier is None:
+        return caller
+    caller.require_node(body.node_id)
+    names = (TIMESTAMP_HEADER, NONCE_HEADER, SIGNATURE_HEADER, CHALLENGE_HEADER, WIREGUARD_PROOF_HEADER)
+    timestamp, nonce, signature, challenge_id, mac = (_only(request, name) for name in names)
+    proof = Proof(
+        IdentityProof.parse(timestamp, nonce, signature),
+        WireGuardProof.parse(challenge_id, mac),
+        SignedRequest(
+            request.method,
+            request.scope["path"].removeprefix(request.scope.get("root_path", "")),
+            service.hub_key,
+            hashlib.sha256(await request.body()).digest(),
+        ),
+    )
+    identity, signed_with = verifier.verify(proof, body.public_key, body.wireguard_public_key)
+    return replace(caller, identity=identity, nonce=signed_with)
+
+
+def _only(request: Request, name: str) -> str | None:
+    """Return a header that is there once: of two, one would be checked and the other believed."""
+    values = request.headers.getlist(name)
+    return values[0] if len(values) == 1 else None
+
+
+async def _provision_once(
+    body: ProvisioningRequest, caller: Caller, service: Service, key: IdempotencyKey
+) -> str | bytes:
+    """Return the stored answer to this Idempotency-Key; provision where there is none."""
+    stored = await asyncio.to_thread(service.stored_answer, caller, key)
+    if stored is None:
+        try:
+            change = await applied(lambda: service.provision(body, caller, key), service.in_doubt)
+        except ProvisioningError:
+            # A request with the same key may have ended since the first look.
+            stored = await asyncio.to_thread(service.stored_answer, caller, key)
+            if stored is None:
+                raise
+        else:
+            return service.answer(change)
+    return stored
 
 
 @router.get(
@@ -265,7 +318,7 @@ async def get_peer_config(node_id: str, _: Reader, service: Service) -> Response
 @audited(AuditAction.DEPROVISION)
 async def deprovision_peer(node_id: str, caller: Operator, service: Service) -> Deprovisioned:
     """Take a peer off the hub and free its address. The answer comes when the hub has forgotten it."""
-    await outcome(service.submit_deprovision(node_id, caller), service.in_doubt)
+    await applied(lambda: service.deprovision(node_id, caller), service.in_doubt)
     return Deprovisioned(message=f"Peer {node_id} deprovisioned successfully")
 
 

@@ -1,0 +1,377 @@
+"""The agent beside the hub: one thread that commits what was decided, applies it, and keeps the hub so.
+
+It takes the changes that wait as one batch. The batch is committed under the hub's next generation, then
+applied to wg0.conf and the interface; what can't be applied is taken back. Between batches the agent does
+what loops.py asks of it.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from threading import Thread
+from typing import Final
+
+from backend.errors import (
+    HubUpdateError,
+    OutcomeUnknownError,
+    OvertakenError,
+    ProvisioningError,
+    RecordsUnavailableError,
+)
+from backend.models.wireguard.peer import Change
+from backend.services.hub.history import HubHistory
+from backend.services.hub.operator_peers import OperatorPeers
+from backend.services.hub.reconciler import PreparedChanges, Reconciler
+from backend.services.hub.writer import Writer
+from backend.services.peer_directory import PeerDirectory
+
+log = logging.getLogger(__name__)
+
+# From when on a batch under way says that something is wrong: seconds.
+_LONG_BATCH_SECONDS: Final = 5.0
+# How long a workflow waits for more work before it ends, and how long it may go on: seconds.
+_LINGER_SECONDS: Final = 0.05
+_LONGEST_BURST_SECONDS: Final = 2.0
+# How long a stop waits for what was accepted: seconds.
+_STOP_SECONDS: Final = 10.0
+_UNFORESEEN: Final = "the change failed in an unforeseen way; see the service's log"
+
+Run = Callable[[Callable[[], None]], None]
+
+
+class Agent:
+    """Owns the one thread that writes records, file and interface.
+
+    Each change ends exactly once: when it is in all three, or with the error that says why it is in none.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts that it brings together
+        self,
+        writer: Writer,
+        reconciler: Reconciler,
+        directory: PeerDirectory,
+        operator_peers: OperatorPeers,
+        history: HubHistory,
+        run: Run,
+    ) -> None:
+        """`run` runs a function in this thread; a durable service makes a workflow of it."""
+        self._writer = writer
+        self._reconciler = reconciler
+        self._directory = directory
+        self._operator_peers = operator_peers
+        self._history = history
+        self._run = run
+        self._thread = Thread(target=self._work, name="hub-agent", daemon=True)
+        # What loops.py asks for, each with the future that it waits for.
+        self._tasks: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        # Whether a batch was applied since the last look.
+        self._busy = False
+        # Whether the last batch failed: the next one writes nothing before its file can be written.
+        self._cautious = False
+        # The reason for the last refusal, so that a cause is logged once.
+        self._refused: str | None = None
+        # Set once, for good: another process writes the records.
+        self._overtaken: OvertakenError | None = None
+        self._batch_since: float | None = None
+
+    def start(self, launch: Callable[[], None] = lambda: None) -> None:
+        """Fill memory from the records, bring the hub up to them once, and begin to take changes.
+
+        `launch` is called meanwhile: it takes as long as `wg` with many peers, and neither needs the other.
+        """
+        state = self._writer.load()
+        if self._history.compare(state):
+            state = self._writer.load()
+        self._directory.load(state.peers)
+        self._reconciler.assume(state.peers)
+        with ThreadPoolExecutor(1, "hub-start") as executor:
+            reconciled = executor.submit(self._reconciler.reconcile)
+            launch()
+        if reconciled.result() is None:
+            self._observe()
+            with suppress(RecordsUnavailableError):
+                self._writer.note_observed()
+        self._writer.open()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Commit and apply what is still waiting, and take nothing more.
+
+        What can't be applied in time is taken up by the next start, as after a crash.
+        """
+        self._writer.close()
+        if self._thread.is_alive():
+            self._thread.join(_STOP_SECONDS)
+        while self._tasks:
+            self._tasks.popleft()[1].cancel()
+        # Taken away from the agent's thread, which may still be looking them up.
+        changes, self._writer.doubtful = self._writer.doubtful, ()
+        self._end(changes, OutcomeUnknownError("the service has stopped; ask again later"))
+
+    def call(self, task: Callable[[], object]) -> None:
+        """Have the agent's thread do something between two batches, and wait for it; raise what it raises."""
+        done: Future[object] = Future()
+        self._tasks.append((task, done))
+        self._writer.wake()
+        with suppress(CancelledError):
+            done.result()
+
+    def look(self) -> None:
+        """See that file and interface are as the records want them, and carry out an operator's decision."""
+        self.call(self._look)
+
+    def check(self) -> None:
+        """Raise the ProvisioningError for which changes would wait already."""
+        if self._overtaken is not None:
+            raise self._overtaken
+        since = self._batch_since
+        if since is not None and time.monotonic() - since > _LONG_BATCH_SECONDS:
+            raise HubUpdateError("a batch takes unusually long; its requests are waiting")
+        self._writer.check()
+
+    def _work(self) -> None:
+        while not self._writer.is_drained:
+            changes = self._writer.take(None)
+            if changes:
+                self._begin(changes)
+            while self._tasks:
+                task, done = self._tasks.popleft()
+                self._do(task, done)
+        with suppress(RecordsUnavailableError):
+            self._writer.note_observed()
+
+    def _do(self, task: Callable[[], object], done: Future[object]) -> None:
+        try:
+            task()
+        except Exception as exc:  # noqa: BLE001 - raised where it is waited for
+            self._note_overtaken(exc)
+            done.set_exception(exc)
+        else:
+            done.set_result(None)
+
+    def _begin(self, changes: list[Change]) -> None:
+        """Run these changes, and those that come meanwhile, as one burst."""
+        try:
+            self._require_certainty()
+            with self._writer.waiting():
+                self._run(partial(self._burst, changes))
+        except ProvisioningError as exc:
+            self._note_overtaken(exc)
+            self._end(self._untouched(changes), exc)
+        except Exception:
+            # The thread must outlive whatever happened, or every later request would wait for ever.
+            log.exception("agent_failed")
+            self._end(self._untouched(changes), HubUpdateError(_UNFORESEEN))
+
+    def _require_certainty(self) -> None:
+        """Raise what keeps every change from being committed, if it is still so."""
+        if self._overtaken is not None:
+            raise self._overtaken
+        if self._writer.doubtful:
+            self._settle_doubt()
+
+    def _untouched(self, changes: list[Change]) -> list[Change]:
+        """Return the changes of a failed burst that were not begun."""
+        return [
+            change for change in changes if not change.applied.done() and change not in self._writer.doubtful
+        ]
+
+    def _burst(self, changes: list[Change]) -> None:
+        """Commit and apply batches for as long as the next one is there when the last one is done.
+
+        A burst shares what it costs to begin and end a workflow. No batch waits for another.
+        """
+        until = time.monotonic() + _LONGEST_BURST_SECONDS
+        with self._writer.working():
+            while changes:
+                self._carry_out(changes)
+                if self._writer.doubtful or time.monotonic() > until:
+                    return
+                changes = self._writer.take(_LINGER_SECONDS)
+
+    def _carry_out(self, changes: list[Change]) -> None:
+        """Commit one batch and apply it; each of its changes ends here, unless the records don't answer."""
+        self._batch_since = time.monotonic()
+        self._busy = True
+        try:
+            prepared = self._prepare(changes)
+            if prepared is None:
+                self._end(changes, None)
+                return
+            self._commit_and_apply(changes, prepared)
+        except ProvisioningError as exc:
+            self._log_refusal(exc, len(changes))
+            self._end(changes, exc)
+            if isinstance(exc, OvertakenError):
+                raise
+        except Exception:
+            log.exception("agent_failed")
+            self._end(changes, HubUpdateError(_UNFORESEEN))
+        finally:
+            self._batch_since = None
+
+    def _prepare(self, changes: list[Change]) -> PreparedChanges | None:
+        """Refuse what can't be applied, and write the file for the rest; None where nothing is left."""
+        self._reconciler.refresh()
+        self._writer.require_records()
+        self._require_in_step()
+        self._reconciler.require_interface()
+        for change in changes:
+            if change.adds:
+                change.refusal = self._operator_peers.conflict(change.peer)
+        accepted = _accepted(changes)
+        if not accepted:
+            return None
+        if self._cautious:
+            # What has just failed may fail again, and then not even the records are touched.
+            self._reconciler.check_replaceable()
+        return self._reconciler.prepare(accepted)
+
+    def _commit_and_apply(self, changes: list[Change], prepared: PreparedChanges) -> None:
+        try:
+            self._writer.commit(_accepted(changes))
+            failure = self._apply(_accepted(changes), prepared)
+            self._cautious = failure is not None
+            if failure is not None:
+                self._writer.compensate(_accepted(changes), failure)
+        except OvertakenError:
+            prepared.discard()
+            raise
+        except Exception as exc:  # noqa: BLE001 - whatever it was, the records know what became of it
+            prepared.discard()
+            # Records that are away say so in the log themselves, once.
+            if not isinstance(exc, RecordsUnavailableError):
+                # Without the traceback: a driver's message may quote a row.
+                log.error("batch_failed", extra={"reason": type(exc).__name__})  # noqa: TRY400 - see above
+            self._writer.doubtful = changes
+            with suppress(ProvisioningError):
+                self._settle_doubt()
+            return
+        if failure is not None:
+            raise HubUpdateError(failure)
+        self._refused = None
+        self._end(changes, None)
+
+    def _apply(self, changes: list[Change], prepared: PreparedChanges) -> str | None:
+        """Apply what was committed; return why it could not be done, or None."""
+        try:
+            if list(prepared.changes) != changes:
+                # The records have refused some of them.
+                prepared.discard()
+                prepared = self._reconciler.prepare(changes)
+            failure = self._reconciler.apply(prepared)
+        except HubUpdateError as exc:
+            return str(exc)
+        if failure is None:
+            self._observe()
+        return failure
+
+    def _end(self, changes: Sequence[Change], error: ProvisioningError | None) -> None:
+        """End changes: each with its own refusal, or else the error, or None for success."""
+        for change in changes:
+            failure = change.refusal or error
+            self._directory.end(change, applied=failure is None)
+            if failure is not None:
+                change.applied.set_exception(failure)
+                continue
+            peer = change.peer
+            if change.adds:
+                log.info("peer_provisioned", extra={"node_id": peer.node_id, "address": str(peer.address)})
+            elif change.removes:
+                log.info("peer_deprovisioned", extra={"node_id": peer.node_id})
+            change.applied.set_result(None)
+
+    def _settle_doubt(self) -> None:
+        """Find out from the records what became of the changes in doubt, and bring the hub up to them.
+
+        No change ends before both have succeeded: until then neither answer would be true. Raises what
+        stands in the way.
+        """
+        state = self._writer.look_up()
+        self._reconciler.assume(state.peers)
+        problem = self._reconciler.reconcile()
+        if problem is not None:
+            raise HubUpdateError(problem)
+        changes, self._writer.doubtful = self._writer.doubtful, ()
+        self._observe()
+        recorded = {peer.node_id: peer for peer in state.peers}
+        undone = RecordsUnavailableError("the records could not be written; nothing was changed, try again")
+        for change in changes:
+            done = recorded.get(change.peer.node_id) == change.after
+            self._end([change], None if done else undone)
+
+    def _look(self) -> None:
+        idle, self._busy = not self._busy, False
+        if self._overtaken is not None:
+            return
+        try:
+            # The records may be another process's by now: asked before the hub is made equal to them.
+            self._writer.require_records()
+            if self._writer.doubtful:
+                self._settle_doubt()
+        except OvertakenError:
+            raise
+        except ProvisioningError:
+            if self._writer.doubtful:
+                return
+        self._reconciler.remove_leftovers()
+        with suppress(HubUpdateError):  # heal() meets it too, and it is logged there once
+            self._reconciler.refresh()
+        with suppress(RecordsUnavailableError, HubUpdateError):  # later, then
+            self._follow_decision()
+        if self._reconciler.heal(idle=idle):
+            self._observe()
+        with suppress(RecordsUnavailableError):
+            self._writer.note_observed()
+
+    def _follow_decision(self) -> None:
+        """Carry out what an operator has decided about peers that the records don't know."""
+        if not self._history.look(self._writer.generation):
+            return
+        # They were handed over before the pause was seen.
+        self._end(self._writer.drain(), self._paused())
+        state = self._writer.load()
+        self._directory.load(state.peers)
+        self._reconciler.assume(state.peers)
+        self._history.go_on()
+
+    def _require_in_step(self) -> None:
+        """Raise HubUpdateError where the hub is not as the records want it, and can't be brought there."""
+        if self._reconciler.paused:
+            raise self._paused()
+        if self._reconciler.problem is not None:
+            if not self._reconciler.heal():
+                raise HubUpdateError(self._reconciler.problem or "the hub could not be brought up to date")
+            self._observe()
+
+    def _paused(self) -> HubUpdateError:
+        return HubUpdateError(self._reconciler.problem or "the service is paused")
+
+    def _observe(self) -> None:
+        """Note that the hub has reached the newest generation."""
+        self._writer.observed = self._writer.generation
+        self._history.reach(self._writer.observed)
+
+    def _note_overtaken(self, error: Exception) -> None:
+        if not isinstance(error, OvertakenError) or self._overtaken is not None:
+            return
+        self._overtaken = error
+        log.critical("overtaken", extra={"reason": str(error)})
+        changes, self._writer.doubtful = self._writer.doubtful, ()
+        self._end(changes, error)
+
+    def _log_refusal(self, error: ProvisioningError, changes: int) -> None:
+        """Log a cause once, however many changes it refuses, and not what the log has already."""
+        reason = str(error)
+        known = {self._refused, self._reconciler.problem}
+        if not isinstance(error, RecordsUnavailableError) and reason not in known:
+            log.error("changes_refused", extra={"changes": changes, "reason": reason})
+        self._refused = reason
+
+
+def _accepted(changes: Sequence[Change]) -> list[Change]:
+    return [change for change in changes if change.refusal is None]

@@ -1,0 +1,191 @@
+"""Makes the interface equal to wg0.conf, and remembers what it was made equal to."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from backend.errors import HubUpdateError
+from backend.models.operator_commands import bring_up, command, put_key_back
+from backend.models.wireguard.interface import InterfaceState
+from backend.models.wireguard.peer import Peer
+from backend.services.hub.config_text import render
+from backend.services.hub.drift import Drift, compare
+from backend.services.hub.operator_peers import OperatorPeers
+from backend.services.ports import Hub
+from backend.services.wireguard_config_manager import WireGuardConfigManager
+
+log = logging.getLogger(__name__)
+
+# How often the whole interface is compared with the whole file, whatever the load: seconds. With a burst of
+# batches, which is not interrupted for it, that is never later than ten.
+_VERIFY_INTERVAL_SECONDS: Final = 8.0
+# A comparison takes at most this share of the time.
+_VERIFY_SHARE: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Confirmed:
+    """An interface, and the operator's part of the file that it was told."""
+
+    ifindex: int | None
+    operator_stripped: bytes = field(repr=False)
+
+
+class InterfaceSync:
+    """`wg set` for a few changes, `wg syncconf` for everything else. Used by one thread at a time."""
+
+    def __init__(self, config: WireGuardConfigManager, hub: Hub, operator_peers: OperatorPeers) -> None:
+        self._config = config
+        self._hub = hub
+        self._operator_peers = operator_peers
+        # The interface that is known to equal the file, or None while there is none.
+        self._confirmed: _Confirmed | None = None
+        # When the interface was last compared with all of the file, how long that took, and whether it was
+        # changed since.
+        self._verified_at = float("-inf")
+        self._verify_seconds = 0.0
+        self._changed_since = False
+
+    @property
+    def live(self) -> bool:
+        """False where only the file is kept."""
+        return self._hub.live
+
+    def distrust(self) -> None:
+        """Have the next `finish` tell the interface everything."""
+        self._confirmed = None
+
+    def require(self) -> None:
+        """Raise HubUpdateError unless there is an interface to tell."""
+        if self._hub.live and self._hub.ifindex() is None:
+            raise self._no_interface()
+
+    def check(self) -> None:
+        """Raise HubUpdateError unless the interface has its peers, and they reach the hub through it."""
+        if self._hub.live and not self._is_known():
+            raise HubUpdateError(
+                f"interface {self._config.interface} is new and gets its peers within a second or two"
+            )
+        if (problem := self._hub.link_problem()) is not None:
+            raise HubUpdateError(problem)
+
+    def inspect(self) -> InterfaceState | None:
+        """Return what the interface has, None where there is none; raise HubUpdateError for another's."""
+        if not self._hub.live or self._hub.ifindex() is None:
+            return None
+        state = self._hub.state()
+        new = state.public_key is None and not state.peers
+        key = self._config.parsed.hub_public_key
+        if state.public_key != key and not new:
+            name = self._config.interface
+            raise HubUpdateError(
+                f"interface {name} has another private key (its public key is {state.public_key}) than "
+                f"{self._config.path} ({key}), so it may belong to another program "
+                "and was left alone. If it does, give this hub another name with WIREGUARD_CONFIG_PATH. If "
+                f"it is this hub's: {put_key_back(name)}. Where the key was changed on purpose, run "
+                f"{command('hub up --replace-key')}"
+            )
+        return state
+
+    def start(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], bool]:
+        """Start `wg set` for these changes, where they are all that the interface lacks.
+
+        It runs while the directory is synced. Returns a function that waits for it, and then returns False
+        where a full sync is still needed.
+        """
+        # An interface that was made anew meanwhile may be another program's.
+        if not self._is_known() or self._operator_peers.share(removed):
+            return lambda: False
+        if not (added or removed):
+            return lambda: True
+        self._changed_since = True
+        try:
+            end = self._hub.change(added, removed)
+        except HubUpdateError as exc:
+            return partial(_not_told, exc)
+        return partial(_told, end)
+
+    def finish(self, *, told: bool, inspected: bool = False) -> None:
+        """Tell the interface everything, unless it is known to equal the file by now; raise HubUpdateError.
+
+        `told` says that `start` has told it what was changed, `inspected` that `inspect` was called just now.
+        """
+        if not self._hub.live:
+            return
+        ifindex = self._hub.ifindex()
+        if ifindex is None:
+            raise self._no_interface()
+        present = _Confirmed(ifindex, self._config.parsed.operator_stripped)
+        if told and self._confirmed == present:
+            return
+        self._confirmed = None
+        if not inspected:
+            self.inspect()
+        self._sync()
+        self._confirmed = present
+
+    def find_drift(self, *, idle: bool) -> Drift | None:
+        """Return how the interface differs from the file; None where it is new, or was told another file.
+
+        What was confirmed is compared again when it is due, sooner where the service is `idle`.
+        """
+        if not self._hub.live:
+            return Drift()
+        if self._confirmed != _Confirmed(self._hub.ifindex(), self._config.parsed.operator_stripped):
+            return None
+        if not self._verification_is_due(idle=idle):
+            return Drift()
+        return self._verify()
+
+    def _sync(self) -> None:
+        """Tell the interface everything, and look whether it took it; raise HubUpdateError."""
+        self._hub.sync(render(self._config.parsed.operator_stripped, self._config.parsed.blocks))
+        drift = self._verify()
+        if drift:
+            self._hub.clear(drift)
+            drift = self._verify()
+        if drift:
+            raise HubUpdateError(f"interface {self._config.interface} did not take the config: {drift}")
+
+    def _verify(self) -> Drift:
+        """Compare the interface with the file: `wg` answers 0 to several things that it doesn't do."""
+        began = time.monotonic()
+        actual = self.inspect()
+        if actual is None:
+            raise self._no_interface()
+        drift = compare(actual, self._config.parsed)
+        self._verified_at = time.monotonic()
+        self._verify_seconds = self._verified_at - began
+        self._changed_since = False
+        return drift
+
+    def _verification_is_due(self, *, idle: bool) -> bool:
+        since = time.monotonic() - self._verified_at
+        shortest = self._verify_seconds / _VERIFY_SHARE
+        if self._changed_since and idle:
+            return since >= shortest
+        return since >= max(shortest, _VERIFY_INTERVAL_SECONDS)
+
+    def _is_known(self) -> bool:
+        """Say whether the interface is the one that was made equal to the file last."""
+        return self._confirmed is not None and self._confirmed.ifindex == self._hub.ifindex()
+
+    def _no_interface(self) -> HubUpdateError:
+        name = self._config.interface
+        return HubUpdateError(f"interface {name} does not exist; bring it up with {bring_up(name)}")
+
+
+def _told(end: Callable[[], object]) -> bool:
+    try:
+        end()
+    except HubUpdateError as exc:
+        return _not_told(exc)
+    return True
+
+
+def _not_told(exc: HubUpdateError) -> bool:
+    log.warning("change_failed", extra={"reason": str(exc), "next": "syncconf"})
+    return False

@@ -1,0 +1,105 @@
+"""What memory knows of the peers: by node_id and by key, with the change of each that is under way."""
+
+from collections.abc import Iterable
+from threading import Lock
+from typing import Final
+
+from backend.errors import IPPoolExhaustedError, PeerNotFoundError
+from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import Change, Peer
+from backend.services.hub.operator_peers import OperatorPeers
+from backend.services.ip_pool_manager import IPPoolManager
+
+
+class PeerDirectory:
+    """The hub's peers, and the addresses that they hold. It can be rebuilt from the records at any time.
+
+    A peer that is being added is known here, so that its name, key and address are taken, but it is not
+    listed. One that is being removed is listed until the hub has forgotten it.
+    """
+
+    def __init__(self, pool: IPPoolManager, operator_peers: OperatorPeers) -> None:
+        self._pool = pool
+        self._operator_peers = operator_peers
+        # Guards what is below, and makes a decision and its `begin` one step. Never held across I/O.
+        self.lock: Final = Lock()
+        self._by_node: dict[str, Peer] = {}
+        self._by_key: dict[WireGuardKey, Peer] = {}
+        self._under_way: dict[str, Change] = {}
+        # Another number after each change of what is listed.
+        self.revision = 0
+
+    def load(self, peers: Iterable[Peer]) -> None:
+        """Know peers that are in the records; those that are known already stay as they are."""
+        with self.lock:
+            for peer in peers:
+                if peer.node_id not in self._by_node:
+                    self._keep(peer)
+                    self._pool.adopt(peer.node_id, peer.address)
+            self.revision += 1
+
+    def by_node(self, node_id: str) -> Peer | None:
+        """Return the peer of this name, also one that is being added or removed."""
+        return self._by_node.get(node_id)
+
+    def by_key(self, key: WireGuardKey) -> Peer | None:
+        """Return the peer with this key, also one that is being added or removed."""
+        return self._by_key.get(key)
+
+    def under_way(self, *peers: Peer | None) -> Change | None:
+        """Return the first change under way of these peers."""
+        for peer in peers:
+            if peer is not None and peer.node_id in self._under_way:
+                return self._under_way[peer.node_id]
+        return None
+
+    def listed(self, node_id: str) -> Peer:
+        """Return the peer of this name; raise PeerNotFoundError."""
+        peer = self._by_node.get(node_id)
+        change = self._under_way.get(node_id)
+        if peer is None or (change is not None and change.adds):
+            raise PeerNotFoundError(node_id)
+        return peer
+
+    def list(self) -> list[Peer]:
+        """Return the listed peers in the order in which they were added."""
+        with self.lock:
+            hidden = {node_id for node_id, change in self._under_way.items() if change.adds}
+            return [peer for peer in self._by_node.values() if peer.node_id not in hidden]
+
+    def begin(self, change: Change) -> None:
+        """Note a change that was decided; the caller holds the lock."""
+        self._under_way[change.peer.node_id] = change
+        if change.before is None:
+            self._keep(change.peer)
+
+    def end(self, change: Change, *, applied: bool) -> None:
+        """Note that a change was applied, or that it was not."""
+        with self.lock:
+            self.end_locked(change, applied=applied)
+
+    def end_locked(self, change: Change, *, applied: bool) -> None:
+        """Do what `end` does for a caller that holds the lock."""
+        before, after = (change.before, change.after) if applied else (change.after, change.before)
+        del self._under_way[change.peer.node_id]
+        if after is None:
+            # Not before the hub has forgotten the peer: until then its address is in use.
+            del self._by_node[change.peer.node_id]
+            self._pool.deallocate_ip(change.peer.node_id)
+        else:
+            self._by_node[after.node_id] = after
+        if before is not None and before is not after:
+            self._by_key.pop(before.wireguard_public_key, None)
+        if after is not None:
+            self._by_key[after.wireguard_public_key] = after
+        self.revision += 1
+
+    def require_room(self) -> None:
+        """Raise PeerLimitError or IPPoolExhaustedError where no peer can be added."""
+        self._operator_peers.require_room_beside(len(self._by_node))
+        if self._pool.available_count() == 0:
+            stats = self._pool.get_pool_stats()
+            raise IPPoolExhaustedError(str(self._pool.network), stats["allocated_addresses"])
+
+    def _keep(self, peer: Peer) -> None:
+        self._by_node[peer.node_id] = self._by_key[peer.wireguard_public_key] = peer
