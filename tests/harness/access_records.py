@@ -37,7 +37,8 @@ def event(subject: str | None = None, **over: Any) -> AuditEvent:
 def append(engine: sa.Engine, *events: AuditEvent) -> int:
     """Append to the audit log; return the sequence number of the last row."""
     with engine.begin() as connection:
-        return audit.append_audit(connection, events)
+        audit.append_audit(connection, events)
+        return audit.audit_head(connection)[0]
 
 
 def together(number: int, work: Callable[[int], None]) -> None:

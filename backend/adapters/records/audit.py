@@ -72,10 +72,10 @@ _INSERT_AUDIT: Final = {
 }
 
 
-def append_audit(connection: sa.Connection, events: Sequence[AuditEvent]) -> int:
-    """Append to the audit log, in this order, and return the sequence of its last row."""
+def append_audit(connection: sa.Connection, events: Sequence[AuditEvent]) -> None:
+    """Append to the audit log, in this order."""
     if not events:
-        return audit_head(connection)[0]
+        return
     # The first statement: its lock keeps other transactions from appending until this one ends.
     last, previous = connection.execute(_EXTEND_LOG, {"number": len(events)}).one()
     rows = []
@@ -102,7 +102,6 @@ def append_audit(connection: sa.Connection, events: Sequence[AuditEvent]) -> int
         previous = own
     connection.exec_driver_sql(_INSERT_AUDIT[connection.dialect.name], rows)
     connection.execute(_NOTE_HEAD, {"head": previous})
-    return int(last)
 
 
 def list_audit(connection: sa.Connection, query: AuditQuery) -> list[AuditRecord]:

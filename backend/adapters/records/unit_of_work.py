@@ -94,7 +94,11 @@ class SqlRecords:
             credentials.return_uses(connection, _token_uses(changes))
             added = [change.peer.node_id for change in changes if change.adds]
             idempotency.forget_answers_of(connection, added)
-            audit.append_audit(connection, [_reverted(change, now, reason) for change in changes])
+            reverted = [
+                SERVICE.event(now, AuditAction.REVERT, AuditOutcome.NOTED, change.peer.node_id, reason)
+                for change in changes
+            ]
+            audit.append_audit(connection, reverted)
 
     def note_observed(self, generation: int) -> None:
         """Note that the hub has reached a generation: pending peers become active, removed ones go."""
@@ -200,10 +204,6 @@ class SqlRecords:
 
 def _accepted(changes: Sequence[Change]) -> list[Change]:
     return [change for change in changes if change.refusal is None]
-
-
-def _reverted(change: Change, now: datetime, reason: str) -> AuditEvent:
-    return SERVICE.event(now, AuditAction.REVERT, AuditOutcome.NOTED, change.peer.node_id, reason)
 
 
 def _token_uses(changes: Sequence[Change]) -> Counter[str]:

@@ -27,8 +27,8 @@ def verified(engine: sa.Engine) -> str | None:
 
 def test_the_audit_log_is_read_as_it_was_written(engine: sa.Engine) -> None:
     with engine.begin() as connection:
+        audit.append_audit(connection, [])
         assert audit.audit_head(connection) == (0, GENESIS)
-        assert audit.append_audit(connection, []) == 0
     events = [
         event("node-1", at=NOON.replace(microsecond=123), source="::1", request_id="r-1"),
         event("ünï\u2028", outcome=AuditOutcome.REFUSED, reason='"; DROP TABLE audit', count=100),
@@ -38,8 +38,8 @@ def test_the_audit_log_is_read_as_it_was_written(engine: sa.Engine) -> None:
     assert append(engine, events[2]) == 3
     with engine.connect() as connection:
         rows = list(audit.iterate_audit(connection))
+        audit.append_audit(connection, [])
         assert audit.audit_head(connection) == (3, rows[-1].hash)
-        assert audit.append_audit(connection, []) == 3
     assert [row.sequence for row in rows] == [1, 2, 3]
     assert [row.event for row in rows] == [given.storable() for given in events]
     assert [row.previous_hash for row in rows] == [GENESIS, rows[0].hash, rows[1].hash]
