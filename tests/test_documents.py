@@ -27,6 +27,11 @@ _SETTING: Final = re.compile(r"\bWIREGUARD_[A-Z_]+\b")
 _EVENT_OR_FIELD: Final = re.compile(r"`([a-z]+(?:_[a-z]+)+)`")
 _LINK: Final = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING: Final = re.compile(r"^#+ (.+)$", re.MULTILINE)
+# Places in the code: docs/design.md writes them without `backend/` in front.
+_PLACE: Final = re.compile(r"(?<![\w/.-])((?:[a-z0-9_]+/)*[a-z0-9_]+\.py\b|(?:[a-z0-9_]+/)+(?!\w))")
+# A class, or a type that is made of one, with or without a method; or a name of one module alone.
+_CLASS: Final = re.compile(r"`([A-Z]\w*[a-z]\w*)`|\b([A-Z]\w*[a-z]\w*)\.([a-z_]+)\b")
+_PRIVATE: Final = re.compile(r"`(_[A-Za-z_]+)`")
 # What stands for anything in the text's own words.
 _PLACEHOLDER: Final = re.compile(r"[A-Z]+")
 
@@ -112,6 +117,38 @@ def test_every_event_and_field_exists(document: str, source: str) -> None:
     """An alert on a line of the log that never comes is worse than none."""
     named = set(_EVENT_OR_FIELD.findall(text_of(document))) - {"pg_dump"}
     assert {name for name in named if not re.search(rf"\b{name}\b", source)} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_place_in_the_code_exists(document: str) -> None:
+    places = _PLACE.findall(text_of(document))
+    if document != "docs/design.md":
+        places = [place.removeprefix("backend/") for place in places if place.startswith("backend/")]
+    assert [place for place in places if not is_place(place)] == []
+
+
+def is_place(place: str) -> bool:
+    """Say whether there is such a file or directory; one that is named alone may be in any directory."""
+    alone = place.rstrip("/")
+    if "/" not in alone:
+        return any((ROOT / "backend").rglob(alone))
+    return (ROOT / "backend" / place).exists() or (ROOT / place).exists()
+
+
+def test_every_class_that_the_design_names_is_defined(source: str) -> None:
+    text = text_of("docs/design.md")
+    named = _CLASS.findall(text)
+    assert named
+    for name in {alone or owner for alone, owner, _ in named} | set(_PRIVATE.findall(text)):
+        assert re.search(
+            rf"^(class {name}\b|(async )?def {name}\b|{name}(: .+)? = )", source, re.MULTILINE
+        ), name
+    for _, owner, method in named:
+        if owner:
+            # Up to the next line that isn't indented.
+            body = re.search(rf"^class {owner}\b.*\n((?:[ ].*\n|\n)*)", source, re.MULTILINE)
+            assert body, owner
+            assert re.search(rf"^    (async )?def {method}\b", body[1], re.MULTILINE), f"{owner}.{method}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
