@@ -34,8 +34,7 @@ from backend.services.configurations import Configurations
 from backend.services.hub.agent import Agent
 from backend.services.hub.history import HubHistory
 from backend.services.hub.mark import HubMark
-from backend.services.hub.operator_peers import OperatorPeers
-from backend.services.hub.peer_limit import PeerLimit
+from backend.services.hub.operator_peers import OperatorPeers, PeerLimit
 from backend.services.hub.quick_keys import require_address
 from backend.services.hub.reconciler import Reconciler
 from backend.services.hub.removal_guard import RemovalGuard

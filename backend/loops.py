@@ -14,7 +14,6 @@ from backend.adapters.durable_workflow import DurableWorkflow
 from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import RecordsUnavailableError
 from backend.services.access.access_control import AccessControl
-from backend.services.access.audit_pruning import prune_audit
 from backend.services.access.credential_cache import CredentialCache
 from backend.services.hub.agent import Agent
 from backend.services.ports import AccessStore
@@ -109,7 +108,7 @@ def list_access_loops(
         Loop("limited_requests", 1.0, access.limited.report_in_time),
         Loop("answers_and_nonces", 60.0, store.tidy),
         # Soon for the first time: a service may be restarted more often than once an hour.
-        Loop("audit_pruning", 3600.0, partial(prune_audit, store, audit_keep), first_seconds=1.0),
+        Loop("audit_pruning", 3600.0, partial(access.audit.prune, audit_keep), first_seconds=1.0),
     ]
 
 

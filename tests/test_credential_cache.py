@@ -11,8 +11,8 @@ import pytest
 from backend.errors import RecordsUnavailableError, UnauthenticatedError
 from backend.models.access.callers import Caller
 from backend.models.access.credentials import KeyRequest, Role, Secret
-from backend.services.access import shared_look
-from backend.services.access.shared_look import SharedLook
+from backend.services.access import credential_cache
+from backend.services.access.credential_cache import SharedLook
 from tests.harness.access import SOMEWHERE, Access, CommandLine, CountingStore
 
 INTERVAL = 0.02
@@ -20,7 +20,7 @@ INTERVAL = 0.02
 
 @pytest.fixture(autouse=True)
 def _short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_look, "INTERVAL_SECONDS", INTERVAL)
+    monkeypatch.setattr(credential_cache, "INTERVAL_SECONDS", INTERVAL)
 
 
 class GatedStore(CountingStore):

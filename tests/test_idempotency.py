@@ -7,12 +7,11 @@ from datetime import timedelta
 import pytest
 
 from backend import errors
-from backend.models.access.answers import ANSWERS_KEPT
 from backend.models.access.callers import SERVICE
+from backend.models.access.idempotency import ANSWERS_KEPT, IdempotencyKey
 from backend.models.wireguard.peer import Change, ChangeUnderWayError, Peer
 from backend.models.wireguard.provisioning import ProvisioningRequest
 from backend.services import wireguard_provisioning_service
-from backend.services.access.idempotency import IdempotencyKey
 from tests.harness.core import NEVER, World, Worlds, request
 from tests.harness.fakes import FakeHub, FlakyRecords, GatedRecords
 from tests.harness.patience import WAIT
@@ -53,16 +52,16 @@ def test_a_key_keeps_neither_itself_nor_the_body() -> None:
     assert {len(key.key_hash), len(key.body_hash)} == {64}
 
 
-def test_a_change_was_asked_for_by_its_key_its_caller_and_its_body() -> None:
+def test_answer_belongs_to_its_key_its_caller_and_its_body() -> None:
     key = IdempotencyKey.parse("key-1", b"body")
     change = Change(None, peer("node-1", new_key(), "10.0.0.2"))
-    assert not key.asked_for(change, "a")
+    assert not key.is_answered_by(change.answer, "a")
     change.answer = key.answer("a", "node-1", b"answer", NOON)
-    assert key.asked_for(change, "a")
-    assert not key.asked_for(change, "b")
-    assert not IdempotencyKey.parse("key-2", b"body").asked_for(change, "a")
+    assert key.is_answered_by(change.answer, "a")
+    assert not key.is_answered_by(change.answer, "b")
+    assert not IdempotencyKey.parse("key-2", b"body").is_answered_by(change.answer, "a")
     with pytest.raises(errors.IdempotencyKeyError, match="came with another request before"):
-        IdempotencyKey.parse("key-1", b"another body").asked_for(change, "a")
+        IdempotencyKey.parse("key-1", b"another body").is_answered_by(change.answer, "a")
 
 
 # Requests at the same time

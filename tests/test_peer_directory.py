@@ -9,8 +9,7 @@ from backend.errors import IPPoolExhaustedError, PeerLimitError, PeerNotFoundErr
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.peer import Change, Peer
 from backend.services.hub.config_text import OperatorPeer
-from backend.services.hub.operator_peers import OperatorPeers
-from backend.services.hub.peer_limit import PeerLimit
+from backend.services.hub.operator_peers import OperatorPeers, PeerLimit
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.peer_directory import PeerDirectory
 from tests.harness.peers import peer

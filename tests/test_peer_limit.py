@@ -4,7 +4,7 @@ import pytest
 
 from backend.api.errors import answer
 from backend.errors import DuplicatePeerError, PeerLimitError
-from backend.services.hub.peer_limit import PeerLimit
+from backend.services.hub.operator_peers import PeerLimit
 from tests.harness.core import Worlds
 from tests.harness.fakes import FakeHub
 from tests.harness.requests import new_key

@@ -4,9 +4,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
-from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
+from backend.models.access.idempotency import Answer
 from backend.models.access.sources import LimitKind
 from backend.models.wireguard.interface import InterfaceState
 from backend.models.wireguard.peer import Change, Peer

@@ -19,14 +19,13 @@ from backend.errors import (
     ProvisioningError,
     UnauthenticatedError,
 )
-from backend.models.access.answers import ANSWERS_KEPT
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE, Caller
+from backend.models.access.idempotency import ANSWERS_KEPT, IdempotencyKey
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.peer import UNRECORDED_PUBLIC_KEY, Change, ChangeUnderWayError, Peer
 from backend.models.wireguard.provisioning import PeerConfiguration, ProvisioningRequest
 from backend.services.access.access_control import AccessControl
-from backend.services.access.idempotency import IdempotencyKey
 from backend.services.access.token_uses import TokenUses
 from backend.services.configurations import Configurations
 from backend.services.hub.operator_peers import OperatorPeers
@@ -107,7 +106,7 @@ class WireGuardProvisioningService:
             holder = self._directory.by_key(request.wireguard_public_key)
             under_way = self._directory.under_way(known, holder)
             if under_way is not None:
-                if key is not None and key.asked_for(under_way, caller.name):
+                if key is not None and key.is_answered_by(under_way.answer, caller.name):
                     return under_way
                 raise ChangeUnderWayError(under_way)
             self._refuse_known(request, caller, known, holder)

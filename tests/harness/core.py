@@ -14,16 +14,15 @@ from backend.loops import Loop, Loops
 from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE, Caller, CallerKind
 from backend.models.access.credentials import TokenRequest
+from backend.models.access.idempotency import IdempotencyKey
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.peer import Change, ChangeUnderWayError, Peer
 from backend.models.wireguard.provisioning import PeerConfiguration, ProvisioningRequest
-from backend.services.access.idempotency import IdempotencyKey
 from backend.services.configurations import Configurations
 from backend.services.hub.agent import Agent, Run
 from backend.services.hub.history import HubHistory
 from backend.services.hub.mark import HubMark
-from backend.services.hub.operator_peers import OperatorPeers
-from backend.services.hub.peer_limit import PeerLimit
+from backend.services.hub.operator_peers import OperatorPeers, PeerLimit
 from backend.services.hub.reconciler import Reconciler
 from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.hub.writer import Writer

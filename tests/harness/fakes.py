@@ -13,9 +13,9 @@ from backend.adapters.records.database import IN_MEMORY, Database
 from backend.adapters.records.tables import hubs, peers
 from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import HubUpdateError, RecordsUnavailableError
-from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
+from backend.models.access.idempotency import Answer
 from backend.models.access.sources import LimitKind
 from backend.models.wireguard.interface import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey

@@ -15,10 +15,10 @@ from backend.adapters.records import audit, credentials, idempotency
 from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import Database
 from backend.errors import RecordsUnavailableError
-from backend.models.access.answers import ANSWERS_KEPT, Answer
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, AuditQuery
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, TokenRequest
+from backend.models.access.idempotency import ANSWERS_KEPT, Answer
 from backend.models.access.identity import NodeIdentity
 from backend.models.access.proof import (
     WINDOW_SECONDS,

@@ -25,8 +25,8 @@ from backend.models.access.audit import (
     verify,
 )
 from backend.models.access.callers import SERVICE
-from backend.services.access import audit_pruning
-from backend.services.access.audit_pruning import prune_audit
+from backend.services.access import audit_writer
+from backend.services.access.audit_writer import AuditWriter
 from backend.services.hub.mark import HubMark, Mark
 from tests.harness.command_line import hub_settings, invoke
 from tests.harness.patience import eventually
@@ -207,7 +207,7 @@ def test_a_mark_of_a_row_that_was_pruned_is_no_older_log(store: SqlAccessStore, 
 def test_the_service_prunes_by_itself_what_is_older_than_it_keeps(store: SqlAccessStore) -> None:
     now = datetime.now(UTC)
     store.write([AuditEvent(now, AuditAction.PROVISION, AuditOutcome.ACCEPTED, "local")], {})
-    assert not prune_audit(store, now - (NOON + 7 * DAY + DAY / 2))
+    assert not AuditWriter(store).prune(now - (NOON + 7 * DAY + DAY / 2))
     assert [row.sequence for row in rows(store)] == [8, 9, 10, 11, 12]
     assert rows(store)[-1].event.actor == "service"
     assert store.verify_audit()[0] is None
@@ -216,13 +216,13 @@ def test_the_service_prunes_by_itself_what_is_older_than_it_keeps(store: SqlAcce
 def test_pruning_takes_some_rows_at_a_time_and_says_when_there_are_more(
     store: SqlAccessStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_pruning, "ROWS_AT_A_TIME", 4)
+    monkeypatch.setattr(audit_writer, "ROWS_AT_A_TIME", 4)
     keep = datetime.now(UTC) - (NOON + 60 * DAY)
-    assert prune_audit(store, keep)
+    assert AuditWriter(store).prune(keep)
     # The oldest four of ten went, and a row says so.
     assert [row.sequence for row in rows(store)] == [5, 6, 7, 8, 9, 10, 11]
-    assert prune_audit(store, keep)
-    assert not prune_audit(store, keep)
+    assert AuditWriter(store).prune(keep)
+    assert not AuditWriter(store).prune(keep)
 
 
 def test_a_hub_whose_log_was_pruned_meanwhile_starts_and_goes_on(

@@ -16,10 +16,10 @@ from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import IN_MEMORY, Database
 from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import IdempotencyKeyError, NonceError, RecordsUnavailableError, UnauthenticatedError
-from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, AuditQuery
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import TokenRequest
+from backend.models.access.idempotency import Answer
 from backend.models.access.proof import Nonce
 from backend.models.wireguard.peer import Change
 from tests.harness.records import adding, database_url, removing

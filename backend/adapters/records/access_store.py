@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 
 from backend.adapters.records import audit, credentials, idempotency
 from backend.adapters.records.database import Database
-from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord, verify
 from backend.models.access.credentials import Credential
+from backend.models.access.idempotency import Answer
 
 
 class SqlAccessStore:

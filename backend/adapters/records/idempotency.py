@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from backend.adapters.records.tables import UtcDateTime, metadata
-from backend.models.access.answers import ANSWERS_KEPT, Answer
+from backend.models.access.idempotency import ANSWERS_KEPT, Answer
 
 answers: Final = sa.Table(
     "answers",

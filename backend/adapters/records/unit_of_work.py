@@ -12,9 +12,9 @@ from backend.adapters.records.database import Database
 from backend.adapters.records.tables import hubs, notices, removed_peers
 from backend.adapters.records.tables import peers as peer_table
 from backend.errors import IdempotencyKeyError, NonceError, RecordsUnavailableError, UnauthenticatedError
-from backend.models.access.answers import ANSWERS_KEPT, KEY_OF_ANOTHER_REQUEST
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.callers import SERVICE
+from backend.models.access.idempotency import ANSWERS_KEPT, KEY_OF_ANOTHER_REQUEST
 from backend.models.wireguard.peer import Change, PeerState
 from backend.models.wireguard.records import Decision, HubStatus, NewGeneration, RecordedState
 

@@ -14,8 +14,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Any, Final
 
 from backend.errors import ProvisioningError
-from backend.models.access.answers import Answer
 from backend.models.access.audit import AuditEvent
+from backend.models.access.idempotency import Answer
 from backend.models.access.proof import Nonce
 from backend.models.wireguard.keys import WireGuardKey
 

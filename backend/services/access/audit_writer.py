@@ -1,14 +1,18 @@
 """Writes to the audit log what no transaction of its own has: refusals, notices, when keys were used last."""
 
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from threading import Lock
+from typing import Final
 
 from backend.errors import RecordsUnavailableError
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, AuditQuery, AuditRecord
 from backend.models.access.callers import SERVICE
 from backend.services.access.audit_rows import AuditRows
 from backend.services.ports import AccessStore
+
+# Pruning takes some 10 ms, for which nothing else is written.
+ROWS_AT_A_TIME: Final = 1000
 
 
 class AuditWriter:
@@ -56,6 +60,16 @@ class AuditWriter:
         """
         with self._writing:
             self._flush(everything=False)
+
+    def prune(self, keep: timedelta) -> bool:
+        """Delete rows older than `keep`, some at a time; return whether more may be left.
+
+        Each time that rows are deleted one is added, so it isn't done for every few rows that grow old.
+        Raises RecordsUnavailableError.
+        """
+        now = datetime.now(UTC)
+        event = SERVICE.event(now, AuditAction.AUDIT_PRUNED, AuditOutcome.NOTED)
+        return self._store.prune_audit(now - keep, ROWS_AT_A_TIME, event) == ROWS_AT_A_TIME
 
     def close(self) -> None:
         """Write all that was noted, whatever the budgets; lose it where the records are away."""

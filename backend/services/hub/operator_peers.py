@@ -1,14 +1,36 @@
-"""The operator's peers: the [Peer] blocks that a person wrote into wg0.conf."""
+"""The operator's peers, which a person wrote into wg0.conf, and how many peers the interface takes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv4Network
 
-from backend.errors import AddressTakenError, KeyTakenError, ProvisioningError
+from backend.errors import AddressTakenError, KeyTakenError, PeerLimitError, ProvisioningError
 from backend.models.wireguard.keys import WireGuardKey, canonical_spelling
 from backend.models.wireguard.peer import Peer
 from backend.services.hub.config_text import OperatorPeer
-from backend.services.hub.peer_limit import PeerLimit
 from backend.services.ip_pool_manager import IPPoolManager
+
+
+class PeerLimit:
+    """The limit of whatever implements the interface, counted over our peers and the operator's."""
+
+    def __init__(
+        self, interface: str = "", most: Callable[[], int | None] = lambda: None, fewest: int = 0
+    ) -> None:
+        """`most` returns the limit, None for none. It is called each time: the interface may be replaced.
+
+        It is not called for fewer than `fewest` peers, which every interface takes.
+        """
+        self._interface = interface
+        self._most = most
+        self._fewest = fewest
+
+    def require_room(self, peers: int) -> None:
+        """Raise PeerLimitError unless the interface takes one more than `peers`."""
+        if peers < self._fewest:
+            return
+        most = self._most()
+        if most is not None and peers >= most:
+            raise PeerLimitError(self._interface, most)
 
 
 class OperatorPeers:

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from backend.adapters.records import idempotency
-from backend.models.access.answers import ANSWERS_KEPT, Answer
+from backend.models.access.idempotency import ANSWERS_KEPT, Answer
 from tests.harness.access_records import LATER, NOON, together
 
 

@@ -16,6 +16,7 @@ from backend.api.security import REFUSALS, Operator, Provisioner, Reader, Secure
 from backend.errors import NoProofAskedError, ProvisioningError
 from backend.models.access.audit import AuditAction
 from backend.models.access.callers import Caller
+from backend.models.access.idempotency import IdempotencyKey
 from backend.models.access.proof import (
     CHALLENGE_HEADER,
     NONCE_HEADER,
@@ -35,7 +36,6 @@ from backend.models.wireguard.provisioning import (
     ProvisioningResponse,
 )
 from backend.services.access.challenges import Proof
-from backend.services.access.idempotency import IdempotencyKey
 from backend.services.known_peers import is_repeat
 
 router = APIRouter(

@@ -1,19 +1,34 @@
-"""The Idempotency-Key: who asks the same again with the same key gets the first answer again.
+"""The Idempotency-Key: a request that is repeated with its key gets the first answer again.
 
 See draft-ietf-httpapi-idempotency-key-header.
 """
 
 import re
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Final, Self
 
 from backend.errors import IdempotencyKeyError
-from backend.models.access.answers import KEY_OF_ANOTHER_REQUEST, Answer
-from backend.models.wireguard.peer import Change
 
+ANSWERS_KEPT: Final = timedelta(hours=24)
+KEY_OF_ANOTHER_REQUEST: Final = (
+    "this Idempotency-Key came with another request before; send the same body again, or take a new key"
+)
 _KEY: Final = re.compile(r"[!-~]{1,255}")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer, as it was sent. The key and the request's body are kept as hashes only."""
+
+    # The audit name of the caller that the key belongs to.
+    scope: str
+    key_hash: str
+    body_hash: str
+    node_id: str
+    body: bytes = field(repr=False)
+    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +54,8 @@ class IdempotencyKey:
         """Return the answer to be kept for it."""
         return Answer(scope, self.key_hash, self.body_hash, node_id, body, created_at)
 
-    def asked_for(self, change: Change, scope: str) -> bool:
-        """Say whether a change was asked for with this key; raise IdempotencyKeyError for another body."""
-        answer = change.answer
+    def is_answered_by(self, answer: Answer | None, scope: str) -> bool:
+        """Say whether this is the answer to this key; raise IdempotencyKeyError for another body."""
         if answer is None or (answer.scope, answer.key_hash) != (scope, self.key_hash):
             return False
         self.require_same(answer.body_hash)
