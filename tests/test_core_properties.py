@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.errors import ProvisioningError
@@ -15,6 +15,7 @@ from tests.harness.core import NEVER, Ends, World, request
 from tests.harness.fakes import FakeHub, FlakyRecords
 from tests.harness.requests import new_key
 from tests.harness.three_places import in_file
+from tests.harness.torture import tried
 
 NODES: Final = [f"node-{number}" for number in range(4)]
 KEYS: Final = [new_key() for _ in range(4)]
@@ -128,8 +129,8 @@ steps: Final = st.lists(
 )
 
 
+@tried(25)
 @given(steps=steps)
-@settings(max_examples=60, deadline=None)
 def test_memory_records_file_and_interface_are_equal_in_the_end(steps: list[Step]) -> None:
     logging.disable(logging.CRITICAL)
     try:
