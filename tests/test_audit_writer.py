@@ -189,7 +189,7 @@ class PagedStore(FakeAccessStore):
 def test_page_shows_what_was_noted_a_moment_ago() -> None:
     writer = AuditWriter(PagedStore())
     writer.note(event("node-1"))
-    assert [row.event for row in writer.page(AuditQuery(10))] == [event("node-1")]
+    assert [row.event for row in writer.page(AuditQuery(limit=10))] == [event("node-1")]
 
 
 def test_page_waits_for_rows_that_another_thread_is_writing() -> None:
@@ -201,7 +201,7 @@ def test_page_waits_for_rows_that_another_thread_is_writing() -> None:
     flushing.start()
     assert store.begun.wait(10)
     seen: list[AuditRecord] = []
-    reading = threading.Thread(target=lambda: seen.extend(writer.page(AuditQuery(10))))
+    reading = threading.Thread(target=lambda: seen.extend(writer.page(AuditQuery(limit=10))))
     reading.start()
     reading.join(0.2)
     store.go_on.set()
@@ -216,4 +216,4 @@ def test_page_is_shown_while_the_records_can_only_be_read() -> None:
     writer = AuditWriter(store)
     writer.note(event("node-2"))
     store.away = True
-    assert [row.event for row in writer.page(AuditQuery(10))] == [event("node-1")]
+    assert [row.event for row in writer.page(AuditQuery(limit=10))] == [event("node-1")]

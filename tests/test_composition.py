@@ -65,9 +65,9 @@ def test_what_was_noted_last_is_in_the_records_when_the_service_has_stopped(
     with running_service(settings) as service:
         service.access.audit.note(event)
     with open_access(settings) as store:
-        assert [record.event.subject for record in store.audit_page(AuditQuery(10, subject="last"))] == [
-            "last"
-        ]
+        assert [
+            record.event.subject for record in store.audit_page(AuditQuery(limit=10, subject="last"))
+        ] == ["last"]
 
 
 def test_start_that_is_refused_halfway_leaves_every_lock_to_the_next(

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from backend.api.errors import MAX_BODY_BYTES, MAX_ERRORS
 from backend.api.routes import DomainErrorRoute
-from backend.api.v1.endpoints.wireguard_access import AuditParameters
 from backend.api.v1.endpoints.wireguard_provisioning import ChallengeRequest
+from backend.models.access.audit import AuditQuery
 from backend.models.access.credentials import KeyRequest, TokenRequest
 from backend.models.wireguard.provisioning import MODELS_MAX, NodeCapabilities, ProvisioningRequest
 from tests.harness.requests import new_key, provision_body
@@ -95,7 +95,7 @@ def test_a_query_full_of_unknown_fields_is_refused_with_few_errors() -> None:
     router = APIRouter(route_class=DomainErrorRoute)
 
     @router.get("/")
-    async def take(parameters: Annotated[AuditParameters, Query()]) -> None:
+    async def take(parameters: Annotated[AuditQuery, Query()]) -> None:
         raise AssertionError(parameters)
 
     answer = ask(router, "GET", params={f"{number:x}": 1 for number in range(2000)})

@@ -31,8 +31,6 @@ from backend.models.access.credentials import Permission
 from backend.models.access.sources import TrustedProxies
 from backend.models.wireguard.peer import Peer
 from backend.services.access.access_control import AccessControl
-from backend.services.access.audit_writer import AuditWriter
-from backend.services.access.credential_service import CredentialService
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
@@ -75,19 +73,13 @@ Operator = Annotated[Caller, Depends(Requires(Permission.OPERATE))]
 Admin = Annotated[Caller, Depends(Requires(Permission.ADMINISTER))]
 
 
-async def _credentials(request: Request) -> CredentialService:
+async def _access(request: Request) -> AccessControl:
     access: AccessControl = request.state.access
-    return access.credentials
+    return access
 
 
-async def _audit(request: Request) -> AuditWriter:
-    access: AccessControl = request.state.access
-    return access.audit
-
-
-# The parts of the service's access control that an endpoint works with.
-Credentials = Annotated[CredentialService, Depends(_credentials)]
-Audit = Annotated[AuditWriter, Depends(_audit)]
+# The service's access control, for the endpoints that work with credentials or the audit log.
+Access = Annotated[AccessControl, Depends(_access)]
 
 
 def repeatable(is_repeat: _IsRepeat = lambda _sent, _peer: True) -> Callable[[_Endpoint], _Endpoint]:

@@ -37,7 +37,8 @@ def list_audit(
     """Print the newest entries as lines of JSON, the oldest of them first."""
     from backend.models.access.audit import AuditEntry, AuditQuery
 
-    query = AuditQuery(limit, None, _action(action), actor, subject)
+    # Unchecked: the command line has a higher limit of its own.
+    query = AuditQuery.model_construct(limit=limit, action=_action(action), actor=actor, subject=subject)
     with open_store() as store:
         for record in reversed(store.audit_page(query)):
             typer.echo(AuditEntry.of(record).model_dump_json())

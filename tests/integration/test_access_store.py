@@ -62,7 +62,7 @@ def everything(store: SqlAccessStore) -> tuple[object, ...]:
     """Return all that the store's transactions write: credentials, their version, the audit log."""
     wrong, head, _ = store.verify_audit()
     assert wrong is None
-    return *store.load_credentials(), store.audit_page(AuditQuery(1000)), head
+    return *store.load_credentials(), store.audit_page(AuditQuery(limit=1000)), head
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_credential_and_audit_row_are_written_together_or_not_at_all(
                 acts[act]()
         assert everything(store) == before
     acts[act]()
-    assert len(store.audit_page(AuditQuery(1000))) == 2
+    assert len(store.audit_page(AuditQuery(limit=1000))) == 2
 
 
 def test_a_credential_that_is_unknown_is_not_logged_as_revoked(store: SqlAccessStore) -> None:

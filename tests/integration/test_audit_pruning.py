@@ -64,7 +64,7 @@ def event(number: int) -> AuditEvent:
 
 
 def rows(store: SqlAccessStore) -> list[AuditRecord]:
-    return list(reversed(store.audit_page(AuditQuery(1000))))
+    return list(reversed(store.audit_page(AuditQuery(limit=1000))))
 
 
 def test_a_pruned_log_is_whole_and_says_what_it_has_lost(store: SqlAccessStore) -> None:

@@ -92,7 +92,9 @@ def uses(store: SqlAccessStore) -> dict[str, int]:
 def acts(store: SqlAccessStore) -> list[tuple[str, str | None]]:
     """Return what is on record but the making of tokens, the oldest first."""
     assert store.verify_audit()[0] is None
-    found = [(record.event.action, record.event.subject) for record in store.audit_page(AuditQuery(1000))]
+    found = [
+        (record.event.action, record.event.subject) for record in store.audit_page(AuditQuery(limit=1000))
+    ]
     return [(action.value, subject) for action, subject in reversed(found) if action != "token_made"]
 
 
@@ -265,7 +267,7 @@ def test_compensating_returns_uses_keeps_answers_of_peers_that_stay_and_is_logge
         ("revert", "node-0"),
         ("revert", "node-2"),
     ]
-    (newest, *_) = store.audit_page(AuditQuery(1))
+    (newest, *_) = store.audit_page(AuditQuery(limit=1))
     assert (newest.event.outcome, newest.event.actor) == (AuditOutcome.NOTED, "service")
     assert newest.event.reason == "the device is on fire"
     # Nor later, when the row of a removed peer would go.

@@ -8,9 +8,9 @@ from hashlib import sha256
 from json.encoder import encode_basestring_ascii
 from typing import Annotated, Final, Self
 
-from pydantic import AfterValidator, AwareDatetime, Field
+from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field
 
-from backend.models.fields import FrozenModel, escaped
+from backend.models.fields import FrozenModel, StrictModel, escaped
 
 # What the first row follows.
 GENESIS: Final = "0" * 64
@@ -106,15 +106,19 @@ class AuditRecord:
     hash: str
 
 
-@dataclass(frozen=True, slots=True)
-class AuditQuery:
-    """Which rows to return: at most `limit`, the newest first, only those `before` a sequence."""
+class AuditQuery(StrictModel):
+    """Which rows to return: the newest first, at most `limit`, `before` a sequence, only those that match."""
 
-    limit: int
-    before: int | None = None
+    # All of a URL's query is text.
+    model_config = ConfigDict(strict=False)
+
+    limit: int = Field(default=100, ge=1, le=1000)
+    before: int | None = Field(
+        default=None, ge=1, le=2**62, description="Only entries with a lower sequence."
+    )
     action: AuditAction | None = None
-    actor: str | None = None
-    subject: str | None = None
+    actor: str | None = Field(default=None, max_length=512)
+    subject: str | None = Field(default=None, max_length=512)
 
 
 def timestamp(moment: datetime) -> str:

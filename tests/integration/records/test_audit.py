@@ -57,7 +57,7 @@ def test_the_log_is_listed_from_its_end_in_pages(engine: sa.Engine) -> None:
 
     def listed(before: int | None = None, limit: int = 100, **chosen: Any) -> list[int]:
         with engine.connect() as connection:
-            found = audit.list_audit(connection, AuditQuery(limit, before, **chosen))
+            found = audit.list_audit(connection, AuditQuery(limit=limit, before=before, **chosen))
         return [row.sequence for row in found]
 
     assert listed(limit=3) == [11, 10, 9]

@@ -5,11 +5,10 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import ConfigDict, Field
 
 from backend.api.audit import audited
 from backend.api.errors import problem
-from backend.api.security import REFUSALS, Admin, Audit, Credentials, Reader, SecuredRoute
+from backend.api.security import REFUSALS, Access, Admin, Reader, SecuredRoute
 from backend.models.access.audit import AuditAction, AuditEntry, AuditPage, AuditQuery
 from backend.models.access.credentials import (
     CredentialKind,
@@ -20,7 +19,6 @@ from backend.models.access.credentials import (
     TokenInfo,
     TokenRequest,
 )
-from backend.models.fields import StrictModel
 
 router = APIRouter(prefix="/wireguard", tags=["access"], route_class=SecuredRoute, responses=REFUSALS)
 
@@ -30,73 +28,57 @@ _NOT_FOUND = problem("No such credential.", "token 3f1c0e5a9b7d2468 not found")
 
 @router.post("/tokens", summary="Make an enrolment token", status_code=201)
 @audited(AuditAction.TOKEN_MADE)
-async def make_token(body: TokenRequest, caller: Admin, credentials: Credentials) -> MadeToken:
+async def make_token(body: TokenRequest, caller: Admin, access: Access) -> MadeToken:
     """Make a token that lets nodes in. Its secret is in this answer and nowhere else."""
-    token, secret = await asyncio.to_thread(credentials.make, body, caller)
+    token, secret = await asyncio.to_thread(access.credentials.make, body, caller)
     return MadeToken.of(token, datetime.now(UTC), secret=secret.reveal())
 
 
 @router.get("/tokens", summary="List the enrolment tokens")
-async def list_tokens(_: Admin, credentials: Credentials) -> list[TokenInfo]:
+async def list_tokens(_: Admin, access: Access) -> list[TokenInfo]:
     """Return every token, revoked and expired ones too, without their secrets."""
-    tokens = await asyncio.to_thread(credentials.of_kind, CredentialKind.TOKEN)
+    tokens = await asyncio.to_thread(access.credentials.of_kind, CredentialKind.TOKEN)
     now = datetime.now(UTC)
     return [TokenInfo.of(token, now) for token in tokens]
 
 
 @router.delete("/tokens/{credential_id}", summary="Revoke an enrolment token", responses={404: _NOT_FOUND})
 @audited(AuditAction.TOKEN_REVOKED)
-async def revoke_token(credential_id: str, caller: Admin, credentials: Credentials) -> TokenInfo:
+async def revoke_token(credential_id: str, caller: Admin, access: Access) -> TokenInfo:
     """End a token at once. The nodes that it let in stay."""
-    token = await asyncio.to_thread(credentials.revoke, CredentialKind.TOKEN, credential_id, caller)
+    token = await asyncio.to_thread(access.credentials.revoke, CredentialKind.TOKEN, credential_id, caller)
     return TokenInfo.of(token, datetime.now(UTC))
 
 
 @router.post("/keys", summary="Make an operator's key", status_code=201)
 @audited(AuditAction.KEY_MADE)
-async def make_key(body: KeyRequest, caller: Admin, credentials: Credentials) -> MadeKey:
+async def make_key(body: KeyRequest, caller: Admin, access: Access) -> MadeKey:
     """Make a key for an operator. Its secret is in this answer and nowhere else."""
-    key, secret = await asyncio.to_thread(credentials.make, body, caller)
+    key, secret = await asyncio.to_thread(access.credentials.make, body, caller)
     return MadeKey.of(key, datetime.now(UTC), secret=secret.reveal())
 
 
 @router.get("/keys", summary="List the operators' keys")
-async def list_keys(_: Admin, credentials: Credentials) -> list[KeyInfo]:
+async def list_keys(_: Admin, access: Access) -> list[KeyInfo]:
     """Return every key, revoked and expired ones too, without their secrets."""
-    keys = await asyncio.to_thread(credentials.of_kind, CredentialKind.KEY)
+    keys = await asyncio.to_thread(access.credentials.of_kind, CredentialKind.KEY)
     now = datetime.now(UTC)
     return [KeyInfo.of(key, now) for key in keys]
 
 
 @router.delete("/keys/{credential_id}", summary="Revoke an operator's key", responses={404: _NOT_FOUND})
 @audited(AuditAction.KEY_REVOKED)
-async def revoke_key(credential_id: str, caller: Admin, credentials: Credentials) -> KeyInfo:
+async def revoke_key(credential_id: str, caller: Admin, access: Access) -> KeyInfo:
     """End a key at once, be it the caller's own."""
-    key = await asyncio.to_thread(credentials.revoke, CredentialKind.KEY, credential_id, caller)
+    key = await asyncio.to_thread(access.credentials.revoke, CredentialKind.KEY, credential_id, caller)
     return KeyInfo.of(key, datetime.now(UTC))
 
 
-class AuditParameters(StrictModel):
-    """Which entries: the newest, or those `before` one, and only those that match."""
-
-    # All of a query is text.
-    model_config = ConfigDict(strict=False)
-
-    limit: int = Field(default=100, ge=1, le=1000)
-    before: int | None = Field(
-        default=None, ge=1, le=2**62, description="Only entries with a lower sequence."
-    )
-    action: AuditAction | None = None
-    actor: str | None = Field(default=None, max_length=512)
-    subject: str | None = Field(default=None, max_length=512)
-
-
 @router.get("/audit", summary="Read the audit log")
-async def read_audit(parameters: Annotated[AuditParameters, Query()], _: Reader, audit: Audit) -> AuditPage:
+async def read_audit(query: Annotated[AuditQuery, Query()], _: Reader, access: Access) -> AuditPage:
     """Return who did what, the newest first."""
-    query = AuditQuery(**parameters.model_dump())
-    records = await asyncio.to_thread(audit.page, query)
-    full = len(records) == parameters.limit
+    records = await asyncio.to_thread(access.audit.page, query)
+    full = len(records) == query.limit
     return AuditPage(
         entries=[AuditEntry.of(record) for record in records],
         next=records[-1].sequence if full and records[-1].sequence > 1 else None,
