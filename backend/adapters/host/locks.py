@@ -53,14 +53,10 @@ def _open(path: Path) -> FileIO:
             f"{path} can't be made ({exc.strerror}); let this process write to its directory"
         ) from exc
     status = os.fstat(file.fileno())
-    problem = None
-    if not stat.S_ISREG(status.st_mode):
-        problem = "is not a regular file"
-    elif status.st_nlink != 1:
-        problem = "has another name too"
-    if problem is not None:
+    is_regular = stat.S_ISREG(status.st_mode)
+    if not is_regular or status.st_nlink != 1:
         file.close()
-        raise _refused(path, problem)
+        raise _refused(path, "has another name too" if is_regular else "is not a regular file")
     if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != _MODE:
         # Another program may have made it so: any user who can read the file can lock it, and keep us from
         # starting.

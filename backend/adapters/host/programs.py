@@ -45,8 +45,7 @@ def find(name: str) -> str:
 
     A program that other users could change is passed over: it would run with this process's privileges.
     """
-    found = _which(name)
-    if found is not None:
+    if found := _which(name):
         return found
     passed_over = next(_installed(name), None)
     problem = f"isn't installed; {_remedy(name)}"
@@ -217,11 +216,8 @@ def kernel_has_wireguard() -> bool:
     """Tell whether an interface would be the kernel's own."""
     if Path("/sys/module/wireguard").exists():
         return True
-    modprobe = _which("modprobe")
-    if modprobe is None:
-        return False
     try:
-        run([modprobe, "--dry-run", "--quiet", "wireguard"])
+        run([find("modprobe"), "--dry-run", "--quiet", "wireguard"])
     except HubUpdateError:
         return False
     return True

@@ -218,8 +218,15 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse a piece, and wait for the rest of its request where that is incomplete."""
         self._overhead += len(data)
         super().data_received(data)
-        if self._overhead or self.scope is not self._complete:
-            self._expect_more()
+        if self._overhead > self.max_head_bytes:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        # Where nothing is being answered these were empty lines, which have ended uvicorn's own timeout.
+        elif (
+            self._is_coming_in()
+            and self._since is None
+            and (self.scope is not self._complete or not self._is_answering())
+        ):
+            self._await_request()
 
     def on_headers_complete(self) -> None:
         """Refuse a head that is too large, and a client with too many connections; drop all trailers."""
@@ -271,13 +278,6 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(self._refusal)
         else:
             super().send_400_response(msg)
-
-    def _expect_more(self) -> None:
-        if self._overhead > self.max_head_bytes:
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        # Where nothing is being answered these were empty lines, which have ended uvicorn's own timeout.
-        elif self._since is None and (self.scope is not self._complete or not self._is_answering()):
-            self._await_request()
 
     def _await_request(self) -> None:
         self._since = self.loop.time()

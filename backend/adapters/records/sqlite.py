@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from backend.adapters.host.locks import lock_file
 from backend.errors import RecordsUnavailableError, StartRefusedError
 from backend.models.trusted_paths import make_private_directory, require_trusted, require_trusted_file
+from backend.services.hub.staged_file import sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -270,9 +271,10 @@ def copy_before_migration(source: sqlite3.Connection, revision: str, directory: 
             source.backup(target)
             # One file, without a write-ahead log beside it.
             target.execute("PRAGMA journal_mode=DELETE").close()
-        _sync(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(copy)
-        _sync(directory)
+        sync_directory(directory)
         copies = sorted(directory.glob("before-*.sqlite"), key=lambda made: made.stat().st_mtime_ns)
         for old in copies[:-_COPIES_KEPT]:
             old.unlink()
@@ -285,11 +287,3 @@ def copy_before_migration(source: sqlite3.Connection, revision: str, directory: 
     finally:
         temporary.unlink(missing_ok=True)
     log.info("database_copied", extra={"path": copy})
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

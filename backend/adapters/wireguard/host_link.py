@@ -5,7 +5,8 @@ import errno
 import fcntl
 import socket
 import struct
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import cache
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -50,14 +51,11 @@ class HostLinks:
 
     def index(self, name: str) -> int | None:
         """Return an interface's index, None where there is no such interface; raise HubUpdateError."""
-        try:
+        with _asking_about(name):
             answer = self._ioctl(_SIOCGIFINDEX, struct.pack("16si20x", name.encode(), 0))
-        except OSError as exc:
-            if exc.errno == errno.ENODEV:
-                return None
-            raise _unanswered(name, exc) from exc
-        index: int = struct.unpack_from("16xi", answer)[0]
-        return index
+            index: int = struct.unpack_from("16xi", answer)[0]
+            return index
+        return None
 
     def problem(self, name: str, address: IPv4Address) -> str | None:
         """Say why peers can't reach this host at `address` through an interface, or return None.
@@ -65,20 +63,14 @@ class HostLinks:
         None as well where there is no such interface, which is not this function's to report. Raises
         HubUpdateError where the kernel can't be asked.
         """
-        try:
-            up = self._is_up(name)
-            has_address = up and address in self._addresses(name)
-        except OSError as exc:
-            if exc.errno == errno.ENODEV:
-                return None
-            raise _unanswered(name, exc) from exc
-        if not up:
-            return f"interface {name} is down; bring it up with `ip link set up dev {name}`"
-        if not has_address:
-            return (
-                f"interface {name} doesn't have the hub's address {address}; add it with "
-                f"{command('hub up')}, or set WIREGUARD_HUB_IP to the address that it has"
-            )
+        with _asking_about(name):
+            if not self._is_up(name):
+                return f"interface {name} is down; bring it up with `ip link set up dev {name}`"
+            if address not in self._addresses(name):
+                return (
+                    f"interface {name} doesn't have the hub's address {address}; add it with "
+                    f"{command('hub up')}, or set WIREGUARD_HUB_IP to the address that it has"
+                )
         return None
 
     def _ioctl(self, request: int, argument: bytes) -> bytes:
@@ -106,8 +98,14 @@ class HostLinks:
         return found
 
 
-def _unanswered(name: str, error: OSError) -> HubUpdateError:
-    return HubUpdateError(f"interface {name} can't be looked at ({error.strerror})")
+@contextmanager
+def _asking_about(name: str) -> Iterator[None]:
+    """End the `with` block where there is no such interface; raise HubUpdateError for any other OSError."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno != errno.ENODEV:
+            raise HubUpdateError(f"interface {name} can't be looked at ({exc.strerror})") from exc
 
 
 def interface_exists(name: str) -> bool:

@@ -91,7 +91,13 @@ def up(config_path: Path, address: IPv4Interface, stated_key: WireGuardKey | Non
         )
     created = state is LinkState.ABSENT
     if created:
-        _require_free_port(config_path, config.listen_port or 0)
+        # Asked of the port itself: wireguard-go takes it in the background, and may say nothing when it
+        # can't.
+        if not is_free(config.listen_port or 0):
+            raise HubUpdateError(
+                f"UDP port {config.listen_port} is in use; choose another ListenPort in {config_path} "
+                "and the same in WIREGUARD_HUB_ENDPOINT"
+            )
         _make_interface(ip, name)
     try:
         if state is not LinkState.OURS:
@@ -174,18 +180,6 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _require_free_port(config_path: Path, port: int) -> None:
-    """Raise HubUpdateError where another program listens on the hub's port.
-
-    Asked of the port itself: wireguard-go takes it in the background, and may say nothing when it can't.
-    """
-    if not is_free(port):
-        raise HubUpdateError(
-            f"UDP port {port} is in use; choose another ListenPort in {config_path} "
-            "and the same in WIREGUARD_HUB_ENDPOINT"
-        )
 
 
 def _read(config_path: Path, stated_key: WireGuardKey | None = None) -> tuple[InterfaceName, ParsedConfig]:
