@@ -5,6 +5,7 @@ types. Here all of it comes from the installed package, and a Content-Security-P
 """
 
 from collections.abc import Awaitable, Callable
+from functools import cache
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,17 +51,17 @@ _TYPES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/jav
 def documentation(app: FastAPI) -> APIRouter:
     """Return the routes that describe the app, none of which is in its schema."""
     router = APIRouter(route_class=OpenRoute, include_in_schema=False)
-    # By where the app is mounted.
-    rendered: dict[str, bytes] = {}
+
+    @cache
+    def rendered(root: str) -> bytes:
+        """Return the schema for where the app is mounted."""
+        schema = app.openapi() | ({"servers": [{"url": root}]} if root else {})
+        return bytes(JSONResponse(schema).body)
 
     @router.get("/openapi.json")
     async def openapi(request: Request) -> Response:
         root = request.scope.get("root_path", "").rstrip("/")
-        body = rendered.get(root)
-        if body is None:
-            schema = app.openapi() | ({"servers": [{"url": root}]} if root else {})
-            body = rendered[root] = bytes(JSONResponse(schema).body)
-        return Response(body, media_type="application/json")
+        return Response(rendered(root), media_type="application/json")
 
     if assets := _assets():
         page = _PAGE.format(title=escape(app.title))

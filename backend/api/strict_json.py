@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from pydantic_core import from_json
 
+from backend.models.fields import is_deeper
+
 # More than any field of ours allows; the parser itself would go on to 200.
 MAX_LEVELS: Final = 32
 # 2**64 has 20.
@@ -37,7 +39,7 @@ def loads(body: bytes) -> Any:
         raise StrictJSONError(f"The body can't be read as JSON: {exc}") from None
     value, _ = _DECODER.raw_decode(text.strip())
     # So many levels need at least so many brackets.
-    if body.count(b"{") + body.count(b"[") > MAX_LEVELS and _is_deeper(value, MAX_LEVELS):
+    if body.count(b"{") + body.count(b"[") > MAX_LEVELS and is_deeper(value, MAX_LEVELS):
         raise StrictJSONError(f"The body is nested more than {MAX_LEVELS} levels deep")
     return value
 
@@ -65,17 +67,3 @@ def _float(text: str) -> float | int:
 
 
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float)
-_CONTAINERS: Final = (dict, list)
-
-
-def _is_deeper(value: object, levels: int) -> bool:
-    """Go down level by level, without recursion."""
-    level = [value]
-    for _ in range(levels):
-        level = [
-            child
-            for container in level
-            if isinstance(container, _CONTAINERS)
-            for child in (container.values() if isinstance(container, dict) else container)
-        ]
-    return any(isinstance(value, _CONTAINERS) for value in level)

@@ -54,18 +54,6 @@ def create_token(
     _make("token", given, output)
 
 
-@token.command("list")
-def list_tokens() -> None:
-    """Print every token as a line of JSON, without its secret."""
-    _list("token")
-
-
-@token.command("revoke")
-def revoke_token(credential_id: Id) -> None:
-    """End a token at once; the nodes that it let in stay."""
-    _revoke("token", credential_id)
-
-
 @key.command("create")
 def create_key(
     role: Annotated[str, typer.Option(help="read, operate or admin; each covers the ones before it.")],
@@ -75,18 +63,6 @@ def create_key(
 ) -> None:
     """Make a key and print it; it is shown this once."""
     _make("key", {"role": role, "expires_in": expires_in, "note": note}, output)
-
-
-@key.command("list")
-def list_keys() -> None:
-    """Print every key as a line of JSON, without its secret."""
-    _list("key")
-
-
-@key.command("revoke")
-def revoke_key(credential_id: Id) -> None:
-    """End a key; the service follows within a second."""
-    _revoke("key", credential_id)
 
 
 def _make(kind: str, given: Mapping[str, object], output: Path | None) -> None:
@@ -113,25 +89,33 @@ def _make(kind: str, given: Mapping[str, object], output: Path | None) -> None:
     typer.echo(secret.reveal() if output is None else f"{kind} {credential.id} is in {output}")
 
 
-def _list(kind: str) -> None:
-    from backend.models.access.credentials import KeyInfo, TokenInfo
-
-    info = TokenInfo if kind == "token" else KeyInfo
-    with open_store() as store:
-        now = datetime.now(UTC)
-        for credential in _listed(store, kind):
-            typer.echo(info.of(credential, now).model_dump_json())
-
-
 def _listed(store: "SqlAccessStore", kind: str) -> "list[Credential]":
     return [credential for credential in store.load_credentials()[1] if credential.kind == kind]
 
 
-def _revoke(kind: str, credential_id: str) -> None:
-    from backend.models.access.audit import AuditAction
+def _add_commands(commands: typer.Typer, kind: str, revoke_help: str) -> None:
+    """Add what is the same for both kinds, behind `create`."""
 
-    with open_store() as store:
-        if credential_id not in {credential.id for credential in _listed(store, kind)}:
-            raise CredentialNotFoundError(f"{kind} {credential_id}")
-        store.revoke_credential(credential_id, event(AuditAction(f"{kind}_revoked"), credential_id))
-    typer.echo(f"{kind} {credential_id} is revoked")
+    @commands.command("list", help=f"Print every {kind} as a line of JSON, without its secret.")
+    def list_all() -> None:
+        from backend.models.access.credentials import KeyInfo, TokenInfo
+
+        info = TokenInfo if kind == "token" else KeyInfo
+        with open_store() as store:
+            now = datetime.now(UTC)
+            for credential in _listed(store, kind):
+                typer.echo(info.of(credential, now).model_dump_json())
+
+    @commands.command("revoke", help=revoke_help)
+    def revoke(credential_id: Id) -> None:
+        from backend.models.access.audit import AuditAction
+
+        with open_store() as store:
+            if credential_id not in {credential.id for credential in _listed(store, kind)}:
+                raise CredentialNotFoundError(f"{kind} {credential_id}")
+            store.revoke_credential(credential_id, event(AuditAction(f"{kind}_revoked"), credential_id))
+        typer.echo(f"{kind} {credential_id} is revoked")
+
+
+_add_commands(token, "token", "End a token at once; the nodes that it let in stay.")
+_add_commands(key, "key", "End a key; the service follows within a second.")

@@ -95,7 +95,8 @@ def beside_run(settings: Settings) -> Settings:
 
 def beside_lost(settings: Settings) -> Settings:
     """Return the settings with the hub of `make run` where its config is lost and has to be made again."""
-    return _with_config(settings, _lost_config(settings.state_directory))
+    directory = settings.state_directory
+    return _with_config(settings, None if _made_config(directory) else _lost_config(directory))
 
 
 def _with_config(settings: Settings, path: Path | None) -> Settings:
@@ -137,8 +138,7 @@ def bring_up(settings: Settings, say: Callable[[str], None], warn: Callable[[str
 
 
 def _bring_up_if_possible(settings: Settings, say: Callable[[str], None]) -> Settings:
-    missing = obstacles()
-    if missing:
+    if missing := obstacles():
         say(f"no interface {settings.interface}: {'; '.join(missing)}")
         say("goes on with WIREGUARD_RELOAD=off, which keeps the records and the file only")
         return settings.model_copy(update={"wireguard_reload": ReloadMode.OFF})
@@ -178,8 +178,6 @@ def _made_config(directory: Path) -> Path | None:
 
 def _lost_config(directory: Path) -> Path | None:
     """Return the config that an earlier run had and that is gone, by the lock that stays beside it."""
-    if _made_config(directory):
-        return None
     locks = directory.glob(f".{_PATTERN}.lock")
     return _first_config(directory, (path.name[1 : -len(".lock")] for path in locks))
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 # More than any of these models has. Each unknown field is an error of its own, and 64 KiB hold thousands.
 _MAX_FIELDS: Final = 32
+_CONTAINERS: Final = (dict, list)
 _LONGEST_HOST_NAME: Final = 253
 _HOST_LABEL: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 # The text of a credential, to find one where none belongs.
@@ -70,6 +71,19 @@ def unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
 def is_mapped(network: IPv4Network | IPv6Network) -> bool:
     """Tell whether a network holds nothing but IPv4 addresses that are mapped into IPv6."""
     return isinstance(network, IPv6Network) and network.subnet_of(_MAPPED_IPV4)
+
+
+def is_deeper(value: object, levels: int) -> bool:
+    """Tell whether JSON has more levels than that. Goes down level by level, without recursion."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            child
+            for container in level
+            if isinstance(container, _CONTAINERS)
+            for child in (container.values() if isinstance(container, dict) else container)
+        ]
+    return any(isinstance(value, _CONTAINERS) for value in level)
 
 
 def is_host(text: str) -> bool:

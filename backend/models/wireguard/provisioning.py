@@ -16,7 +16,7 @@ from pydantic import (
     StringConstraints,
 )
 
-from backend.models.fields import FrozenModel, StrictModel, printable, require_no_secret
+from backend.models.fields import FrozenModel, StrictModel, is_deeper, printable, require_no_secret
 from backend.models.wireguard.keys import WireGuardKey
 
 NODE_ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,128}$"
@@ -47,15 +47,7 @@ def _semantic(text: str) -> str:
 
 def _bounded_metadata(value: Any) -> Any:
     """Refuse what is too deep before anything recurses into it, then what is too large."""
-    level = [value]
-    for _ in range(METADATA_MAX_DEPTH):
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-    if any(isinstance(item, dict | list) for item in level):
+    if is_deeper(value, METADATA_MAX_DEPTH):
         raise ValueError(f"at most {METADATA_MAX_DEPTH} levels are allowed")
     try:
         size = len(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode())
