@@ -62,8 +62,11 @@ async def provisioning_service(request: Request) -> WireGuardProvisioningService
             await _start_late(app)
     service = getattr(app.state, "provisioning_service", None)
     if not isinstance(service, WireGuardProvisioningService):
-        reason = "The provisioning service isn't running; this app's log says why"
-        raise HTTPException(503, reason, headers={"Retry-After": str(RETRY_SECONDS)})
+        raise HTTPException(
+            503,
+            "The provisioning service isn't running; this app's log says why",
+            headers={"Retry-After": str(RETRY_SECONDS)},
+        )
     return service
 
 

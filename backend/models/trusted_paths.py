@@ -52,8 +52,7 @@ def require_trusted(path: Path, what: str) -> None:
 
     A path that doesn't exist or can't be read passes: to use it fails by itself.
     """
-    problem = problem_with(path)
-    if problem is not None:
+    if problem := problem_with(path):
         raise StartRefusedError(f"{what} is within other users' reach: {problem}")
 
 

@@ -119,8 +119,7 @@ class ConfigGuard:
 
     def require_trusted(self, path: Path) -> None:
         """Raise ConfigFileError where the file at `path` must not be used; warn where others may read it."""
-        problem = problem_with_file(self._given)
-        if problem is not None:
+        if problem := problem_with_file(self._given):
             raise ConfigFileError(
                 str(path),
                 f"it is within other users' reach: {problem}",

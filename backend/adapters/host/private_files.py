@@ -55,10 +55,13 @@ def admin_header(directory: Path, secret: Secret) -> Iterator[None]:
         make_private_directory(directory)
         _replace(path, line)
     except OSError as exc:
-        consequence = "make a key with `python -m backend key create --role admin`"
         log.warning(
             "admin_header_not_written",
-            extra={"path": path, "reason": exc.strerror, "consequence": consequence},
+            extra={
+                "path": path,
+                "reason": exc.strerror,
+                "consequence": "make a key with `python -m backend key create --role admin`",
+            },
         )
     try:
         yield

@@ -61,10 +61,8 @@ def save_answers(connection: sa.Connection, given: Iterable[Answer]) -> None:
 
 def find_answer(connection: sa.Connection, scope: str, key_hash: str) -> Answer | None:
     """Return the stored answer of a key, whatever its age, or None."""
-    rows = connection.execute(
-        sa.select(answers).where(answers.c.scope == scope, answers.c.key_hash == key_hash)
-    )
-    found = rows.mappings().one_or_none()
+    statement = sa.select(answers).where(answers.c.scope == scope, answers.c.key_hash == key_hash)
+    found = connection.execute(statement).mappings().one_or_none()
     return None if found is None else Answer(**found)
 
 

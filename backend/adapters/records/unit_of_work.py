@@ -75,8 +75,7 @@ class SqlRecords:
             peers.write(connection, self._hub, generation, _accepted(changes))
             _count_uses(connection, _accepted(changes))
             accepted = _accepted(changes)
-            answers = [change.answer for change in accepted if change.answer is not None]
-            idempotency.save_answers(connection, answers)
+            idempotency.save_answers(connection, [c.answer for c in accepted if c.answer is not None])
             audit.append_audit(connection, [change.event for change in accepted if change.event is not None])
         # Of earlier removals, those that the hub has not reached are left.
         behind = removing and observed < generation - 1
@@ -92,8 +91,7 @@ class SqlRecords:
             if not peers.take_back(connection, self._hub, generation, changes):
                 return
             credentials.return_uses(connection, _token_uses(changes))
-            added = [change.peer.node_id for change in changes if change.adds]
-            idempotency.forget_answers_of(connection, added)
+            idempotency.forget_answers_of(connection, [c.peer.node_id for c in changes if c.adds])
             reverted = [
                 SERVICE.event(now, AuditAction.REVERT, AuditOutcome.NOTED, change.peer.node_id, reason)
                 for change in changes

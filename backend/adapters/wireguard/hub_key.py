@@ -163,8 +163,7 @@ def _private_key_of(name: InterfaceName) -> WireGuardPrivateKey | None:
 
 def _refuse_to_forget(config_path: Path, consent: Consent, recorded_peers: Callable[[], int]) -> None:
     """Raise HubUpdateError where nodes know a key that is nowhere here."""
-    peers = recorded_peers()
-    if peers:
+    if peers := recorded_peers():
         known = f"the records hold {peers} peer(s) that know this hub's key"
     elif consent.stated_key is not None:
         known = f"WIREGUARD_HUB_PUBLIC_KEY says that this hub's key is {consent.stated_key}"

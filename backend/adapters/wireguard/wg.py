@@ -58,8 +58,7 @@ class WgInterface:
 
     def close(self) -> None:
         """End what waits for a change."""
-        waiting = self._take_waiting()
-        if waiting is not None:
+        if waiting := self._take_waiting():
             waiting.kill()
         self._executor.shutdown()
         self._links.close()

@@ -168,8 +168,7 @@ def verify(
     sequence, previous = start
     checkpoint: AuditRecord | None = None
     for record in records:
-        wrong = _wrong(record, sequence, previous)
-        if wrong is not None:
+        if wrong := _wrong(record, sequence, previous):
             return wrong
         sequence, previous = record.sequence, record.hash
         if record.event.action is AuditAction.AUDIT_PRUNED:

@@ -182,8 +182,7 @@ class Credential:
 
     def state(self, now: datetime) -> CredentialState:
         """Return its state, by the uses that its row has."""
-        ended = self.ended(now)
-        if ended is not None:
+        if ended := self.ended(now):
             return CredentialState(ended)
         used_up = self.max_uses is not None and self.uses >= self.max_uses
         return CredentialState.USED_UP if used_up else CredentialState.ACTIVE

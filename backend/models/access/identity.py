@@ -82,8 +82,7 @@ class NodeIdentity:
             protobuf = _protobuf(text)
         except ValueError:
             raise ValueError(f"not readable; {_FORMS}") from None
-        kind = _OTHER_KINDS.get(protobuf[:2])
-        if kind is not None:
+        if kind := _OTHER_KINDS.get(protobuf[:2]):
             raise ValueError(f"this is {kind}; {_FORMS}")
         if not protobuf.startswith(_PROTOBUF):
             raise ValueError(f"not readable; {_FORMS}")
