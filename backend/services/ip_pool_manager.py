@@ -16,17 +16,6 @@ _SHORTEST_PREFIX: Final = 8
 _LONGEST_PREFIX: Final = 30
 
 
-def _parse_network(network: str | IPv4Network) -> IPv4Network:
-    """Return the pool's network, or raise a ValueError that says which one would do."""
-    parsed = network if isinstance(network, IPv4Network) else IPv4Network(network, strict=False)
-    if not _SHORTEST_PREFIX <= parsed.prefixlen <= _LONGEST_PREFIX:
-        raise ValueError(
-            f"{network} can't be a pool: choose an IPv4 network with a prefix length from"
-            f" /{_SHORTEST_PREFIX} to /{_LONGEST_PREFIX}, such as 10.0.0.0/24"
-        )
-    return parsed
-
-
 class IPPoolManager:
     """Hands out the addresses of one IPv4 network (/8 to /30), lowest first. Safe for any number of threads.
 
@@ -37,9 +26,15 @@ class IPPoolManager:
 
     def __init__(self, network: str | IPv4Network, reserved_ips: Iterable[str] | None = None) -> None:
         """Take the network with or without host bits: 10.0.0.5/24 is 10.0.0.0/24. Raises ValueError."""
-        self._network = _parse_network(network)
-        self._base = int(self._network.network_address)
-        self._size = self._network.num_addresses
+        # The network that addresses are handed out from.
+        self.network: Final = IPv4Network(network, strict=False)
+        if not _SHORTEST_PREFIX <= self.network.prefixlen <= _LONGEST_PREFIX:
+            raise ValueError(
+                f"{network} can't be a pool: choose an IPv4 network with a prefix length from"
+                f" /{_SHORTEST_PREFIX} to /{_LONGEST_PREFIX}, such as 10.0.0.0/24"
+            )
+        self._base = int(self.network.network_address)
+        self._size = self.network.num_addresses
         # The bitmaps hold offsets in the network; they cost kilobytes for a /8, too.
         self._reserved: Final = BitMap({0, self._size - 1, *map(self._reserved_offset, reserved_ips or ())})
 
@@ -51,11 +46,6 @@ class IPPoolManager:
         self._operators = BitMap()
         self._free = self._unheld()
 
-    @property
-    def network(self) -> IPv4Network:
-        """The network that addresses are handed out from."""
-        return self._network
-
     def allocate_ip(self, peer_id: str) -> str:
         """Give a peer the lowest free address.
 
@@ -64,7 +54,7 @@ class IPPoolManager:
         with self._lock:
             self._refuse_second(peer_id)
             if not self._free:
-                raise IPPoolExhaustedError(str(self._network), self._allocated())
+                raise IPPoolExhaustedError(str(self.network), self._allocated())
             address = self._base + self._free.min()
             self._hold(peer_id, address)
         return str(IPv4Address(address))
@@ -115,7 +105,7 @@ class IPPoolManager:
         operators = BitMap()
         for held in networks:
             # Of two networks that overlap one lies in the other.
-            if held.subnet_of(self._network) and held != self._network:
+            if held.subnet_of(self.network) and held != self.network:
                 start = int(held.network_address) - self._base
                 operators.add_range(start, start + held.num_addresses)
         with self._lock:
@@ -151,8 +141,8 @@ class IPPoolManager:
 
     def _reserved_offset(self, ip: str) -> int:
         address = IPv4Address(ip)
-        if address not in self._network:
-            raise ValueError(f"reserved address {address} is not in {self._network}")
+        if address not in self.network:
+            raise ValueError(f"reserved address {address} is not in {self.network}")
         return int(address) - self._base
 
     def _unheld(self) -> BitMap:
