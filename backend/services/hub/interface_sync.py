@@ -11,7 +11,6 @@ from backend.errors import HubUpdateError
 from backend.models.operator_commands import bring_up, command, put_key_back
 from backend.models.wireguard.interface import InterfaceState
 from backend.models.wireguard.peer import Peer
-from backend.services.hub.config_text import render
 from backend.services.hub.drift import Drift, compare
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.ports import Hub
@@ -48,11 +47,6 @@ class InterfaceSync:
         self._verified_at = float("-inf")
         self._verify_seconds = 0.0
         self._changed_since = False
-
-    @property
-    def live(self) -> bool:
-        """False where only the file is kept."""
-        return self._hub.live
 
     def distrust(self) -> None:
         """Have the next `finish` tell the interface everything."""
@@ -142,7 +136,7 @@ class InterfaceSync:
 
     def _sync(self) -> None:
         """Tell the interface everything, and look whether it took it; raise HubUpdateError."""
-        self._hub.sync(render(self._config.parsed.operator_stripped, self._config.parsed.blocks))
+        self._hub.sync(self._config.parsed.stripped)
         drift = self._verify()
         if drift:
             self._hub.clear(drift)
