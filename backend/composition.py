@@ -104,7 +104,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         readiness = Readiness(
             [
                 ("an earlier change", agent.check),
-                ("the database", writer.check_records),
+                ("the database", records.check_writable),
                 ("the hub's config or interface", reconciler.check),
                 ("the pool", directory.require_room),
             ],

@@ -100,7 +100,7 @@ class World:
             readiness=Readiness(
                 [
                     ("an earlier change", self.agent.check),
-                    ("the database", self.writer.check_records),
+                    ("the database", self.records.check_writable),
                     ("the hub's config or interface", self.reconciler.check),
                     ("the pool", self.directory.require_room),
                 ],

@@ -107,11 +107,8 @@ class Writer:
     def drain(self) -> list[Change]:
         """Return everything that is queued."""
         changes: list[Change] = []
-        with suppress(Empty):
-            while True:
-                change = self._queue.get_nowait()
-                if change is not None:
-                    changes.append(change)
+        while not self._queue.empty():
+            changes += self.take(0)
         return changes
 
     def commit(self, changes: Sequence[Change]) -> None:
@@ -178,7 +175,3 @@ class Writer:
         """Raise RecordsUnavailableError where changes are in doubt."""
         if self.doubtful:
             raise RecordsUnavailableError(_LOOKED_UP)
-
-    def check_records(self) -> None:
-        """Raise RecordsUnavailableError unless a change could be committed."""
-        self._records.check_writable()
