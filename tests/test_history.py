@@ -20,7 +20,7 @@ from backend.models.wireguard.records import RecordedState
 from backend.services.hub.config_text import PeerBlock
 from backend.services.hub.history import adopt
 from backend.services.hub.mark import HubMark, Mark
-from backend.services.hub.removal_guard import FoundPeers, HubPeer, RemovalGuard, is_many, stepped_back
+from backend.services.hub.removal_guard import HubPeer, RemovalGuard, find_peers, is_many, stepped_back
 from tests.harness.peers import block
 from tests.harness.requests import new_key, other_spelling
 
@@ -45,7 +45,7 @@ def test_more_than_five_and_more_than_a_fifth_are_many(unknown: int, present: in
 
 
 def test_what_was_removed_on_the_record_is_no_reason_to_pause() -> None:
-    found = FoundPeers.of(managed(*range(12)), None, ())
+    found = find_peers(managed(*range(12)), None, ())
     removed = set(KEYS[:12])
     assert RemovalGuard(removed.intersection).check(found, ()) == 0
     removed.remove(KEYS[0])
@@ -57,11 +57,11 @@ def test_what_was_removed_on_the_record_is_no_reason_to_pause() -> None:
 def test_peers_that_only_the_interface_has_count_unless_they_are_the_operators() -> None:
     interface = InterfaceState(None, 0, 0, {key: InterfacePeer(frozenset()) for key in KEYS[:10]})
     guard = RemovalGuard(lambda _: ())
-    assert guard.check(FoundPeers.of((), interface, set(KEYS[4:10])), ()) == 4
+    assert guard.check(find_peers((), interface, set(KEYS[4:10])), ()) == 4
     with pytest.raises(PausedError):
-        guard.check(FoundPeers.of((), interface, ()), ())
+        guard.check(find_peers((), interface, ()), ())
     assert guard.paused
-    assert guard.check(FoundPeers.of((), interface, ()), KEYS[:10]) == 0
+    assert guard.check(find_peers((), interface, ()), KEYS[:10]) == 0
     assert not guard.paused
 
 
@@ -69,9 +69,9 @@ def test_a_guard_that_holds_lets_nothing_go_on_until_it_is_released() -> None:
     guard = RemovalGuard(lambda _: ())
     guard.hold("older")
     with pytest.raises(PausedError, match="older"):
-        guard.check(FoundPeers.of((), None, ()), ())
+        guard.check(find_peers((), None, ()), ())
     guard.release()
-    assert guard.check(FoundPeers.of((), None, ()), ()) == 0
+    assert guard.check(find_peers((), None, ()), ()) == 0
 
 
 def test_records_step_back_by_generation_or_by_another_history() -> None:
@@ -92,7 +92,7 @@ def test_a_mark_whose_row_was_pruned_is_no_other_history() -> None:
 
 
 def test_an_adopted_peer_keeps_name_key_and_address() -> None:
-    adoption = adopt(FoundPeers.of(managed(0, 1), None, ()).peers, [recorded(5)], NOW)
+    adoption = adopt(find_peers(managed(0, 1), None, ()), [recorded(5)])
     assert adoption.refused == []
     assert [(p.node_id, p.wireguard_public_key, str(p.address)) for p in adoption.peers] == [
         ("node-0", KEYS[0], "10.0.0.2"),
@@ -108,7 +108,7 @@ def test_no_adoption_gives_a_name_a_key_or_an_address_twice(rows: list[tuple[int
         for name, key, address in rows
     }
     known = [recorded(0)]
-    adoption = adopt(by_key.values(), known, NOW)
+    adoption = adopt(by_key.values(), known)
     together = [*known, *adoption.peers]
     assert len({peer.node_id for peer in together}) == len(together)
     assert len({peer.address for peer in together}) == len(together)
@@ -119,7 +119,7 @@ def test_no_adoption_gives_a_name_a_key_or_an_address_twice(rows: list[tuple[int
 @pytest.mark.parametrize("allowed", [(), ("10.0.0.2/31",), ("10.0.0.2/32", "10.0.0.3/32"), ("fd00::2/128",)])
 def test_a_peer_without_the_one_address_that_ours_have_is_not_adopted(allowed: tuple[str, ...]) -> None:
     peer = HubPeer(KEYS[0], None, allowed)
-    assert adopt([peer], (), NOW).refused == [peer]
+    assert adopt([peer], ()).refused == [peer]
 
 
 def test_a_mark_is_read_as_it_was_written_and_is_its_owners_alone(tmp_path: Path) -> None:
@@ -194,9 +194,9 @@ def test_a_mark_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pyte
 
 def test_a_key_of_the_interface_that_is_none_of_a_node_is_not_adopted() -> None:
     zero = WireGuardKey("A" * 43 + "=")
-    assert adopt([HubPeer(zero, None, ("10.0.0.2/32",))], (), NOW).peers == []
+    assert adopt([HubPeer(zero, None, ("10.0.0.2/32",))], ()).peers == []
 
 
 def test_a_peer_whose_key_is_a_second_spelling_is_adopted_like_any_other() -> None:
     found = HubPeer(other_spelling(new_key()), "node-1", ("10.0.0.2/32",))
-    assert [peer.wireguard_public_key for peer in adopt([found], (), NOW).peers] == [found.public_key]
+    assert [peer.wireguard_public_key for peer in adopt([found], ()).peers] == [found.public_key]

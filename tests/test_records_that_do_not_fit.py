@@ -60,7 +60,7 @@ def decision(records: FlakyRecords) -> Decision | None:
 def decide(world: World, records: FlakyRecords, wanted: Decision) -> None:
     """Decide about the peers that the records don't know, as `reconcile` does."""
     recorded = {peer.wireguard_public_key for peer in records.load().peers}
-    unknown = [peer for peer in world.reconciler.found().peers if peer.public_key not in recorded]
+    unknown = [peer for peer in world.reconciler.find_peers() if peer.public_key not in recorded]
     records.decide(wanted, fingerprint(unknown), DECIDED)
 
 

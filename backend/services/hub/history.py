@@ -34,7 +34,7 @@ class Adoption:
     refused: list[HubPeer]
 
 
-def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer], at: datetime) -> Adoption:
+def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer]) -> Adoption:
     """Make records of peers of which only what the hub has is known.
 
     One without a name of its own, or with another's, gets one that is made from its key. Of two that claim an
@@ -42,6 +42,8 @@ def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer], at: datetime) -> A
     """
     names = {peer.node_id for peer in recorded}
     addresses = {peer.address for peer in recorded}
+    # As records have it, in whole seconds.
+    now = datetime.now(UTC).replace(microsecond=0)
     adoption = Adoption([], [])
     for peer in reversed(list(found)):
         address = only_address([ip_network(text) for text in peer.allowed_ips])
@@ -57,7 +59,7 @@ def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer], at: datetime) -> A
             name = f"adopted-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         names.add(name)
         addresses.add(address)
-        adoption.peers.append(Peer(name, UNRECORDED_PUBLIC_KEY, key, address, at))
+        adoption.peers.append(Peer(name, UNRECORDED_PUBLIC_KEY, key, address, now))
     adoption.peers.reverse()
     return adoption
 
@@ -137,7 +139,7 @@ class HubHistory:
             )
 
     def _adopt_file(self) -> bool:
-        adoption = adopt(self._reconciler.found_in_file().peers, (), _now())
+        adoption = adopt(self._reconciler.find_peers(in_file=True), ())
         count = len(adoption.peers)
         if count == 0 and self._mark.generation == 0:
             return False
@@ -156,14 +158,14 @@ class HubHistory:
     def _carry_out(self, decision: Decision, basis: str | None) -> None:
         recorded = self._records.load()
         keys = {peer.wireguard_public_key for peer in recorded.peers}
-        unknown = self._guard.unknown(self._reconciler.found(), keys)
+        unknown = self._guard.unknown(self._reconciler.find_peers(), keys)
         if basis not in {None, fingerprint(unknown)}:
             reason = "the hub's unknown peers are others than those that were shown"
             log.warning("decision_dismissed", extra={"decision": decision.value, "reason": reason})
             self._records.dismiss_decision()
             return
         if decision is Decision.ADOPT:
-            action, adoption = AuditAction.PEERS_ADOPTED, adopt(unknown, recorded.peers, _now())
+            action, adoption = AuditAction.PEERS_ADOPTED, adopt(unknown, recorded.peers)
         else:
             action, adoption = AuditAction.PEERS_REMOVED, Adoption([], unknown)
         reason = f"{len(adoption.peers)} taken into the records, {len(adoption.refused)} off the hub"
@@ -197,8 +199,3 @@ class HubHistory:
         if self._records.durable:
             # From here on these are the records that the next ones are held against.
             self._raise_mark(reached, self._records.status().audit_head)
-
-
-def _now() -> datetime:
-    """Return the time as records have it, in whole seconds."""
-    return datetime.now(UTC).replace(microsecond=0)

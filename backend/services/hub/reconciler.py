@@ -15,7 +15,7 @@ from backend.models.wireguard.peer import Change, Peer
 from backend.services.hub.config_text import PeerBlock
 from backend.services.hub.interface_sync import InterfaceSync
 from backend.services.hub.operator_peers import OperatorPeers
-from backend.services.hub.removal_guard import FoundPeers, RemovalGuard
+from backend.services.hub.removal_guard import HubPeer, RemovalGuard, find_peers
 from backend.services.ports import Hub
 from backend.services.wireguard_config_manager import StagedConfig, WireGuardConfigManager
 
@@ -105,17 +105,11 @@ class Reconciler:
             self._note_problem(None)
             return None
 
-    def found_in_file(self) -> FoundPeers:
-        """Return our peers in the file; raise ConfigFileError."""
+    def find_peers(self, *, in_file: bool = False) -> list[HubPeer]:
+        """Return our peers in the file, and on the interface unless only `in_file`; raise HubUpdateError."""
         with self._lock:
             self._config.refresh()
-            return self._found(None)
-
-    def found(self) -> FoundPeers:
-        """Return our peers in the file and on the interface; raise HubUpdateError."""
-        with self._lock:
-            self._config.refresh()
-            return self._found(self._interface.inspect())
+            return self._find_peers(None if in_file else self._interface.inspect())
 
     def prepare(self, changes: Sequence[Change]) -> PreparedChanges:
         """Write, beside the file, what it is to be with these changes. Nothing is replaced yet.
@@ -219,7 +213,7 @@ class Reconciler:
         except HubUpdateError as exc:
             unseen = exc
         desired = {block.public_key for block in self._desired.values()}
-        unknown = self._guard.check(self._found(actual), desired)
+        unknown = self._guard.check(self._find_peers(actual), desired)
         if unknown:
             log.warning("unknown_peers_removed", extra={"peers": unknown})
         replaced = self._config.put_in_place(self._config.stage(self._desired.values()))
@@ -228,9 +222,9 @@ class Reconciler:
             raise unseen
         self._finish((), replaced=replaced, inspected=actual is not None)
 
-    def _found(self, actual: InterfaceState | None) -> FoundPeers:
+    def _find_peers(self, actual: InterfaceState | None) -> list[HubPeer]:
         operators_keys = {peer.public_key for peer in self._config.parsed.operator_peers}
-        return FoundPeers.of(self._config.parsed.blocks, actual, operators_keys)
+        return find_peers(self._config.parsed.blocks, actual, operators_keys)
 
     def _finish(self, changes: Sequence[Change], *, replaced: bool, inspected: bool = False) -> None:
         """Make the new file durable and the interface equal to it; raise HubUpdateError.
@@ -253,8 +247,7 @@ class Reconciler:
         self._desired = before
         self._interface.distrust()
         try:
-            replaced = self._config.put_in_place(self._config.stage(before.values()))
-            self._finish((), replaced=replaced)
+            self._finish((), replaced=self._config.put_in_place(self._config.stage(before.values())))
         except HubUpdateError as exc:
             # Not lost: heal() goes on trying, and no change ends well before it has succeeded.
             self._note_problem(str(exc))

@@ -7,7 +7,7 @@ peers were removed. What was removed on the record is known: the records keep a 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
 
 from backend.errors import PausedError
 from backend.models.access.audit import PRUNED
@@ -31,33 +31,18 @@ class HubPeer:
     allowed_ips: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class FoundPeers:
-    """Our peers on the hub: those in our blocks of the file, and those that only the interface has."""
-
-    peers: Sequence[HubPeer]
-
-    @classmethod
-    def of(
-        cls,
-        blocks: Sequence[PeerBlock],
-        interface: InterfaceState | None,
-        operators_keys: Collection[str],
-    ) -> Self:
-        """Take them from the file and, where there is one, the interface."""
-        found: dict[str, HubPeer] = {
-            peer.public_key: HubPeer(peer.public_key, peer.label, peer.allowed_ips) for peer in blocks
-        }
-        if interface is not None:
-            for key, peer in interface.peers.items():
-                if key not in operators_keys and key not in found:
-                    found[key] = HubPeer(key, None, tuple(sorted(peer.allowed_ips)))
-        return cls(tuple(found.values()))
-
-    @property
-    def keys(self) -> set[str]:
-        """Their public keys."""
-        return {peer.public_key for peer in self.peers}
+def find_peers(
+    blocks: Iterable[PeerBlock], interface: InterfaceState | None, operators_keys: Collection[str]
+) -> list[HubPeer]:
+    """Return our peers on the hub: those in our blocks of the file, and those that only the interface has."""
+    found: dict[str, HubPeer] = {
+        peer.public_key: HubPeer(peer.public_key, peer.label, peer.allowed_ips) for peer in blocks
+    }
+    if interface is not None:
+        for key, peer in interface.peers.items():
+            if key not in operators_keys and key not in found:
+                found[key] = HubPeer(key, None, tuple(sorted(peer.allowed_ips)))
+    return list(found.values())
 
 
 def fingerprint(unknown: Iterable[HubPeer]) -> str:
@@ -117,21 +102,21 @@ class RemovalGuard:
         """Go on: an operator has decided."""
         self._stepped_back = None
 
-    def unknown(self, found: FoundPeers, recorded_keys: Collection[str]) -> list[HubPeer]:
+    def unknown(self, found: Sequence[HubPeer], recorded_keys: Collection[str]) -> list[HubPeer]:
         """Return our peers on the hub that the records have never known.
 
         Where the records have stepped back, the hub was rid of all that they know as removed: what it has
         again has come back since.
         """
-        unknown = [peer for peer in found.peers if peer.public_key not in recorded_keys]
+        unknown = [peer for peer in found if peer.public_key not in recorded_keys]
         if not unknown or self._stepped_back is not None:
             return unknown
         removed = self._removed_keys([peer.public_key for peer in unknown])
         return [peer for peer in unknown if peer.public_key not in removed]
 
-    def check(self, found: FoundPeers, recorded_keys: Collection[str]) -> int:
+    def check(self, found: Sequence[HubPeer], recorded_keys: Collection[str]) -> int:
         """Return how many unknown peers a reconciliation would remove; raise PausedError if it must not."""
-        unknown, present = len(self.unknown(found, recorded_keys)), len(found.peers)
+        unknown, present = len(self.unknown(found, recorded_keys)), len(found)
         self._many = is_many(unknown, present)
         self.pause = None
         if self.paused:

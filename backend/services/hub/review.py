@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Self
 
 from backend.errors import HubUpdateError
@@ -41,10 +40,10 @@ class HubReview:
         """Look at records, file and interface, and change nothing; raise ProvisioningError."""
         unseen = None
         try:
-            found = reconciler.found()
+            found = reconciler.find_peers()
         except HubUpdateError as exc:
             # One that is about the file itself comes again.
-            found, unseen = reconciler.found_in_file(), str(exc)
+            found, unseen = reconciler.find_peers(in_file=True), str(exc)
         # After the hub: what comes to it meanwhile is in the records first.
         state = records.load()
         keys = {peer.wireguard_public_key for peer in state.peers}
@@ -54,19 +53,19 @@ class HubReview:
         if paused is not None:
             guard.hold(paused)
         unknown = guard.unknown(found, keys)
-        if paused is None and is_many(len(unknown), len(found.peers)):
+        if paused is None and is_many(len(unknown), len(found)):
             paused = "many peers on the hub are in no record"
-        present = found.keys
+        present = {peer.public_key for peer in found}
         # Only what the config has is taken in without a decision.
         new = state.generation == 0 and any(peer.label is not None for peer in unknown)
         return cls(
             generation=state.generation,
             recorded=len(state.peers),
             reached=mark.generation,
-            present=len(found.peers),
+            present=len(found),
             unknown=unknown,
             missing=[peer for peer in state.peers if peer.wireguard_public_key not in present],
-            adoption=adopt(unknown, state.peers, datetime.now(UTC)),
+            adoption=adopt(unknown, state.peers),
             paused=None if new else paused,
             new_records=new,
             unseen=unseen,
