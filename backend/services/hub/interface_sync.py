@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -25,14 +24,6 @@ _VERIFY_INTERVAL_SECONDS: Final = 8.0
 _VERIFY_SHARE: Final = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class _Confirmed:
-    """An interface, and the operator's part of the file that it was told."""
-
-    ifindex: int | None
-    operator_stripped: bytes = field(repr=False)
-
-
 class InterfaceSync:
     """`wg set` for a few changes, `wg syncconf` for everything else. Used by one thread at a time."""
 
@@ -40,8 +31,9 @@ class InterfaceSync:
         self._config = config
         self._hub = hub
         self._operator_peers = operator_peers
-        # The interface that is known to equal the file, or None while there is none.
-        self._confirmed: _Confirmed | None = None
+        # The index of the interface that is known to equal the file, and the operator's part of the file that
+        # it was told; None while there is none.
+        self._confirmed: tuple[int | None, bytes] | None = None
         # When the interface was last compared with all of the file, how long that took, and whether it was
         # changed since.
         self._verified_at = float("-inf")
@@ -112,7 +104,7 @@ class InterfaceSync:
         ifindex = self._hub.ifindex()
         if ifindex is None:
             raise self._no_interface()
-        present = _Confirmed(ifindex, self._config.parsed.operator_stripped)
+        present = (ifindex, self._config.parsed.operator_stripped)
         if told and self._confirmed == present:
             return
         self._confirmed = None
@@ -128,7 +120,7 @@ class InterfaceSync:
         """
         if not self._hub.live:
             return Drift()
-        if self._confirmed != _Confirmed(self._hub.ifindex(), self._config.parsed.operator_stripped):
+        if self._confirmed != (self._hub.ifindex(), self._config.parsed.operator_stripped):
             return None
         if not self._verification_is_due(idle=idle):
             return Drift()
@@ -165,7 +157,7 @@ class InterfaceSync:
 
     def _is_known(self) -> bool:
         """Say whether the interface is the one that was made equal to the file last."""
-        return self._confirmed is not None and self._confirmed.ifindex == self._hub.ifindex()
+        return self._confirmed is not None and self._confirmed[0] == self._hub.ifindex()
 
     def _no_interface(self) -> HubUpdateError:
         name = self._config.interface
