@@ -15,7 +15,7 @@ from backend.errors import IdempotencyKeyError, NonceError, RecordsUnavailableEr
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.models.access.idempotency import ANSWERS_KEPT, KEY_OF_ANOTHER_REQUEST
-from backend.models.wireguard.peer import Change, PeerState
+from backend.models.wireguard.peer import Change, PeerState, accepted
 from backend.models.wireguard.records import Decision, HubStatus, NewGeneration, RecordedState
 
 # The row that the first migration writes.
@@ -71,15 +71,16 @@ class SqlRecords:
             if removing:
                 peers.settle(connection, self._hub, observed)
             _keep_nonces(connection, changes)
-            _refuse_taken_keys(connection, _accepted(changes))
-            peers.write(connection, self._hub, generation, _accepted(changes))
-            _count_uses(connection, _accepted(changes))
-            accepted = _accepted(changes)
-            idempotency.save_answers(connection, [c.answer for c in accepted if c.answer is not None])
-            audit.append_audit(connection, [change.event for change in accepted if change.event is not None])
+            _refuse_taken_keys(connection, accepted(changes))
+            peers.write(connection, self._hub, generation, accepted(changes))
+            _count_uses(connection, accepted(changes))
+            left = accepted(changes)
+            answers = [change.answer for change in left if change.answer is not None]
+            idempotency.save_answers(connection, answers)
+            audit.append_audit(connection, [change.event for change in left if change.event is not None])
         # Of earlier removals, those that the hub has not reached are left.
         behind = removing and observed < generation - 1
-        self._removing = behind or any(change.removes for change in accepted)
+        self._removing = behind or any(change.removes for change in left)
         # A commit to a file that was moved or deleted succeeds, and the next start knows nothing of it.
         self._database.check_file()
         self._database.note_written()
@@ -198,10 +199,6 @@ class SqlRecords:
         self._database.try_to_write(
             sa.update(hubs).where(hubs.c.id == self._hub).values(generation=hubs.c.generation)
         )
-
-
-def _accepted(changes: Sequence[Change]) -> list[Change]:
-    return [change for change in changes if change.refusal is None]
 
 
 def _token_uses(changes: Sequence[Change]) -> Counter[str]:

@@ -118,6 +118,11 @@ class Change:
         return self.after is None
 
 
+def accepted(changes: Sequence[Change]) -> list[Change]:
+    """Return the changes that were not refused."""
+    return [change for change in changes if change.refusal is None]
+
+
 class ChangeUnderWayError(Exception):
     """Another change of the same node or key has to end before a request can be decided."""
 

@@ -22,7 +22,7 @@ from backend.errors import (
     ProvisioningError,
     RecordsUnavailableError,
 )
-from backend.models.wireguard.peer import Change
+from backend.models.wireguard.peer import Change, accepted
 from backend.services.hub.history import HubHistory
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.reconciler import PreparedChanges, Reconciler
@@ -201,8 +201,8 @@ class Agent:
             prepared = self._prepare(changes)
             if prepared is None:
                 self._end(changes, None)
-                return
-            self._commit_and_apply(changes, prepared)
+            else:
+                self._commit_and_apply(changes, prepared)
         except ProvisioningError as exc:
             self._log_refusal(exc, len(changes))
             self._end(changes, exc)
@@ -223,26 +223,24 @@ class Agent:
         for change in changes:
             if change.adds:
                 change.refusal = self._operator_peers.conflict(change.peer)
-        accepted = _accepted(changes)
-        if not accepted:
+        left = accepted(changes)
+        if not left:
             return None
-        if self._cautious:
-            # What has just failed may fail again, and then not even the records are touched.
-            self._reconciler.check_replaceable()
-        return self._reconciler.prepare(accepted)
+        # What has just failed may fail again, and then not even the records are touched.
+        return self._reconciler.prepare(left, cautious=self._cautious)
 
     def _commit_and_apply(self, changes: list[Change], prepared: PreparedChanges) -> None:
         try:
-            self._writer.commit(_accepted(changes))
-            failure = self._apply(_accepted(changes), prepared)
+            self._writer.commit(accepted(changes))
+            failure = self._apply(accepted(changes), prepared)
             self._cautious = failure is not None
             if failure is not None:
-                self._writer.compensate(_accepted(changes), failure)
+                self._writer.compensate(accepted(changes), failure)
         except OvertakenError:
-            prepared.discard()
+            prepared.staged.discard()
             raise
         except Exception as exc:  # noqa: BLE001 - whatever it was, the records know what became of it
-            prepared.discard()
+            prepared.staged.discard()
             # Records that are away say so in the log themselves, once.
             if not isinstance(exc, RecordsUnavailableError):
                 # Without the traceback: a driver's message may quote a row.
@@ -261,7 +259,7 @@ class Agent:
         try:
             if list(prepared.changes) != changes:
                 # The records have refused some of them.
-                prepared.discard()
+                prepared.staged.discard()
                 prepared = self._reconciler.prepare(changes)
             failure = self._reconciler.apply(prepared)
         except HubUpdateError as exc:
@@ -371,7 +369,3 @@ class Agent:
         if not isinstance(error, RecordsUnavailableError) and reason not in known:
             log.error("changes_refused", extra={"changes": changes, "reason": reason})
         self._refused = reason
-
-
-def _accepted(changes: Sequence[Change]) -> list[Change]:
-    return [change for change in changes if change.refusal is None]

@@ -27,16 +27,12 @@ _CHECK_PATIENCE_SECONDS: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class PreparedChanges:
-    """Changes whose new file is written beside the old one. `apply`, or `discard`, has to follow."""
+    """Changes whose new file is written beside the old one. `apply`, or `staged.discard`, has to follow."""
 
     changes: Sequence[Change]
     # The blocks that the file has then, by node_id.
     blocks: dict[str, PeerBlock]
     staged: StagedConfig
-
-    def discard(self) -> None:
-        """Delete the new file, unless it has replaced the old one."""
-        self.staged.discard()
 
 
 class Reconciler:
@@ -67,12 +63,8 @@ class Reconciler:
         # Guards _desired and orders everything that is done to file and interface. Held across their I/O.
         self._lock = Lock()
         self._desired: dict[str, PeerBlock] = {}
-        self._problem: str | None = "the hub has not been reconciled yet"
-
-    @property
-    def problem(self) -> str | None:
-        """Why file and interface are not known to equal the desired peers, or None."""
-        return self._problem
+        # Why file and interface are not known to equal the desired peers, or None. Read by any thread.
+        self.problem: str | None = "the hub has not been reconciled yet"
 
     @property
     def paused(self) -> bool:
@@ -111,11 +103,14 @@ class Reconciler:
             self._config.refresh()
             return self._find_peers(None if in_file else self._interface.inspect())
 
-    def prepare(self, changes: Sequence[Change]) -> PreparedChanges:
+    def prepare(self, changes: Sequence[Change], *, cautious: bool = False) -> PreparedChanges:
         """Write, beside the file, what it is to be with these changes. Nothing is replaced yet.
 
-        It is synced while the records are written. Raises HubUpdateError where it can't be written.
+        It is synced while the records are written. Raises HubUpdateError where it can't be written, and if
+        `cautious` also where the file could not be replaced now.
         """
+        if cautious:
+            self._config.check_replaceable()
         blocks = dict(self._desired)
         for change in changes:
             if change.after is None:
@@ -135,7 +130,7 @@ class Reconciler:
                 self._interface.require()
                 replaced = self._config.put_in_place(prepared.staged)
             except HubUpdateError as exc:
-                prepared.discard()
+                prepared.staged.discard()
                 return str(exc)
             before, self._desired = self._desired, prepared.blocks
             try:
@@ -162,27 +157,22 @@ class Reconciler:
         with self._lock:
             self._interface.require()
 
-    def check_replaceable(self) -> None:
-        """Raise HubUpdateError where the file could not be replaced now."""
-        with self._lock:
-            self._config.check_replaceable()
-
     def heal(self, *, idle: bool = True) -> bool:
         """Reconcile if file or interface have drifted; return whether that was needed, and succeeded."""
-        if self._problem is None and self._is_in_step(idle=idle):
+        if self.problem is None and self._is_in_step(idle=idle):
             return False
         return self.reconcile() is None
 
     def check(self) -> None:
         """Raise HubUpdateError unless a change could be applied now, and a peer be reached."""
         if not self._lock.acquire(timeout=_CHECK_PATIENCE_SECONDS):
-            raise HubUpdateError(self._problem or "an update of the hub takes unusually long")
+            raise HubUpdateError(self.problem or "an update of the hub takes unusually long")
         try:
             self._config.refresh()
             self._config.check_replaceable()
             self._interface.require()
-            if self._problem is not None:
-                raise HubUpdateError(self._problem)
+            if self.problem is not None:
+                raise HubUpdateError(self.problem)
             self._interface.check()
         finally:
             self._lock.release()
@@ -263,7 +253,7 @@ class Reconciler:
             self._operator_peers.note(self._config.parsed.operator_peers, self._config.parsed.hub_public_key)
 
     def _note_problem(self, problem: str | None) -> None:
-        if problem != self._problem:
+        if problem != self.problem:
             if problem is None:
                 log.info(
                     "hub_in_step", extra={"interface": self._config.interface, "peers": len(self._desired)}
@@ -271,4 +261,4 @@ class Reconciler:
             else:
                 self._notice(AuditAction.HUB_PAUSED if self.paused else AuditAction.HUB_FAILED, problem)
                 log.error("hub_out_of_step", extra={"interface": self._config.interface, "reason": problem})
-        self._problem = problem
+        self.problem = problem
