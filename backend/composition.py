@@ -35,7 +35,6 @@ from backend.services.hub.agent import Agent
 from backend.services.hub.history import HubHistory
 from backend.services.hub.mark import HubMark
 from backend.services.hub.operator_peers import OperatorPeers, PeerLimit
-from backend.services.hub.quick_keys import require_address
 from backend.services.hub.reconciler import Reconciler
 from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.hub.review import HubReview
@@ -44,7 +43,7 @@ from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.peer_directory import PeerDirectory
 from backend.services.ports import Hub
 from backend.services.readiness import Readiness
-from backend.services.wireguard_config_manager import WireGuardConfigManager
+from backend.services.wireguard_config_manager import WireGuardConfigManager, require_address
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 from backend.settings import Settings, unknown_settings
 

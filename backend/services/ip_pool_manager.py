@@ -12,8 +12,8 @@ from pyroaring import BitMap
 
 from backend.errors import IPPoolExhaustedError
 
-_SHORTEST_PREFIX: Final = 8
-_LONGEST_PREFIX: Final = 30
+SHORTEST_PREFIX: Final = 8
+LONGEST_PREFIX: Final = 30
 
 
 class IPPoolManager:
@@ -28,10 +28,10 @@ class IPPoolManager:
         """Take the network with or without host bits: 10.0.0.5/24 is 10.0.0.0/24. Raises ValueError."""
         # The network that addresses are handed out from.
         self.network: Final = IPv4Network(network, strict=False)
-        if not _SHORTEST_PREFIX <= self.network.prefixlen <= _LONGEST_PREFIX:
+        if not SHORTEST_PREFIX <= self.network.prefixlen <= LONGEST_PREFIX:
             raise ValueError(
                 f"{network} can't be a pool: choose an IPv4 network with a prefix length from"
-                f" /{_SHORTEST_PREFIX} to /{_LONGEST_PREFIX}, such as 10.0.0.0/24"
+                f" /{SHORTEST_PREFIX} to /{LONGEST_PREFIX}, such as 10.0.0.0/24"
             )
         self._base = int(self.network.network_address)
         self._size = self.network.num_addresses

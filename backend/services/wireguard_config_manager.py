@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from threading import RLock
 from typing import Final, Literal
@@ -29,6 +30,7 @@ from backend.services.hub.staged_file import (
     temporaries,
     try_directory,
 )
+from backend.services.ip_pool_manager import LONGEST_PREFIX, SHORTEST_PREFIX
 
 _ATTEMPTS: Final = 5
 # What a batch may add to the file, and a block for the directory.
@@ -313,6 +315,32 @@ class WireGuardConfigManager:
 
     def _never_still(self) -> HubUpdateError:
         return HubUpdateError(f"{self.path} could not be replaced: another program keeps changing it")
+
+
+def require_address(path: Path, config: ParsedConfig, hub_ip: IPv4Address) -> None:
+    """Raise ConfigFileError if the file has addresses and `hub_ip` lies within none of them.
+
+    Only wg-quick(8) reads its Address lines; no route would lead to the peers. Without any Address there is
+    nothing to compare: another program than wg-quick may give the interface its addresses.
+    """
+    found = config.addresses
+    if not found or any(hub_ip in address.network for address in found):
+        return
+    remedy = "Change Address in the file to one that does"
+    fitting = (
+        address
+        for address in found
+        if isinstance(address, IPv4Interface)
+        and SHORTEST_PREFIX <= address.network.prefixlen <= LONGEST_PREFIX
+    )
+    if other := next(fitting, None):
+        remedy = f"Set WIREGUARD_IP_POOL={other.network} and WIREGUARD_HUB_IP={other.ip}, or c{remedy[1:]}"
+    raise ConfigFileError(
+        str(path),
+        f"Address = {', '.join(map(str, found))} doesn't hold WIREGUARD_HUB_IP={hub_ip}, so no route would "
+        "lead to the peers",
+        remedy,
+    )
 
 
 def _rendered(known: _Version, blocks: tuple[PeerBlock, ...]) -> bytes:

@@ -22,8 +22,7 @@ from backend.models.trusted_paths import require_trusted_file
 from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardKey
 from backend.services.hub.config_text import ParsedConfig
-from backend.services.hub.quick_keys import require_address
-from backend.services.wireguard_config_manager import WireGuardConfigManager
+from backend.services.wireguard_config_manager import WireGuardConfigManager, require_address
 
 # 1500 less 80 for IPv6, UDP and WireGuard's own header, as wg-quick(8) does.
 _MTU: Final = 1420

@@ -7,7 +7,7 @@ import pytest
 
 from backend.errors import ConfigFileError
 from backend.services.hub.config_text import parse
-from backend.services.hub.quick_keys import require_address
+from backend.services.wireguard_config_manager import require_address
 from tests.harness.command_line import backend, hub_settings, invoke
 
 KEY = "PrivateKey = iB4Y8yRkAyI8mdFBYCpOUXLTn1kAbGbyGmtXGvRZ/F4=\n"
