@@ -7,8 +7,9 @@ which a lock file beside it ensures, and an operator may edit it at any time.
 import errno
 import os
 import stat
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -151,10 +152,8 @@ class WireGuardConfigManager:
                 text = _rendered(known, blocks)
                 if text == known.text:
                     return StagedConfig(blocks, text, known.text, None)
-                try:
+                with self._replacing():
                     file = stage_file(self.path, text, known.identity, executor)
-                except OSError as exc:
-                    raise self._not_replaced(exc) from exc
                 if file is not None:
                     return StagedConfig(blocks, text, known.text, file)
         raise self._never_still()
@@ -164,7 +163,7 @@ class WireGuardConfigManager:
 
         It is staged again if the file was changed meanwhile. `sync_directory` makes it durable.
         """
-        with self._lock:
+        with self._lock, self._replacing():
             try:
                 for _ in range(_ATTEMPTS):
                     known = self._refresh()
@@ -174,27 +173,21 @@ class WireGuardConfigManager:
                         return staged.file is not None
                     staged.discard()
                     staged = self.stage(staged.blocks)
-            except BaseException as exc:
+            except BaseException:
                 staged.discard()  # the private key is in it
-                if isinstance(exc, OSError):
-                    raise self._not_replaced(exc) from exc
                 raise
             staged.discard()
         raise self._never_still()
 
     def sync_directory(self) -> None:
         """Make a replacement durable; raise HubUpdateError."""
-        try:
+        with self._replacing():
             sync_directory(self.path.parent)
-        except OSError as exc:
-            raise self._not_replaced(exc) from exc
 
     def check_replaceable(self) -> None:
         """Raise HubUpdateError where the file could not be replaced now: a full disk, a read-only mount."""
-        try:
+        with self._replacing():
             try_directory(self.path, len((self._version or self._refresh()).text) + _SPARE_BYTES)
-        except OSError as exc:
-            raise self._not_replaced(exc) from exc
 
     def remove_stale_temporaries(self) -> None:
         """Delete what a killed process has left of its writing. Only while no other process writes."""
@@ -294,14 +287,12 @@ class WireGuardConfigManager:
                 text = known.text if content is None else render(*content)
                 if text == known.text:
                     return False
-                try:
+                with self._replacing():
                     file = stage_file(self.path, text, known.identity)
                     if file is not None and file.replace():
                         self._version = None
                         sync_directory(self.path.parent)
                         return True
-                except OSError as exc:
-                    raise self._not_replaced(exc) from exc
             raise self._never_still()
 
     def _note_written(self, known: _Version, staged: StagedConfig) -> None:
@@ -309,9 +300,14 @@ class WireGuardConfigManager:
         config = replace(known.config, blocks=staged.blocks)
         self._version = _Version(staged.text, file.identity, file.settled, config, as_rendered=True)
 
-    def _not_replaced(self, exc: OSError) -> HubUpdateError:
-        remedy = _REMEDIES.get(exc.errno or 0, "let this process write to its directory")
-        return HubUpdateError(f"{self.path} could not be replaced: {_reason(exc)}; {remedy}")
+    @contextmanager
+    def _replacing(self) -> Iterator[None]:
+        """Turn an OSError into the HubUpdateError that says how to let the file be replaced."""
+        try:
+            yield
+        except OSError as exc:
+            remedy = _REMEDIES.get(exc.errno or 0, "let this process write to its directory")
+            raise HubUpdateError(f"{self.path} could not be replaced: {_reason(exc)}; {remedy}") from exc
 
     def _never_still(self) -> HubUpdateError:
         return HubUpdateError(f"{self.path} could not be replaced: another program keeps changing it")
