@@ -48,10 +48,8 @@ class StagedFile:
         except FileNotFoundError:
             # Another program is replacing the file in two steps, or has deleted it.
             pass
-        except BaseException:
+        finally:
             self.discard()
-            raise
-        self.discard()
         return False
 
     def discard(self) -> None:
