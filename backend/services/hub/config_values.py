@@ -47,10 +47,10 @@ class InvalidConfigError(ValueError):
 
 
 class HubKeyError(InvalidConfigError):
-    """The hub's own key isn't there. Never a reason to make a new one: the nodes know the old one."""
+    """The hub's own key isn't there. Never a reason to make a new one: the nodes know the old one.
 
-    def __init__(self, problem: str, remedy: str = "Put the hub's own key back") -> None:
-        super().__init__(problem, remedy)
+    It is to be put back, and how depends on the interface: that is for the caller to say.
+    """
 
 
 def private_key(value: bytes) -> WireGuardPrivateKey:
