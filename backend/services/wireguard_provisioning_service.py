@@ -110,10 +110,11 @@ class WireGuardProvisioningService:
                     return under_way
                 raise ChangeUnderWayError(under_way)
             self._refuse_known(request, caller, known, holder)
-            if known is None:
-                change = self._addition(request, caller, key)
-            else:
-                change = _identification(request, caller, known)
+            change = (
+                self._addition(request, caller, key)
+                if known is None
+                else _identification(request, caller, known)
+            )
             self._hand_over(change)
         return change
 

@@ -27,11 +27,10 @@ class TokenUses:
             for credential in credentials:
                 self._uses.setdefault(credential.id, credential.uses)
 
-    def count(self, token_id: str | None) -> None:
-        """Count a use that the records have granted; None is a change that was made without a token."""
-        if token_id is not None:
-            with self._lock:
-                self._uses[token_id] = self._uses.get(token_id, 0) + 1
+    def count(self, token_id: str) -> None:
+        """Count a use that the records have granted."""
+        with self._lock:
+            self._uses[token_id] = self._uses.get(token_id, 0) + 1
 
     def used_up(self, credential: Credential | None) -> bool:
         """Say whether this is a token without a use left, as far as is known here."""
