@@ -8,8 +8,9 @@ from concurrent.futures import Future
 import pytest
 
 from backend.api import dependencies
-from backend.api.dependencies import outcome
+from backend.api.dependencies import applied, outcome
 from backend.errors import HubUpdateError, OutcomeUnknownError
+from backend.models.wireguard.peer import Change, ChangeUnderWayError
 
 
 @pytest.fixture
@@ -87,3 +88,24 @@ def test_stopping_server_leaves_the_outcome_unknown_and_the_change_under_way() -
     # It isn't cancelled with its request, and its event loop may be closed when it ends.
     assert not future.cancelled()
     future.set_result(1)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_request_waits_no_longer_however_many_changes_of_its_peer_come_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dependencies, "ANSWER_TIMEOUT_SECONDS", 0.2)
+    earlier: list[Change] = []
+
+    def decide() -> Change:
+        # Each ends within the time that a request waits for one change.
+        change = Change(None, None)
+        earlier.append(change)
+        failure = HubUpdateError("`wg` hangs")
+        asyncio.get_running_loop().call_later(0.1, change.applied.set_exception, failure)
+        if len(earlier) > 20:
+            raise failure
+        raise ChangeUnderWayError(change)
+
+    with pytest.raises(OutcomeUnknownError, match=r"no outcome within .* ask again"):
+        asyncio.run(applied(decide, never))

@@ -49,29 +49,32 @@ async def applied(decide: Callable[[], Change], in_doubt: Callable[[], bool]) ->
 
     Raises what `decide` raises, what the change ended with, or OutcomeUnknownError.
     """
+    # One limit for all of them: where `wg` hangs, each change that comes first takes seconds.
+    until = asyncio.get_running_loop().time() + ANSWER_TIMEOUT_SECONDS
     while True:
         try:
             change = decide()
         except ChangeUnderWayError as exc:
             try:
-                await outcome(exc.change.applied, in_doubt)
+                await outcome(exc.change.applied, in_doubt, until)
             except OutcomeUnknownError:
                 raise
             except ProvisioningError:
                 pass  # the other change did not happen, and this one is decided again
         else:
-            await outcome(change.applied, in_doubt)
+            await outcome(change.applied, in_doubt, until)
             return change
 
 
-async def outcome(future: Future[T], in_doubt: Callable[[], bool]) -> T:
+async def outcome(future: Future[T], in_doubt: Callable[[], bool], until: float | None = None) -> T:
     """Await a change without holding a thread; raise OutcomeUnknownError when it takes too long.
 
     `in_doubt` says that the records don't tell how the change ends; a request then waits no longer than 3 s.
+    It never waits longer than `until`, by the event loop's time(), which is by default 45 s from now.
     The change itself goes on: the client learns its outcome by asking again.
     """
     loop = asyncio.get_running_loop()
-    until = loop.time() + ANSWER_TIMEOUT_SECONDS
+    until = loop.time() + ANSWER_TIMEOUT_SECONDS if until is None else until
     decided = loop.create_future()
     future.add_done_callback(partial(_wake_from_thread, loop, decided))
     timer = loop.call_later(_CERTAIN_SECONDS, _wake, decided)
