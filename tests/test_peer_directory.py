@@ -1,5 +1,9 @@
 """What memory knows of the peers while their changes begin and end."""
 
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address
 
@@ -223,3 +227,30 @@ def test_an_interface_has_room_for_so_many_peers_with_the_operators(known: Peer)
     )
     with pytest.raises(PeerLimitError, match="takes no more than 3 peers"):
         memory.directory.require_room()
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Let another thread run after nearly every instruction."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_peer_whose_addition_fails_is_never_listed_meanwhile(memory: Memory) -> None:
+    until = time.monotonic() + 0.3
+    refused = memory.new("node-1")
+
+    def add_and_take_back() -> None:
+        while time.monotonic() < until:
+            memory.directory.end(memory.begin(None, refused), applied=False)
+            memory.pool.allocate_ip("node-1")
+
+    agent = threading.Thread(target=add_and_take_back)
+    agent.start()
+    while time.monotonic() < until:
+        with pytest.raises(PeerNotFoundError):
+            memory.directory.listed("node-1")
+    agent.join()

@@ -55,8 +55,9 @@ class PeerDirectory:
 
     def listed(self, node_id: str) -> Peer:
         """Return the peer of this name; raise PeerNotFoundError."""
-        peer = self._by_node.get(node_id)
-        change = self._under_way.get(node_id)
+        # Under the lock: between two reads a peer that is being added may be taken back.
+        with self.lock:
+            peer, change = self._by_node.get(node_id), self._under_way.get(node_id)
         if peer is None or (change is not None and change.adds):
             raise PeerNotFoundError(node_id)
         return peer
