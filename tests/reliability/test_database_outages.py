@@ -19,6 +19,7 @@ from backend.adapters.records.postgresql import ImpatientConnection, NoAnswerErr
 from backend.adapters.records.unit_of_work import SqlRecords
 from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.hub.writer import Writer
+from tests.harness.failing_wg import FailingWg
 from tests.harness.outages import Server, lossy_network
 from tests.harness.patience import eventually
 from tests.harness.postgres import fresh_database, postgres_cluster
@@ -203,6 +204,32 @@ def test_network_that_drops_every_packet_leaves_no_lock_and_no_late_commit(
         assert_told_the_truth(running, service, hub_interface)
         assert running.first_after(back_at) < BACK_SECONDS
         assert service.terminate() == 0
+
+
+def test_request_with_a_key_is_told_that_its_change_may_yet_happen(  # noqa: PLR0913, PLR0917 - fixtures
+    hub_interface: HubInterface,
+    start_service: StartService,
+    tmp_path: Path,
+    wg: FailingWg,
+    server: Server,
+    database_url: str,
+) -> None:
+    settings = settings_for(hub_interface, tmp_path, DATABASE_URL=database_url)
+    service = start_service(settings, path_prefix=wg.directory)
+    body, key = provision_body("node-1"), {"Idempotency-Key": "key"}
+    wg.be("held")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(service.client.post, PROVISION, json=body, headers=key)
+        eventually(lambda: "node-1" in hub_interface.config_path.read_text())
+        server.hang()
+        wg.be("fails")
+        answer = waiting.result()
+    # The records, which don't answer, are not asked once more.
+    assert "the change may yet happen; ask again" in answer.text
+    server.go_on()
+    wg.be("works")
+    eventually(lambda: service.client.post(PROVISION, json=body, headers=key).status_code == 200)
+    assert_in_step(service, hub_interface)
 
 
 def test_hanging_server_does_not_delay_authentication(

@@ -13,7 +13,7 @@ from backend.api.dependencies import Service, applied
 from backend.api.embedding import service_of_the_app
 from backend.api.errors import problem
 from backend.api.security import REFUSALS, Operator, Provisioner, Reader, SecuredRoute, repeatable
-from backend.errors import NoProofAskedError, ProvisioningError
+from backend.errors import DuplicatePeerError, NoProofAskedError
 from backend.models.access.audit import AuditAction
 from backend.models.access.callers import Caller
 from backend.models.access.idempotency import IdempotencyKey
@@ -272,8 +272,9 @@ async def _provision_once(
     if stored is None:
         try:
             change = await applied(lambda: service.provision(body, caller, key), service.in_doubt)
-        except ProvisioningError:
-            # A request with the same key may have ended since the first look.
+        except DuplicatePeerError:
+            # A request with the same key may have ended since the first look. Any other error stands: a
+            # second look would take seconds where the records do not answer, and say less.
             stored = await asyncio.to_thread(service.stored_answer, caller, key)
             if stored is None:
                 raise
