@@ -36,7 +36,7 @@ class Refusals:
         credential, _ = TokenRequest().make("cli:root", NOON)
         self.token = credential.id
         self.node = Caller(CallerKind.TOKEN, credential, HERE, "r-1")
-        self.stranger = Caller(CallerKind.NOBODY, None, HERE, "r-1")
+        self.stranger = Caller(CallerKind.UNAUTHENTICATED, None, HERE, "r-1")
 
     def told(self, caller: Caller, subject: str | None, *errors: Exception) -> list[tuple[Any, ...]]:
         """Return what is written of these refusals of one endpoint: action, actor, subject, reason, count."""

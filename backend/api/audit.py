@@ -41,7 +41,7 @@ def log_refusal(
         access.limited.count(caller.source)
         if error.credential_id is None:
             return
-    if isinstance(error, AccessError) and (action is None or caller.kind is CallerKind.NOBODY):
+    if isinstance(error, AccessError) and (action is None or caller.kind is CallerKind.UNAUTHENTICATED):
         action = AuditAction.AUTHENTICATE
     if isinstance(error, UnauthenticatedError | RateLimitedError):
         action, credential = AuditAction.AUTHENTICATE, error.credential_id

@@ -136,7 +136,7 @@ class SecuredRoute(DomainErrorRoute):
             return error
         state = request.state
         known: Caller | None = getattr(state, "caller", None)
-        caller = known or Caller(CallerKind.NOBODY, None, state.source, state.request_id)
+        caller = known or Caller(CallerKind.UNAUTHENTICATED, None, state.source, state.request_id)
         subject = getattr(state, "subject", None) or request.path_params.get("node_id")
         log_refusal(access, caller, getattr(self.endpoint, "audit_action", None), subject, error)
         if known is None or known.may_only_repeat or not isinstance(error, UnauthenticatedError):

@@ -218,5 +218,8 @@ def _event(row: sa.RowMapping) -> AuditEvent | None:
 
 # Stands for a row with values that no version writes; `verify` names the row by its hash.
 _UNREADABLE: Final = AuditEvent(
-    datetime.fromtimestamp(0, UTC), AuditAction.UNREADABLE, AuditOutcome.NOTED, CallerKind.NOBODY.value
+    datetime.fromtimestamp(0, UTC),
+    AuditAction.UNREADABLE,
+    AuditOutcome.NOTED,
+    CallerKind.UNAUTHENTICATED.value,
 )

@@ -25,7 +25,7 @@ class CallerKind(StrEnum):
     # The program that runs the service, or the command line beside it.
     SERVICE = "service"
     # Authentication failed.
-    NOBODY = "nobody"
+    UNAUTHENTICATED = "nobody"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Caller:
     @property
     def operates(self) -> bool:
         """Whether it may see every peer's configuration, as an operator of the hub."""
-        return self.kind not in {CallerKind.TOKEN, CallerKind.NOBODY}
+        return self.kind not in {CallerKind.TOKEN, CallerKind.UNAUTHENTICATED}
 
     def may(self, permission: Permission) -> bool:
         """Say whether it has the permission."""
@@ -67,7 +67,7 @@ class Caller:
         if self.kind is CallerKind.ANYONE:
             # A credential that is made meanwhile would be valid after authentication is required again.
             return permission is not Permission.ADMINISTER
-        return self.kind is not CallerKind.NOBODY
+        return self.kind is not CallerKind.UNAUTHENTICATED
 
     def require_node(self, node_id: str) -> None:
         """Raise UnauthenticatedError where the caller's token isn't for nodes of this name."""

@@ -26,7 +26,7 @@ _ALL_SECONDS: Final = 0.5
 # The budgets that are remembered, each some 200 bytes. For further sources the common budget still holds.
 _MOST_SOURCES: Final = 10_000
 
-_WITHOUT_CREDENTIAL: Final = frozenset({CallerKind.NOBODY.value, CallerKind.ANYONE.value})
+_WITHOUT_CREDENTIAL: Final = frozenset({CallerKind.UNAUTHENTICATED.value, CallerKind.ANYONE.value})
 _UNIX_SOCKET: Final = "unix"
 _MANY: Final = "many"
 
