@@ -152,6 +152,29 @@ def test_a_decision_about_other_peers_than_those_that_were_shown_is_dismissed(
     assert "decision_dismissed" in caplog.text
 
 
+def test_decision_whose_commit_failed_does_not_end_the_pause(
+    paused: tuple[World, FlakyRecords], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few unknown peers could be removed then, though no decision about them was carried out."""
+    world, records = paused
+    tries: list[NewGeneration] = []
+
+    def fail(new: NewGeneration) -> None:
+        tries.append(new)
+        raise errors.RecordsUnavailableError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "adopt", fail)
+        decide(world, records, Decision.ADOPT)
+        eventually(lambda: len(tries) > 0)
+        records.decide(Decision.ADOPT, fingerprint([]), DECIDED)
+        eventually(lambda: decision(records) is None)
+        world.look()
+    with pytest.raises(errors.HubUpdateError, match="paused"):
+        world.check()
+    assert len(addresses(world)) == 2
+
+
 def test_a_decision_that_nothing_waits_for_is_forgotten(
     fake_hub: FakeHub, eight: tuple[World, FlakyRecords]
 ) -> None:

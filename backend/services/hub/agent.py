@@ -162,10 +162,13 @@ class Agent:
         except ProvisioningError as exc:
             self._note_overtaken(exc)
             self._end(self._untouched(changes), exc)
-        except Exception:
-            # The thread must outlive whatever happened, or every later request would wait for ever.
-            log.exception("agent_failed")
-            self._end(self._untouched(changes), HubUpdateError(_UNFORESEEN))
+        except Exception as exc:  # noqa: BLE001 - the workflow's own: its work ends its changes itself
+            # Without the traceback: a driver's message may quote a row.
+            log.error("burst_failed", extra={"reason": type(exc).__name__})  # noqa: TRY400 - see above
+            self._end(
+                self._untouched(changes),
+                RecordsUnavailableError("the records can't be written; nothing was changed"),
+            )
 
     def _require_certainty(self) -> None:
         """Raise what keeps every change from being committed, if it is still so."""

@@ -104,6 +104,8 @@ class HubHistory:
         status = self._records.status()
         self.notices = status.notices
         if self._guard.paused and status.decision is not None:
+            # Still there, so an attempt whose commit got no answer was not committed.
+            self._decided = False
             self._carry_out(status.decision, status.basis)
         if self._decided or self._guard.paused:
             return self._decided

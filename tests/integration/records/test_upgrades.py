@@ -12,6 +12,7 @@ from backend.adapters.records.database import Database
 from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import AddressTakenError, StartRefusedError
 from backend.models.access.audit import GENESIS
+from backend.models.access.idempotency import Answer
 from backend.models.wireguard.peer import PeerState
 from backend.models.wireguard.records import Decision
 from tests.harness.access_records import append, event, make_token
@@ -149,6 +150,9 @@ def test_a_downgrade_keeps_the_peers_of_the_first_hub_that_are_not_being_removed
         hub = {"id": 2, "name": "wg1", "generation": 0, "observed_generation": 0}
         connection.execute(sa.insert(tables.hubs).values(hub))
     kept, removed = adding("kept", "10.0.0.2"), adding("removed", "10.0.0.3")
+    for change in (kept, removed):
+        node_id = change.peer.node_id
+        change.answer = Answer("service", f"key of {node_id}", "body", node_id, b"{}", NOON)
     records = SqlRecords(unmigrated)
     records.commit(1, 0, [kept, removed])
     records.commit(2, 1, [removing(removed.peer)])
@@ -160,5 +164,9 @@ def test_a_downgrade_keeps_the_peers_of_the_first_hub_that_are_not_being_removed
             "SELECT id, generation, applied_generation, decision FROM hub_state"
         )
         assert states_of_hubs.all() == [(1, 2, 1, None)]
+        # Known as removed where the hub still has it, and its answer is given no more.
+        tombstones = connection.exec_driver_sql("SELECT wireguard_public_key, generation FROM removed_peers")
+        assert tombstones.all() == [(removed.peer.wireguard_public_key, 2)]
+        assert connection.exec_driver_sql("SELECT node_id FROM answers").scalars().all() == ["kept"]
     unmigrated.migrate()
     assert list(SqlRecords(unmigrated).load().peers) == [kept.peer]

@@ -68,13 +68,21 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Go back to the one before, which knows one hub and no peers whose removal is under way."""
-    op.execute("DELETE FROM peers WHERE hub <> 1 OR state = 'removing'")
     op.drop_index("ix_peers_unsettled", "peers")
     for table in _TABLES:
         op.execute(f"DELETE FROM {table} WHERE hub <> 1")  # noqa: S608 - a name of ours
         with op.batch_alter_table(table) as rows:
             rows.drop_constraint(op.f(f"fk_{table}_hub"), type_="foreignkey")
             rows.drop_column("hub")
+    # A hub that is not rid of them yet knows them by their keys.
+    op.execute(
+        "INSERT INTO removed_peers (wireguard_public_key, node_id, generation, removed_at) "
+        "SELECT wireguard_public_key, node_id, generation, CURRENT_TIMESTAMP FROM peers "
+        "WHERE state = 'removing' AND wireguard_public_key NOT IN "
+        "(SELECT wireguard_public_key FROM removed_peers)"
+    )
+    op.execute("DELETE FROM answers WHERE node_id IN (SELECT node_id FROM peers WHERE state = 'removing')")
+    op.execute("DELETE FROM peers WHERE hub <> 1 OR state = 'removing'")
     with op.batch_alter_table("peers", naming_convention=_NAMING) as peers:
         peers.drop_constraint(op.f("fk_peers_hub"), type_="foreignkey")
         peers.drop_constraint(op.f("uq_peers_hub"), type_="unique")
