@@ -115,7 +115,7 @@ def list_access_loops(
 def list_hub_loops(agent: Agent, records: SqlRecords, workflow: DurableWorkflow | None) -> list[Loop]:
     """Return what keeps the hub equal to the records, and the records small."""
     rows = [
-        Loop("hub", 1.0, agent.look),
+        Loop("hub", 1.0, agent.maintain),
         Loop("tombstones", 3600.0, records.expire_tombstones),
     ]
     if workflow is not None:

@@ -320,10 +320,10 @@ def test_a_change_that_is_looked_up_while_the_service_stops_ends_once(
     begun, go_on = threading.Event(), threading.Event()
     load = records.load
 
-    def slow(*, settled: bool = False) -> RecordedState:
+    def slow(*, wait_for_commit: bool = False) -> RecordedState:
         begun.set()
         go_on.wait(WAIT)
-        return load(settled=settled)
+        return load(wait_for_commit=wait_for_commit)
 
     monkeypatch.setattr(records, "load", slow)
     ends = Ends()
@@ -349,12 +349,12 @@ def test_a_task_raises_what_it_raises_where_it_is_waited_for(world: World) -> No
     assert done == ["hub-agent"]
 
 
-def test_a_clean_stop_leaves_no_change_of_a_peer_unsettled(make_world: Worlds, records: FlakyRecords) -> None:
+def test_a_clean_stop_leaves_no_peer_pending_or_removing(make_world: Worlds, records: FlakyRecords) -> None:
     world = make_world(records, look_every=NEVER)
     world.provision("node-1")
     world.provision("node-2")
     world.deprovision("node-1")
-    # The commit of the removal has settled what the hub had reached before.
+    # The commit of the removal has brought the states up to the hub.
     assert records.states() == {"node-1": PeerState.REMOVING, "node-2": PeerState.PENDING}
     world.stop()
     assert records.states() == {"node-2": PeerState.ACTIVE}

@@ -158,7 +158,7 @@ def test_records_that_do_not_say_which_peers_were_removed_stop_a_reconciliation_
     before = path.read_bytes()
     operator_peers = OperatorPeers(IPPoolManager("10.0.0.0/24"))
     reconciler = Reconciler(config, FakeHub(), operator_peers, guard=RemovalGuard(removed_keys))
-    reconciler.assume(())
+    reconciler.set_desired(())
     assert reconciler.reconcile() == "the records can't be read"
     assert reconciler.problem == "the records can't be read"
     assert path.read_bytes() == before

@@ -24,8 +24,8 @@ class Records(Protocol):
     def durable(self) -> bool:
         """False where the records live as long as the process."""
 
-    def load(self, *, settled: bool = False) -> RecordedState:
-        """Read the desired state; `settled` waits for a transaction that is still being committed."""
+    def load(self, *, wait_for_commit: bool = False) -> RecordedState:
+        """Read the desired state; `wait_for_commit` waits for a transaction that is still being committed."""
 
     def commit(self, generation: int, observed: int, changes: Sequence[Change]) -> None:
         """Write changes under the hub's next generation, in one transaction.

@@ -81,7 +81,7 @@ class WireGuardProvisioningService:
     def provision_peer(self, request: ProvisioningRequest, timeout: float | None = None) -> PeerConfiguration:
         """Provision a peer and wait, at most `timeout` seconds, until it is live."""
         change = _wait(lambda: self.provision(request), timeout)
-        return self._configurations.model(self._require_new(change))
+        return self._configurations.model(self._require_added(change))
 
     def deprovision_peer(self, node_id: str, timeout: float | None = None) -> None:
         """Remove a peer and wait, at most `timeout` seconds, until the hub has forgotten it."""
@@ -111,9 +111,7 @@ class WireGuardProvisioningService:
                 raise ChangeUnderWayError(under_way)
             self._refuse_known(request, caller, known, holder)
             change = (
-                self._addition(request, caller, key)
-                if known is None
-                else _identification(request, caller, known)
+                self._addition(request, caller, key) if known is None else _completion(request, caller, known)
             )
             self._hand_over(change)
         return change
@@ -137,7 +135,7 @@ class WireGuardProvisioningService:
 
     def answer(self, change: Change) -> str:
         """Return the JSON for a node whose peer was added; raise DuplicatePeerError if it was known."""
-        return self._configurations.answer(self._require_new(change))
+        return self._configurations.answer(self._require_added(change))
 
     def stored_answer(self, caller: Caller, key: IdempotencyKey) -> bytes | None:
         """Return the first answer to this Idempotency-Key, if there is one; raise IdempotencyKeyError.
@@ -208,13 +206,13 @@ class WireGuardProvisioningService:
             raise UnauthenticatedError("used_up", caller.token_id)
         may_know = known is not None and may_know_address(request, caller, known)
         # The key first: else one that can't be provisioned would tell which node_ids exist, and cost no use.
-        hand_made = holder is None and self._operator_peers.hold(request.wireguard_public_key)
-        if hand_made or (holder is not None and not (may_know and holder is known)):
+        is_operators = holder is None and self._operator_peers.hold(request.wireguard_public_key)
+        if is_operators or (holder is not None and not (may_know and holder is known)):
             raise KeyTakenError(request.node_id)
         if known is None or (may_know and same and known.public_key == UNRECORDED_PUBLIC_KEY):
             return
         if may_know and same:
-            raise self._known_whole(known)
+            raise self._duplicate_with_config(known)
         shown = {"node_id": known.node_id, "assigned_ip": str(known.address)} if may_know else {}
         raise DuplicatePeerError(known.node_id, shown)
 
@@ -222,7 +220,7 @@ class WireGuardProvisioningService:
         """Reserve an address, and return the change that adds the peer."""
         self._directory.require_room()
         now = datetime.now(UTC)
-        peer = _said_by(
+        peer = _with_node_fields(
             request,
             Peer(
                 node_id=request.node_id,
@@ -256,16 +254,16 @@ class WireGuardProvisioningService:
         if applied.exception() is None:
             self._token_uses.count(token_id)
 
-    def _require_new(self, change: Change) -> Peer:
+    def _require_added(self, change: Change) -> Peer:
         if change.before is not None:
-            raise self._known_whole(change.peer)
+            raise self._duplicate_with_config(change.peer)
         return change.peer
 
-    def _known_whole(self, peer: Peer) -> DuplicatePeerError:
+    def _duplicate_with_config(self, peer: Peer) -> DuplicatePeerError:
         return DuplicatePeerError(peer.node_id, json.loads(self._configurations.json(peer)))
 
 
-def _said_by(request: ProvisioningRequest, peer: Peer) -> Peer:
+def _with_node_fields(request: ProvisioningRequest, peer: Peer) -> Peer:
     """Return the peer with what its node says of itself."""
     return replace(
         peer,
@@ -276,10 +274,10 @@ def _said_by(request: ProvisioningRequest, peer: Peer) -> Peer:
     )
 
 
-def _identification(request: ProvisioningRequest, caller: Caller, adopted: Peer) -> Change:
+def _completion(request: ProvisioningRequest, caller: Caller, adopted: Peer) -> Change:
     """Return the change that fills in what only the node of an adopted peer knows."""
     event = caller.event(datetime.now(UTC), AuditAction.IDENTIFY, AuditOutcome.ACCEPTED, adopted.node_id)
-    return Change(adopted, _said_by(request, adopted), event, nonce=caller.nonce)
+    return Change(adopted, _with_node_fields(request, adopted), event, nonce=caller.nonce)
 
 
 def _wait(decide: Callable[[], Change], timeout: float | None) -> Change:

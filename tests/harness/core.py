@@ -107,7 +107,7 @@ class World:
                 live=self.hub.live,
             ),
         )
-        self._loops = Loops([Loop("hub", look_every, self.agent.look)])
+        self._loops = Loops([Loop("hub", look_every, self.agent.maintain)])
         self._stopped = False
 
     def start(self) -> None:
@@ -150,7 +150,7 @@ class World:
 
     def look(self) -> None:
         """Have the agent look at the hub once, as it does each second."""
-        self.agent.look()
+        self.agent.maintain()
 
     def check(self) -> None:
         """Raise what stands in the way of a provision now, as readiness finds it."""

@@ -175,9 +175,9 @@ class FlakyRecords(SqlRecords):
         self._fail("check")
         super().check()
 
-    def load(self, *, settled: bool = False) -> RecordedState:
+    def load(self, *, wait_for_commit: bool = False) -> RecordedState:
         self._fail("load")
-        return super().load(settled=settled)
+        return super().load(wait_for_commit=wait_for_commit)
 
     def commit(self, generation: int, observed: int, changes: Sequence[Change]) -> None:
         self.batches.append(len(changes))

@@ -246,7 +246,7 @@ class Model:
     noted: int = 0
     # In their order.
     peers: dict[str, Peer] = field(default_factory=dict)
-    # The generations that added and removed peers, as far as they are not settled.
+    # The generations that added and removed peers, as far as they are pending or removing.
     added: dict[str, int] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
 
@@ -294,7 +294,7 @@ class Model:
         if name in self.removed:
             return state is PeerState.REMOVING
         if name in self.added and self.added[name] <= self.observed:
-            # A commit makes them active where it has removals to settle.
+            # A commit makes them active where it ends earlier removals.
             return state in {PeerState.PENDING, PeerState.ACTIVE}
         return state is (PeerState.PENDING if name in self.added else PeerState.ACTIVE)
 

@@ -186,7 +186,7 @@ def test_compensating_touches_no_earlier_generation(records: SqlRecords, databas
     records.commit(1, 0, first)
     records.commit(2, 1, [removing(first[0].peer)])
     changes = [adding("node-3", "10.0.0.4"), removing(first[1].peer)]
-    # Not settled before: the hub has not reached generation 2.
+    # Their states stay as they are: the hub has not reached generation 2.
     records.commit(3, 1, changes)
     records.compensate(3, changes, "no")
     assert states(database)["node-1"] is REMOVING

@@ -130,7 +130,7 @@ def test_a_commit_that_fails_in_the_middle_leaves_nothing_of_itself(
     token = make_token(store, max_uses=5)
     first, gone = joining(0, token), joining(9)
     records.commit(1, 0, [first, gone])
-    # Settled by the next commit.
+    # The next commit ends the removal.
     records.commit(2, 1, [leaving(gone)])
 
     def found() -> tuple[object, ...]:

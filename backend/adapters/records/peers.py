@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from backend.adapters.records import idempotency
-from backend.adapters.records.tables import UNSETTLED, hubs, peers, removed_peers
+from backend.adapters.records.tables import UNDER_WAY, hubs, peers, removed_peers
 from backend.errors import (
     AddressTakenError,
     DuplicatePeerError,
@@ -42,7 +42,7 @@ _INSERT: Final = {
     "sqlite": sqlite.insert(peers).on_conflict_do_nothing().returning(peers.c.node_id),
     "postgresql": postgresql.insert(peers).on_conflict_do_nothing().returning(peers.c.node_id),
 }
-_OF_HUB: Final = sa.and_(peers.c.hub == sa.bindparam("on"), UNSETTLED)
+_OF_HUB: Final = sa.and_(peers.c.hub == sa.bindparam("on"), UNDER_WAY)
 _UNTIL: Final = sa.and_(_OF_HUB, peers.c.generation <= sa.bindparam("until"))
 _DELETE_REMOVED: Final = (
     sa.delete(peers)
@@ -86,14 +86,14 @@ _KEEP_TOMBSTONE: Final = {
 }
 
 
-def load(connection: sa.Connection, hub: int, *, settled: bool) -> RecordedState:
+def load(connection: sa.Connection, hub: int, *, wait_for_commit: bool) -> RecordedState:
     """Read the desired state.
 
-    `settled` waits for a transaction that is still writing: PostgreSQL may yet commit a batch whose commit
-    got no answer.
+    `wait_for_commit` waits for a transaction that is still writing: PostgreSQL may yet commit a batch when
+    the connection was lost before its answer came.
     """
     statement = sa.select(hubs.c.generation, hubs.c.observed_generation).where(hubs.c.id == hub)
-    generations = connection.execute(statement.with_for_update() if settled else statement).one()
+    generations = connection.execute(statement.with_for_update() if wait_for_commit else statement).one()
     rows = connection.execute(
         sa.select(*_COLUMNS)
         .where(peers.c.hub == hub, peers.c.state != PeerState.REMOVING)
@@ -155,7 +155,7 @@ def take_back(connection: sa.Connection, hub: int, generation: int, changes: Seq
     return True
 
 
-def settle(connection: sa.Connection, hub: int, observed: int) -> None:
+def update_states(connection: sa.Connection, hub: int, observed: int) -> None:
     """Make the state follow the hub: up to this generation pending peers become active, and removals end."""
     end_removals(connection, hub, observed)
     connection.execute(_ACTIVATE, {"on": hub, "until": observed})

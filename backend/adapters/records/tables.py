@@ -72,13 +72,13 @@ peers: Final = sa.Table(
     sa.UniqueConstraint("hub", "assigned_ip"),
 )
 # Few rows at a time: those whose newest change is not known to be on the hub.
-UNSETTLED: Final = sa.text(f"state <> '{PeerState.ACTIVE}'")
+UNDER_WAY: Final = sa.text(f"state <> '{PeerState.ACTIVE}'")
 sa.Index(
     "ix_peers_unsettled",
     peers.c.hub,
     peers.c.generation,
-    sqlite_where=UNSETTLED,
-    postgresql_where=UNSETTLED,
+    sqlite_where=UNDER_WAY,
+    postgresql_where=UNDER_WAY,
 )
 
 # The keys of peers that were removed: a peer that the hub still has, or has again, is known by its key.

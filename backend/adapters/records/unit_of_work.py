@@ -57,10 +57,10 @@ class SqlRecords:
                 sa.update(hubs).where(hubs.c.id == self._hub, hubs.c.name != name).values(name=name)
             )
 
-    def load(self, *, settled: bool = False) -> RecordedState:
-        """Read the desired state; `settled` waits for a transaction that is still being committed."""
+    def load(self, *, wait_for_commit: bool = False) -> RecordedState:
+        """Read the desired state; `wait_for_commit` waits for a transaction that is still being committed."""
         with self._database.reading() as connection:
-            return peers.load(connection, self._hub, settled=settled)
+            return peers.load(connection, self._hub, wait_for_commit=wait_for_commit)
 
     def commit(self, generation: int, observed: int, changes: Sequence[Change]) -> None:
         """Write changes, count the uses of tokens and log who asked for them, in one transaction."""
@@ -69,7 +69,7 @@ class SqlRecords:
         with self._database.writing(), self._database.engine.begin() as connection:
             peers.advance(connection, self._hub, generation, observed)
             if removing:
-                peers.settle(connection, self._hub, observed)
+                peers.update_states(connection, self._hub, observed)
             _keep_nonces(connection, changes)
             _refuse_taken_keys(connection, accepted(changes))
             peers.write(connection, self._hub, generation, accepted(changes))
@@ -108,7 +108,7 @@ class SqlRecords:
                 .where(hubs.c.id == self._hub, hubs.c.observed_generation < generation)
                 .values(observed_generation=generation)
             )
-            peers.settle(connection, self._hub, generation)
+            peers.update_states(connection, self._hub, generation)
         self._removing = False
 
     def status(self) -> HubStatus:

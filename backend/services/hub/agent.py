@@ -87,7 +87,7 @@ class Agent:
         if self._history.compare(state):
             state = self._writer.load()
         self._directory.load(state.peers)
-        self._reconciler.assume(state.peers)
+        self._reconciler.set_desired(state.peers)
         with ThreadPoolExecutor(1, "hub-start") as executor:
             reconciled = executor.submit(self._reconciler.reconcile)
             launch()
@@ -120,9 +120,9 @@ class Agent:
         with suppress(CancelledError):
             done.result()
 
-    def look(self) -> None:
+    def maintain(self) -> None:
         """See that file and interface are as the records want them, and carry out an operator's decision."""
-        self.call(self._look)
+        self.call(self._maintain)
 
     def check(self) -> None:
         """Raise the ProvisioningError for which changes would wait already."""
@@ -175,7 +175,7 @@ class Agent:
         if self._overtaken is not None:
             raise self._overtaken
         if self._writer.doubtful:
-            self._settle_doubt()
+            self._resolve_doubt()
 
     def _untouched(self, changes: list[Change]) -> list[Change]:
         """Return the changes of a failed burst that were not begun."""
@@ -221,7 +221,7 @@ class Agent:
         """Refuse what can't be applied, and write the file for the rest; None where nothing is left."""
         self._reconciler.refresh()
         self._writer.require_records()
-        self._require_in_step()
+        self._require_reconciled()
         self._reconciler.require_interface()
         for change in changes:
             if change.adds:
@@ -250,7 +250,7 @@ class Agent:
                 log.error("batch_failed", extra={"reason": type(exc).__name__})  # noqa: TRY400 - see above
             self._writer.doubtful = changes
             with suppress(ProvisioningError):
-                self._settle_doubt()
+                self._resolve_doubt()
             return
         if failure is not None:
             raise HubUpdateError(failure)
@@ -286,14 +286,14 @@ class Agent:
                 log.info("peer_deprovisioned", extra={"node_id": peer.node_id})
             change.applied.set_result(None)
 
-    def _settle_doubt(self) -> None:
+    def _resolve_doubt(self) -> None:
         """Find out from the records what became of the changes in doubt, and bring the hub up to them.
 
         No change ends before both have succeeded: until then neither answer would be true. Raises what
         stands in the way.
         """
         state = self._writer.look_up()
-        self._reconciler.assume(state.peers)
+        self._reconciler.set_desired(state.peers)
         problem = self._reconciler.reconcile()
         if problem is not None:
             raise HubUpdateError(problem)
@@ -305,7 +305,7 @@ class Agent:
             done = recorded.get(change.peer.node_id) == change.after
             self._end([change], None if done else undone)
 
-    def _look(self) -> None:
+    def _maintain(self) -> None:
         idle, self._busy = not self._busy, False
         if self._overtaken is not None:
             return
@@ -313,39 +313,39 @@ class Agent:
             # The records may be another process's by now: asked before the hub is made equal to them.
             self._writer.require_records()
             if self._writer.doubtful:
-                self._settle_doubt()
+                self._resolve_doubt()
         except OvertakenError:
             raise
         except ProvisioningError:
             if self._writer.doubtful:
                 return
         self._reconciler.remove_leftovers()
-        with suppress(HubUpdateError):  # heal() meets it too, and it is logged there once
+        with suppress(HubUpdateError):  # reconcile_if_needed() meets it too, and it is logged there once
             self._reconciler.refresh()
         with suppress(RecordsUnavailableError, HubUpdateError):  # later, then
             self._follow_decision()
-        if self._reconciler.heal(idle=idle):
+        if self._reconciler.reconcile_if_needed(idle=idle):
             self._observe()
         with suppress(RecordsUnavailableError):
             self._writer.note_observed()
 
     def _follow_decision(self) -> None:
         """Carry out what an operator has decided about peers that the records don't know."""
-        if not self._history.look(self._writer.generation):
+        if not self._history.follow_decision(self._writer.generation):
             return
         # They were handed over before the pause was seen.
         self._end(self._writer.drain(), self._paused())
         state = self._writer.load()
         self._directory.load(state.peers)
-        self._reconciler.assume(state.peers)
-        self._history.go_on()
+        self._reconciler.set_desired(state.peers)
+        self._history.end_pause()
 
-    def _require_in_step(self) -> None:
+    def _require_reconciled(self) -> None:
         """Raise HubUpdateError where the hub is not as the records want it, and can't be brought there."""
         if self._reconciler.paused:
             raise self._paused()
         if self._reconciler.problem is not None:
-            if not self._reconciler.heal():
+            if not self._reconciler.reconcile_if_needed():
                 raise HubUpdateError(self._reconciler.problem or "the hub could not be brought up to date")
             self._observe()
 
@@ -355,7 +355,7 @@ class Agent:
     def _observe(self) -> None:
         """Note that the hub has reached the newest generation."""
         self._writer.observed = self._writer.generation
-        self._history.reach(self._writer.observed)
+        self._history.note_reached(self._writer.observed)
 
     def _note_overtaken(self, error: Exception) -> None:
         if not isinstance(error, OvertakenError) or self._overtaken is not None:

@@ -91,15 +91,15 @@ class HubHistory:
         self.notices = self._records.status().notices
         return adopted
 
-    def reach(self, generation: int) -> None:
+    def note_reached(self, generation: int) -> None:
         """Note that the hub has reached a generation."""
         self._raise_mark(generation, (self._mark.audit_sequence, self._mark.audit_hash))
 
-    def look(self, generation: int) -> bool:
-        """Carry out what an operator has decided; return whether that has changed the records.
+    def follow_decision(self, generation: int) -> bool:
+        """Carry out an operator's decision, if there is one; return whether that has changed the records.
 
-        `go_on` has to follow then. Raises RecordsUnavailableError and HubUpdateError: a decision is carried
-        out later then.
+        Then call `end_pause`. Raises RecordsUnavailableError or HubUpdateError where the decision can't be
+        carried out now; the next call tries again.
         """
         status = self._records.status()
         self.notices = status.notices
@@ -116,7 +116,7 @@ class HubHistory:
             self._records.dismiss_decision()
         return False
 
-    def go_on(self) -> None:
+    def end_pause(self) -> None:
         """End the pause: memory knows what an operator's decision has put into the records."""
         self._decided = False
         self._guard.release()

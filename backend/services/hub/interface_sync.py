@@ -40,7 +40,7 @@ class InterfaceSync:
         self._verify_seconds = 0.0
         self._changed_since = False
 
-    def distrust(self) -> None:
+    def require_full_sync(self) -> None:
         """Have the next `finish` tell the interface everything."""
         self._confirmed = None
 

@@ -75,11 +75,11 @@ class Reconciler:
         """Stop the thread that syncs files."""
         self._executor.shutdown()
 
-    def assume(self, peers: Iterable[Peer]) -> None:
+    def set_desired(self, peers: Iterable[Peer]) -> None:
         """Take these peers as the desired ones from here on."""
         with self._lock:
             self._desired = {peer.node_id: PeerBlock.of(peer) for peer in peers}
-            self._interface.distrust()
+            self._interface.require_full_sync()
             # Known before the first request, whatever becomes of the reconciliation.
             self._note_operators_part()
 
@@ -134,7 +134,7 @@ class Reconciler:
                 return str(exc)
             before, self._desired = self._desired, prepared.blocks
             try:
-                self._finish(prepared.changes, replaced=replaced)
+                self._apply_to_interface(prepared.changes, replaced=replaced)
             except HubUpdateError as exc:
                 self._put_back(before)
                 return str(exc)
@@ -157,9 +157,9 @@ class Reconciler:
         with self._lock:
             self._interface.require()
 
-    def heal(self, *, idle: bool = True) -> bool:
+    def reconcile_if_needed(self, *, idle: bool = True) -> bool:
         """Reconcile if file or interface have drifted; return whether that was needed, and succeeded."""
-        if self.problem is None and self._is_in_step(idle=idle):
+        if self.problem is None and self._is_reconciled(idle=idle):
             return False
         return self.reconcile() is None
 
@@ -177,7 +177,7 @@ class Reconciler:
         finally:
             self._lock.release()
 
-    def _is_in_step(self, *, idle: bool) -> bool:
+    def _is_reconciled(self, *, idle: bool) -> bool:
         with self._lock:
             try:
                 self._config.refresh()
@@ -195,7 +195,7 @@ class Reconciler:
             return drift is not None and not drift
 
     def _reconcile(self) -> None:
-        self._interface.distrust()
+        self._interface.require_full_sync()
         self._config.refresh()
         actual, unseen = None, None
         try:
@@ -210,17 +210,19 @@ class Reconciler:
         if unseen is not None:
             # The file is right all the same: the hub boots from it.
             raise unseen
-        self._finish((), replaced=replaced, inspected=actual is not None)
+        self._apply_to_interface((), replaced=replaced, inspected=actual is not None)
 
     def _find_peers(self, actual: InterfaceState | None) -> list[HubPeer]:
         operators_keys = {peer.public_key for peer in self._config.parsed.operator_peers}
         return find_peers(self._config.parsed.blocks, actual, operators_keys)
 
-    def _finish(self, changes: Sequence[Change], *, replaced: bool, inspected: bool = False) -> None:
+    def _apply_to_interface(
+        self, changes: Sequence[Change], *, replaced: bool, inspected: bool = False
+    ) -> None:
         """Make the new file durable and the interface equal to it; raise HubUpdateError.
 
-        `wg set` of these changes costs what the changes cost. `heal` compares the interface with the whole
-        file now and then, and syncs all of it where they differ.
+        `wg set` tells the interface these changes alone, so its cost doesn't grow with the number of peers.
+        `reconcile_if_needed` compares the whole interface with the whole file from time to time.
         """
         added = [change.after for change in changes if change.before is None and change.after is not None]
         removed = [change.before for change in changes if change.after is None and change.before is not None]
@@ -235,11 +237,13 @@ class Reconciler:
 
     def _put_back(self, before: dict[str, PeerBlock]) -> None:
         self._desired = before
-        self._interface.distrust()
+        self._interface.require_full_sync()
         try:
-            self._finish((), replaced=self._config.put_in_place(self._config.stage(before.values())))
+            self._apply_to_interface(
+                (), replaced=self._config.put_in_place(self._config.stage(before.values()))
+            )
         except HubUpdateError as exc:
-            # Not lost: heal() goes on trying, and no change ends well before it has succeeded.
+            # Not lost: reconcile_if_needed() goes on trying, and no change ends well before it has succeeded.
             self._note_problem(str(exc))
         else:
             self._note_problem(None)

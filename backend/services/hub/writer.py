@@ -52,7 +52,7 @@ class Writer:
     def load(self) -> RecordedState:
         """Read the desired state; raise RecordsUnavailableError."""
         with self.waiting():
-            state = self._records.load(settled=bool(self.doubtful))
+            state = self._records.load(wait_for_commit=bool(self.doubtful))
         self.generation = state.generation
         self.observed = self._noted = state.observed_generation
         return state
