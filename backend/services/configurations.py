@@ -1,4 +1,4 @@
-"""Renders the configuration that a peer gets: as JSON text, and as the model that this text is read into."""
+"""Renders the configuration that a node gets, as JSON text and as the Pydantic model."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,12 @@ from backend.models.wireguard.peer import Peer
 from backend.models.wireguard.provisioning import PERSISTENT_KEEPALIVE_SECONDS, PeerConfiguration
 from backend.services.hub.operator_peers import OperatorPeers
 
-# So many take well under a millisecond: other requests go on between two chunks.
+# Peers in one chunk: rendering them takes well under a millisecond, and other requests run between chunks.
 _CHUNK: Final = 250
 
 
 class Configurations:
-    """Makes the configurations of one hub's peers: all but three of their fields are the hub's."""
+    """Makes peers' configurations. Only three fields differ between peers, so the rest is rendered once."""
 
     def __init__(
         self, network: IPv4Network, hub_endpoint: str, dns_server: IPv4Address, operator_peers: OperatorPeers
@@ -46,7 +46,7 @@ class Configurations:
         return f'{{"status":"success","config":{self.json(peer)},"message":"{message}"}}'
 
     def json_by_node(self, peers: Sequence[Peer]) -> Iterator[str]:
-        """Return the JSON object of these peers' configurations by node_id, in pieces that are soon made."""
+        """Yield the JSON object of these peers' configurations by node_id, in short pieces."""
         common = self._shared()
         yield "{"
         for start in range(0, len(peers), _CHUNK):

@@ -1,4 +1,4 @@
-"""Whose request meets a peer that is there already, and how much of that peer its caller may know."""
+"""Decides whether a request repeats a known peer's, and whether its caller may see that peer's address."""
 
 from collections.abc import Mapping
 
@@ -9,9 +9,9 @@ from backend.models.wireguard.provisioning import ProvisioningRequest
 
 
 def is_same(body: ProvisioningRequest, identity: NodeIdentity | None, peer: Peer) -> bool:
-    """Say whether this is a peer's own request once more: the node is the same, and both keys are.
+    """Say whether a request has the node_id and both keys of this peer.
 
-    `identity` is the one that the request's sender proved, if it had to.
+    `identity` is the identity that the sender proved, where the hub asks for proofs.
     """
     if body.node_id != peer.node_id or body.wireguard_public_key != peer.wireguard_public_key:
         return False
@@ -19,10 +19,10 @@ def is_same(body: ProvisioningRequest, identity: NodeIdentity | None, peer: Peer
 
 
 def is_repeat(sent: Mapping[str, object], peer: Peer) -> bool:
-    """Say whether a body that is not validated yet, with a peer's WireGuard key, has the rest of it too.
+    """Say whether a body that isn't validated yet has the peer's node_id and public_key.
 
-    That is its node_id and its public_key. An identity that is written in another way passes: whether that
-    was proved is asked later.
+    The caller has found the peer by the body's WireGuard key. Another spelling of the same identity is
+    accepted; whether the sender has proved it is checked later.
     """
     public_key = sent.get("public_key")
     if sent.get("node_id") != peer.node_id or not isinstance(public_key, str):

@@ -1,4 +1,4 @@
-"""What memory knows of the peers: by node_id and by key, with the change of each that is under way."""
+"""Index of the hub's peers in memory, by node_id and by key, with each peer's change that is under way."""
 
 from collections.abc import Iterable
 from threading import Lock
@@ -21,16 +21,17 @@ class PeerDirectory:
     def __init__(self, pool: IPPoolManager, operator_peers: OperatorPeers) -> None:
         self._pool = pool
         self._operator_peers = operator_peers
-        # Guards what is below, and makes a decision and its `begin` one step. Never held across I/O.
+        # Guards the attributes below. The service holds it from its look at the directory until `begin`, so
+        # that two requests can't take the same name, key or address. Never held across I/O.
         self.lock: Final = Lock()
         self._by_node: dict[str, Peer] = {}
         self._by_key: dict[WireGuardKey, Peer] = {}
         self._under_way: dict[str, Change] = {}
-        # Another number after each change of what is listed.
+        # Grows whenever `list` would return something else, so that a rendered list can be reused.
         self.revision = 0
 
     def load(self, peers: Iterable[Peer]) -> None:
-        """Know peers that are in the records; those that are known already stay as they are."""
+        """Add the peers of the records that aren't here yet, and reserve their addresses."""
         with self.lock:
             for peer in peers:
                 if peer.node_id not in self._by_node:
@@ -69,13 +70,13 @@ class PeerDirectory:
             return [peer for peer in self._by_node.values() if peer.node_id not in hidden]
 
     def begin(self, change: Change) -> None:
-        """Note a change that was decided; the caller holds the lock."""
+        """Register a change as under way, and a new peer with it. The caller holds the lock."""
         self._under_way[change.peer.node_id] = change
         if change.before is None:
             self._keep(change.peer)
 
     def end(self, change: Change, *, applied: bool) -> None:
-        """Note that a change was applied, or that it was not."""
+        """End a change that was applied, or that failed: then the peer is as before it."""
         with self.lock:
             self.end_locked(change, applied=applied)
 
@@ -84,7 +85,7 @@ class PeerDirectory:
         before, after = (change.before, change.after) if applied else (change.after, change.before)
         del self._under_way[change.peer.node_id]
         if after is None:
-            # Not before the hub has forgotten the peer: until then its address is in use.
+            # The one place where an address becomes free: the hub doesn't have the peer now.
             del self._by_node[change.peer.node_id]
             self._pool.deallocate_ip(change.peer.node_id)
         else:

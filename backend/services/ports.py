@@ -32,7 +32,7 @@ class Records(Protocol):
 
         `observed` is the generation that the hub has reached. A change that a constraint refuses gets its
         `refusal`, and the others are committed. Raises OvertakenError where the records have another
-        generation than `generation` - 1; whatever else it raises may or may not have been committed.
+        generation than `generation` - 1. After any other error the changes may or may not be committed.
         """
 
     def compensate(self, generation: int, changes: Sequence[Change], reason: str) -> None:
@@ -42,16 +42,16 @@ class Records(Protocol):
         """Note that the hub has reached a generation: pending peers become active, removed ones go."""
 
     def status(self) -> HubStatus:
-        """Return what changes beside the peers."""
+        """Return the operator's decision, the notices and the end of the audit log."""
 
     def adopt(self, new: NewGeneration) -> None:
-        """Write a generation that comes from the hub; this ends a decision that waited."""
+        """Write peers adopted from the hub under a new generation; delete the operator's decision."""
 
     def dismiss_decision(self) -> None:
-        """Delete a decision that nothing waits for."""
+        """Delete an operator's decision that doesn't apply any more."""
 
     def removed_keys(self, keys: Collection[str]) -> set[str]:
-        """Return those of the given WireGuard keys whose peers were removed on the record."""
+        """Return those of the given WireGuard keys that have a tombstone or a `removing` row."""
 
     def audit_hash(self, sequence: int) -> str | None:
         """Return the hash of a row of the audit log, PRUNED for a pruned one, None where there is none."""
@@ -105,7 +105,7 @@ class Hub(Protocol):
 
     @property
     def live(self) -> bool:
-        """False where only the file is kept, so that nothing is said about an interface."""
+        """False with WIREGUARD_RELOAD=off: only the file is kept, and there is no interface."""
 
     def change(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], object]:
         """Start to add peers with their AllowedIPs, and to remove others; change nothing else.
@@ -121,7 +121,7 @@ class Hub(Protocol):
         """Make the interface equal to a config that `wg setconf` would take; raise HubUpdateError."""
 
     def clear(self, drift: Drift) -> None:
-        """Mend what `sync` may leave as it was: marks and values that the config has no longer.
+        """Clear what `sync` may leave behind: a mark, keepalives and preshared keys that left the config.
 
         Raises HubUpdateError.
         """
@@ -137,7 +137,7 @@ class Hub(Protocol):
 
 
 class RateLimiter(Protocol):
-    """Counts what callers do. Never fails: without its storage it goes on with what this process knows."""
+    """Counts requests against limits. Never fails: without its storage it counts in this process's memory."""
 
     async def hit(self, kind: LimitKind, who: str) -> int | None:
         """Count one more for `who`; return None if that is within the limit, else seconds to wait (>= 1).
@@ -147,4 +147,4 @@ class RateLimiter(Protocol):
         """
 
     async def close(self) -> None:
-        """Let go of what belongs to the event loop."""
+        """Close the connections of the event loop that has used them."""

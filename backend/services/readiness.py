@@ -9,7 +9,7 @@ from backend.errors import HubUpdateError
 
 
 class Readiness:
-    """Runs its checks in a thread of their own. All requests that come meanwhile get the same outcome."""
+    """Runs the checks in a thread of their own. Requests that come while they run share their outcome."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Readiness:
         self.notices: Final = notices
         self._lock = Lock()  # guards _answer, so that one thread looks at a time
         self._answer: Future[None] | None = None
-        # Written by that thread alone; a reader may see the check before.
+        # The name of the check that is running. Only the checking thread writes it.
         self._looking_at = ""
 
     def ask(self) -> Future[None]:

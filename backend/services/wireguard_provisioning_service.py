@@ -1,4 +1,4 @@
-"""The sequence of provisioning: known? an address; hand over; the answer once it is live."""
+"""Decides about requests: is the node or key known, which address is free? Then the writer gets a change."""
 
 import json
 import time
@@ -75,7 +75,7 @@ class WireGuardProvisioningService:
         self._configurations = configurations
         self._token_uses = token_uses
         self._answers = answers
-        # The rendered list, and the revision and the hub's key that it is true of.
+        # The list as JSON, with the directory's revision and the hub's key that it was rendered from.
         self._listed: tuple[int, WireGuardKey, bytes] | None = None
 
     def provision_peer(self, request: ProvisioningRequest, timeout: float | None = None) -> PeerConfiguration:
@@ -146,7 +146,8 @@ class WireGuardProvisioningService:
         if stored is None or datetime.now(UTC) - stored.created_at > ANSWERS_KEPT:
             return None
         try:
-            # The answer to a removed peer stays until its row goes; a peer under way may yet be taken back.
+            # A stored answer outlives its peer until the row of the peer is deleted, and a peer that is being
+            # added may still be compensated.
             self._directory.listed(stored.node_id)
         except PeerNotFoundError:
             return None
@@ -197,15 +198,19 @@ class WireGuardProvisioningService:
     def _refuse_known(
         self, request: ProvisioningRequest, caller: Caller, known: Peer | None, holder: Peer | None
     ) -> None:
-        """Raise what a request gets that meets a known node or key, as far as its caller may know them."""
+        """Raise KeyTakenError or DuplicatePeerError where the key or the node is provisioned already.
+
+        The error shows what the caller may know of the peer. UnauthenticatedError for a used-up token.
+        """
         same = known is not None and is_same(request, caller.identity, known)
-        # One use of a used-up token is left: to repeat the request that was made with it.
+        # A used-up token may still repeat the request that used it up.
         if self._token_uses.used_up(caller.credential) and not (
             same and known is not None and known.token_id == caller.token_id
         ):
             raise UnauthenticatedError("used_up", caller.token_id)
         may_know = known is not None and may_know_address(request, caller, known)
-        # The key first: else one that can't be provisioned would tell which node_ids exist, and cost no use.
+        # The key is checked before the node: otherwise a caller could send a key that is taken, and learn
+        # which node_ids exist, without a use of its token.
         is_operators = holder is None and self._operator_peers.hold(request.wireguard_public_key)
         if is_operators or (holder is not None and not (may_know and holder is known)):
             raise KeyTakenError(request.node_id)
@@ -264,7 +269,7 @@ class WireGuardProvisioningService:
 
 
 def _with_node_fields(request: ProvisioningRequest, peer: Peer) -> Peer:
-    """Return the peer with what its node says of itself."""
+    """Return the peer with the fields that come from its node's request and don't concern the hub."""
     return replace(
         peer,
         public_key=request.public_key,
@@ -275,7 +280,7 @@ def _with_node_fields(request: ProvisioningRequest, peer: Peer) -> Peer:
 
 
 def _completion(request: ProvisioningRequest, caller: Caller, adopted: Peer) -> Change:
-    """Return the change that fills in what only the node of an adopted peer knows."""
+    """Return the change that completes an adopted peer's record from its node's first request."""
     event = caller.event(datetime.now(UTC), AuditAction.IDENTIFY, AuditOutcome.ACCEPTED, adopted.node_id)
     return Change(adopted, _with_node_fields(request, adopted), event, nonce=caller.nonce)
 
@@ -288,7 +293,7 @@ def _wait(decide: Callable[[], Change], timeout: float | None) -> Change:
         try:
             change = decide()
         except ChangeUnderWayError as exc:
-            # However it ends.
+            # Wait for its end, with or without an error.
             exc.change.applied.exception(left)
             continue
         change.applied.result(left)

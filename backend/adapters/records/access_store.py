@@ -11,7 +11,7 @@ from backend.models.access.idempotency import Answer
 
 
 class SqlAccessStore:
-    """The store in a database. SQLite lets one write at a time: the others wait for it, up to 30 s."""
+    """Implements AccessStore. SQLite allows one writer at a time: the others wait for it, up to 30 s."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

@@ -1,4 +1,4 @@
-"""Whether the database answers, or can be written: the log says once that it can't, and once that it can."""
+"""Remembers whether the database can be read or written, and logs each outage and each recovery once."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ _CONSEQUENCE: Final = "every change gets a 503, reads go on from memory"
 
 
 class Availability:
-    """What was last seen of it by whichever thread used the database."""
+    """The state that the last use of the database found, in any thread."""
 
     def __init__(self, database: str, lost: str = "database_away", found: str = "database_back") -> None:
         """Begin with a database that is there. `lost` and `found` are the events in the log."""
@@ -25,7 +25,7 @@ class Availability:
         self.found_at = float("-inf")
 
     def is_settled(self) -> bool:
-        """Say whether the database answers, and so for some time: who had it open has noticed by then."""
+        """Say whether the database has answered for ten seconds, so that every connection has noticed."""
         return self.reason is None and time.monotonic() - self.found_at > _SETTLED_SECONDS
 
     def lost(self, reason: str) -> None:

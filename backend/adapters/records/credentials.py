@@ -40,7 +40,7 @@ credentials: Final = sa.Table(
         "(kind = 'key' AND role IS NOT NULL AND role IN ('read', 'operate', 'admin') AND max_uses IS NULL)",
         name="kind",
     ),
-    # Decides how often a token is used.
+    # The count that decides whether a token has a use left.
     sa.CheckConstraint("uses >= 0 AND (max_uses IS NULL OR uses <= max_uses)", name="uses"),
 )
 

@@ -28,7 +28,7 @@ _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # A database that lives as long as the process.
 IN_MEMORY: Final = "sqlite:///:memory:"
 _TRIAL_TIMEOUT_MS: Final = 2_000
-# For how long what was written shows that the next can be: seconds.
+# A commit within so many seconds shows that the database is writable.
 _WRITTEN_SECONDS: Final = 1.0
 # How long a command waits for another process's migration.
 _MIGRATION_SECONDS: Final = 3.0
@@ -67,19 +67,19 @@ class Database:
             self._stack = stack.pop_all()
 
     def note_written(self) -> None:
-        """Have it known that something was committed just now."""
+        """Note a successful commit: `try_to_write` then needs no trial for a while."""
         self._written_at = time.monotonic()
         self.writability.found()
 
     def note_not_written(self, exc: Exception) -> None:
-        """Have it known that something could not be committed; the log says so once."""
+        """Note a commit that failed; log the outage once."""
         self._written_at = float("-inf")
         if self.availability.reason is None:
             self.writability.lost(said(exc))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Raise RecordsUnavailableError for what says nothing of what is written, and have the log say it."""
+        """Turn the driver's errors into RecordsUnavailableError, and log the outage once."""
         try:
             yield
         except _NOT_WRITTEN as exc:
@@ -110,9 +110,9 @@ class Database:
         self.check_file()
 
     def try_to_write(self, harmless: sa.Update) -> None:
-        """Raise RecordsUnavailableError where this write fails, as the next one would.
+        """Try a write; raise RecordsUnavailableError where it fails.
 
-        It waits no longer than a health check may, and isn't made where something was written a moment ago.
+        Waits no longer than a health check may. Does nothing where a commit has just succeeded.
         """
         if time.monotonic() - self._written_at < _WRITTEN_SECONDS:
             return
@@ -132,7 +132,7 @@ class Database:
         self.note_written()
 
     def has_room(self) -> bool:
-        """Say whether more can be written, as far as this host can see: a server's disk is its own affair."""
+        """Say whether a SQLite file's disk has room; True for PostgreSQL, whose disk this host can't see."""
         return self._file is None or self._file.has_room()
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ class Database:
             raise StartRefusedError(f"the schema of {self.name} can't be updated: {said(exc)}") from exc
 
     def _require_whole(self) -> None:
-        """Refuse a SQLite file that is damaged, as one is that was copied while it was written."""
+        """Refuse a damaged SQLite file, such as a copy that was made during a write."""
         if self._file is None:
             return
         try:
@@ -252,14 +252,14 @@ class Database:
         self.availability.found()
 
     def require(self) -> None:
-        """Raise RecordsUnavailableError where the database is known to be away: at once, for any thread."""
+        """Raise RecordsUnavailableError at once where the server is known to be away."""
         if self._server is not None and self.availability.reason is not None:
             raise RecordsUnavailableError(NOTHING_CHANGED)
 
     def check(self) -> None:
         """Raise RecordsUnavailableError unless the database answers, OvertakenError where another has it.
 
-        This alone finds out that a server is back.
+        Only this method tries to reach a server that was away.
         """
         if self._server is None:
             # The file is ours alone for as long as we hold its lock file.

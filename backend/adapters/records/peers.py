@@ -138,7 +138,7 @@ def write(connection: sa.Connection, hub: int, generation: int, changes: Sequenc
 
 
 def take_back(connection: sa.Connection, hub: int, generation: int, changes: Sequence[Change]) -> bool:
-    """Undo what `write` wrote and return True; False, and nothing is undone, where the hub has reached it."""
+    """Undo `write`; return False, and undo nothing, where the hub has reached this generation."""
     observed = connection.scalar(sa.select(hubs.c.observed_generation).where(hubs.c.id == hub))
     if observed is None or observed >= generation:
         return False
@@ -156,7 +156,7 @@ def take_back(connection: sa.Connection, hub: int, generation: int, changes: Seq
 
 
 def update_states(connection: sa.Connection, hub: int, observed: int) -> None:
-    """Make the state follow the hub: up to this generation pending peers become active, and removals end."""
+    """Update states to what the hub has reached: pending peers become active, removed ones are deleted."""
     end_removals(connection, hub, observed)
     connection.execute(_ACTIVATE, {"on": hub, "until": observed})
 
@@ -185,7 +185,7 @@ def adopt(connection: sa.Connection, hub: int, found: Iterable[Peer], generation
 def keep_tombstones(
     connection: sa.Connection, hub: int, gone: Iterable[tuple[str, str]], generation: int
 ) -> None:
-    """Keep the (key, node_id) of removed peers, so that the hub may be relieved of them."""
+    """Keep the (key, node_id) of removed peers: a reconciliation may take these off the hub."""
     now = datetime.now(UTC)
     rows = [
         {
@@ -222,7 +222,7 @@ def _add(connection: sa.Connection, hub: int, generation: int, changes: Sequence
 
 
 def _alter(connection: sa.Connection, change: Change, peer: Peer) -> None:
-    """Write what a peer's node says of itself; the hub has no part in that."""
+    """Update the fields that don't concern the hub; state and generation stay as they are."""
     said = {name: getattr(peer, name) for name in ("public_key", "version", "capabilities", "metadata")}
     altered = connection.execute(sa.update(peers).where(peers.c.node_id == peer.node_id).values(said))
     if altered.rowcount == 0:
@@ -247,7 +247,7 @@ def _row(peer: Peer, hub: int, generation: int, state: PeerState) -> dict[str, A
 
 
 def _refusal(connection: sa.Connection, hub: int, peer: Peer) -> ProvisioningError:
-    """Name the constraint that refused a peer."""
+    """Return the error for the constraint that refused a peer."""
     address_taken = sa.select(peers.c.node_id).where(
         peers.c.hub == hub,
         peers.c.assigned_ip == str(peer.address),

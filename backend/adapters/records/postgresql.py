@@ -73,8 +73,8 @@ class NoAnswerError(psycopg.OperationalError):
 class ImpatientConnection(psycopg.Connection[Any]):
     """Closes itself and raises NoAnswerError where the server says nothing for `silence_seconds`.
 
-    libpq waits for ever for a server whose host still answers, as when its processes are stopped. What the
-    server does yet with the last statement is not known then.
+    libpq waits for ever for a server whose host still answers, as when its processes are stopped. The server
+    may still carry out the last statement.
     """
 
     silence_seconds = SILENCE_SECONDS
@@ -159,7 +159,7 @@ class PostgreSQL:
         sa.event.listen(self.engine, "connect", self._begin_session)
         if not patient:
             sa.event.listen(self.engine, "handle_error", self._note_error)
-        # Guards the two below, and orders those who look whether the server answers.
+        # Guards the two below; held while a thread checks whether the server answers.
         self._lock = Lock()
         self._presence: sa.Connection | None = None
         self._probing: int | None = None
@@ -184,7 +184,7 @@ class PostgreSQL:
         if not at_once and not self._lock.acquire(timeout=SILENCE_SECONDS):
             raise RecordsUnavailableError(NOTHING_CHANGED)
         try:
-            # Who had to wait for another's look has seen its outcome.
+            # A thread that waited for another one's check takes its outcome.
             if not at_once and self._availability.reason is not None:
                 raise RecordsUnavailableError(NOTHING_CHANGED)
             self._probing = get_ident()

@@ -35,7 +35,7 @@ _DELETED: Final = " (deleted)"
 
 def open_memory() -> sa.Engine:
     """Open a database that lives as long as the engine."""
-    # One connection, for which its users wait: another one would be another database.
+    # One connection, shared in turn: a second one would open another, empty database.
     engine = sa.create_engine(
         "sqlite://",
         poolclass=sa.QueuePool,
@@ -66,7 +66,7 @@ def prepare(connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry)
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Have the database's changes written ahead, waiting for others as long as for any of their locks.
+    """Switch to WAL mode; wait for other connections up to the busy timeout.
 
     SQLite itself doesn't wait where the database is new and another connection is about to write to it.
     """
@@ -107,10 +107,10 @@ def refuses_writes(exc: BaseException) -> bool:
 
 
 def drop_read_only(_connection: object, record: sa.pool.ConnectionPoolEntry, _proxy: object) -> None:
-    """Have a connection opened anew that is for reading only, and has been for a moment.
+    """Replace a connection that has been read-only for a moment.
 
-    SQLite opens it so, without a word, where the file can't be opened for writing at that moment; and so it
-    would stay for as long as it lives.
+    SQLite silently opens a connection read-only where the file can't be opened for writing at that moment,
+    and the connection would stay read-only.
     """
     opened_at = record.info.get(_READ_ONLY_SINCE)
     if opened_at is not None and time.monotonic() - opened_at > _READ_ONLY_SECONDS:

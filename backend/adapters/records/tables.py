@@ -81,7 +81,7 @@ sa.Index(
     postgresql_where=UNDER_WAY,
 )
 
-# The keys of peers that were removed: a peer that the hub still has, or has again, is known by its key.
+# Tombstones: a reconciliation may remove a peer with one of these keys from the hub.
 removed_peers: Final = sa.Table(
     "removed_peers",
     metadata,

@@ -1,4 +1,4 @@
-"""The records of one hub: each method is a transaction, with all that belongs to it or nothing."""
+"""The unit of work: implements `Records` for one hub. Each method is one transaction."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -20,7 +20,7 @@ from backend.models.wireguard.records import Decision, HubStatus, NewGeneration,
 
 # The row that the first migration writes.
 FIRST_HUB: Final = 1
-# A hub that was away for longer, and comes back with a peer that was removed, asks its operator.
+# After that a removed peer that is still on a hub counts as unknown, and may need an operator's decision.
 _TOMBSTONES_KEPT: Final = timedelta(days=90)
 # SQLite takes 32,766 values in a statement, PostgreSQL 65,535.
 _KEYS_AT_A_TIME: Final = 10_000
@@ -63,8 +63,11 @@ class SqlRecords:
             return peers.load(connection, self._hub, wait_for_commit=wait_for_commit)
 
     def commit(self, generation: int, observed: int, changes: Sequence[Change]) -> None:
-        """Write changes, count the uses of tokens and log who asked for them, in one transaction."""
-        # Until it is known what was committed: a commit may get no answer.
+        """Write changes with their nonces, token uses, answers and audit rows, in one transaction.
+
+        The one transaction of a provision or a removal: see Records.commit.
+        """
+        # True until the commit has succeeded: after a lost answer the rows may be there.
         removing, self._removing = self._removing, True
         with self._database.writing(), self._database.engine.begin() as connection:
             peers.advance(connection, self._hub, generation, observed)
@@ -86,7 +89,7 @@ class SqlRecords:
         self._database.note_written()
 
     def compensate(self, generation: int, changes: Sequence[Change], reason: str) -> None:
-        """Take changes back, their uses and answers with them, and log that, in one transaction."""
+        """Undo a commit's changes, token uses and answers, and log that, in one transaction."""
         now = datetime.now(UTC)
         with self._database.transaction() as connection:
             if not peers.take_back(connection, self._hub, generation, changes):
@@ -112,7 +115,7 @@ class SqlRecords:
         self._removing = False
 
     def status(self) -> HubStatus:
-        """Return what changes beside the peers."""
+        """Return the operator's decision, the notices and the end of the audit log."""
         with self._database.reading() as connection:
             decision, basis = connection.execute(_DECISION, {"hub": self._hub}).one()
             return HubStatus(
@@ -123,7 +126,7 @@ class SqlRecords:
             )
 
     def adopt(self, new: NewGeneration) -> None:
-        """Write a generation that comes from the hub; this ends a decision that waited."""
+        """Write peers adopted from the hub under a new generation; delete the operator's decision."""
         with self._database.transaction() as connection:
             values = {"generation": new.generation, **_UNDECIDED}
             connection.execute(sa.update(hubs).where(hubs.c.id == self._hub).values(values))
@@ -148,7 +151,7 @@ class SqlRecords:
             audit.append_audit(connection, [event])
 
     def dismiss_decision(self) -> None:
-        """Delete a decision that nothing waits for."""
+        """Delete an operator's decision that doesn't apply any more."""
         with self._database.transaction() as connection:
             connection.execute(sa.update(hubs).where(hubs.c.id == self._hub).values(_UNDECIDED))
 
@@ -161,7 +164,7 @@ class SqlRecords:
             return count
 
     def removed_keys(self, keys: Collection[str]) -> set[str]:
-        """Return those of the keys whose peers were removed on the record."""
+        """Return those of the given WireGuard keys that have a tombstone or a `removing` row."""
         wanted = list(keys)
         found: set[str] = set()
         with self._database.reading() as connection:

@@ -1,8 +1,7 @@
-"""Holds the records against what this hub has reached, and has an operator decide where they don't fit.
+"""Detects records that are new or older than the hub, and carries out the operator's decision about them.
 
-Records that were never written say nothing about a file that was: its peers are adopted. Records that are
-older than the hub pause the service. What an operator decides then is in the records, and is carried out
-here by the process that runs.
+New records adopt the peers of the file. Records that are older than the hub pause the service until an
+operator decides: the command line writes the decision to the records, and the service carries it out.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Adoption:
-    """Peers that can be taken into the records, and those of which name, key or address stand in the way."""
+    """Peers that can be taken into the records, and those whose key or address can't be."""
 
     peers: list[Peer]
     refused: list[HubPeer]
@@ -37,8 +36,8 @@ class Adoption:
 def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer]) -> Adoption:
     """Make records of peers of which only what the hub has is known.
 
-    One without a name of its own, or with another's, gets one that is made from its key. Of two that claim an
-    address the later has it, as on the interface.
+    A peer without a name, or with a name that is taken, gets one that is made from its key. Of two peers with
+    the same address the later one gets it, as on the interface.
     """
     names = {peer.node_id for peer in recorded}
     addresses = {peer.address for peer in recorded}
@@ -65,7 +64,10 @@ def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer]) -> Adoption:
 
 
 class HubHistory:
-    """Used by the agent's thread, and before that by the one that starts it."""
+    """Compares the records with the mark of this hub. Used by the agent's thread, after its start.
+
+    The start uses it in its own thread, before the agent's thread runs.
+    """
 
     def __init__(self, records: Records, reconciler: Reconciler, guard: RemovalGuard, mark: HubMark) -> None:
         self._records = records
@@ -73,13 +75,13 @@ class HubHistory:
         self._guard = guard
         self._file = mark
         self._mark = Mark()
-        # Whether the records have, or may have, a decision carried out that memory doesn't know yet.
+        # Whether a decision has, or may have, changed the records since the agent loaded them.
         self._decided = False
-        # What an operator should know, though the service works.
+        # Messages for the operator that /readyz shows though the service works.
         self.notices: tuple[str, ...] = ()
 
     def compare(self, state: RecordedState) -> bool:
-        """Hold the records against what this hub has reached; return whether that has changed them.
+        """Compare the records with what this hub has reached; return whether that has changed them.
 
         New records adopt the file's peers. Records that are older than the hub pause the service.
         """
@@ -112,12 +114,12 @@ class HubHistory:
         if self._records.durable:
             self._raise_mark(generation, status.audit_head)
         if status.decision is not None:
-            # It was made for another moment than this.
+            # The service isn't paused, so the decision is for an earlier situation.
             self._records.dismiss_decision()
         return False
 
     def end_pause(self) -> None:
-        """End the pause: memory knows what an operator's decision has put into the records."""
+        """End the pause, once the agent has loaded the records that the decision has changed."""
         self._decided = False
         self._guard.release()
 
@@ -145,7 +147,7 @@ class HubHistory:
         count = len(adoption.peers)
         if count == 0 and self._mark.generation == 0:
             return False
-        # Also without peers: whatever follows comes after what the hub has reached with other records.
+        # A generation is written also without peers: it has to be above the one of the mark.
         if count:
             log.warning("peers_adopted", extra={"peers": count, "reason": "the records were new"})
         notice = (
@@ -172,7 +174,7 @@ class HubHistory:
             action, adoption = AuditAction.PEERS_REMOVED, Adoption([], unknown)
         reason = f"{len(adoption.peers)} taken into the records, {len(adoption.refused)} off the hub"
         log.warning("decision_carried_out", extra={"decision": decision.value, "result": reason})
-        # Before it's written: a commit may get no answer.
+        # Set before the write: after a lost answer the records may have changed.
         self._decided = True
         self._add_generation(action, reason, adoption, None, recorded.generation)
 
@@ -184,9 +186,10 @@ class HubHistory:
         notice: str | None,
         generation: int = 0,
     ) -> None:
-        """Write it under a generation that is higher than any that this hub has reached.
+        """Write the adopted peers under a generation above any that this hub has reached.
 
-        Records in memory go on from there: they leave no durable ones behind until something changes.
+        Records in memory take the reached generation itself: durable records that are used again later are
+        then not older than the hub unless a change was made meanwhile.
         """
         reached = max(generation, self._mark.generation) + (1 if self._records.durable else 0)
         self._records.adopt(
@@ -199,5 +202,5 @@ class HubHistory:
             )
         )
         if self._records.durable:
-            # From here on these are the records that the next ones are held against.
+            # From now on records are compared with these.
             self._raise_mark(reached, self._records.status().audit_head)

@@ -1,4 +1,7 @@
-"""How far the hub has come, in a small file beside wg0.conf: it shows when the records have stepped back."""
+"""A small file beside wg0.conf with the generation that the hub has reached.
+
+Records with a lower generation are older than the hub, as from a backup.
+"""
 
 import json
 import logging
@@ -12,7 +15,7 @@ from backend.models.access.audit import GENESIS
 
 log = logging.getLogger(__name__)
 
-# Of one length, so that it is overwritten in place, by one write(2): no moment without a mark.
+# The file always has this length, so one write(2) overwrites it in place, and it is never empty.
 _BYTES: Final = 256
 # Beyond what any hub reaches, and well within what databases take.
 _HIGHEST: Final = 2**62
@@ -28,7 +31,7 @@ class Mark:
 
 
 class HubMark:
-    """The file. It isn't synced with each change: after a power cut it may be older, and then shows less."""
+    """Reads and writes the file. It isn't synced: after a power cut it may have an earlier generation."""
 
     def __init__(self, config_path: Path) -> None:
         self.path: Final = config_path.with_name(f".{config_path.name}.mark")
@@ -46,7 +49,7 @@ class HubMark:
             return Mark()
 
     def write(self, mark: Mark) -> None:
-        """Note how far the hub has come. That it can't be written is logged once, and stops nothing."""
+        """Write the mark. A failure is logged once and raises nothing."""
         if mark == self._written:
             return
         line = json.dumps(

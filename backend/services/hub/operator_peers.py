@@ -1,4 +1,4 @@
-"""The operator's peers, which a person wrote into wg0.conf, and how many peers the interface takes."""
+"""The operator's peers of wg0.conf: their keys and addresses, and the room that they leave for ours."""
 
 from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv4Network
@@ -11,7 +11,7 @@ from backend.services.ip_pool_manager import IPPoolManager
 
 
 class PeerLimit:
-    """The limit of whatever implements the interface, counted over our peers and the operator's."""
+    """The most peers that the interface's implementation takes, ours and the operator's together."""
 
     def __init__(
         self, interface: str = "", most: Callable[[], int | None] = lambda: None, fewest: int = 0
@@ -34,7 +34,7 @@ class PeerLimit:
 
 
 class OperatorPeers:
-    """Keeps their addresses out of the pool, and says when a peer of ours would collide with one of them."""
+    """Keeps the operator's addresses out of the pool, and finds peers of ours that collide with them."""
 
     def __init__(self, pool: IPPoolManager, limit: PeerLimit | None = None) -> None:
         self._pool = pool
@@ -45,7 +45,7 @@ class OperatorPeers:
         self._hub_key: WireGuardKey | None = None
 
     def note(self, peers: Sequence[OperatorPeer], hub_key: WireGuardKey) -> None:
-        """Replace what is known of them by what the file says now."""
+        """Replace the operator's peers by those that the file has now."""
         networks = (network for peer in peers for network in peer.allowed_ips)
         self._pool.set_operators(network for network in networks if isinstance(network, IPv4Network))
         keys = {peer.public_key for peer in peers}
@@ -54,7 +54,7 @@ class OperatorPeers:
         self._hub_key = hub_key
 
     def require_room_beside(self, ours: int) -> None:
-        """Raise PeerLimitError if the interface has no room for one more peer than them and `ours`."""
+        """Raise PeerLimitError if the interface is full with `ours` and the operator's peers."""
         self._limit.require_room(ours + self._count)
 
     @property

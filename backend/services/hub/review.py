@@ -1,4 +1,4 @@
-"""What an operator is shown before they decide about peers that the records don't know."""
+"""Compares records and hub for `reconcile --show`, before an operator decides about unknown peers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class HubReview:
     paused: str | None
     # True before the first peer: the next start takes the file's.
     new_records: bool
-    # Why the interface could not be looked at, where that is so.
+    # Why the interface could not be read; None where it could.
     unseen: str | None
     notices: Sequence[str]
 
