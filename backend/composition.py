@@ -58,7 +58,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
     """
     with ExitStack() as stopping:
         stopping.callback(log.info, "service_stopped")
-        # Before anything is made in them.
+        # Checked before any file is made in these places.
         require_trusted(settings.state_directory, "STATE_DIRECTORY")
         require_trusted_file(settings.wireguard_config_path, "WIREGUARD_CONFIG_PATH")
         _warn_of_unknown_settings()
@@ -127,7 +127,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
             readiness=readiness,
         )
         cache.refresh()
-        # Before the start, which may be refused halfway.
+        # Registered before the start, which may fail halfway.
         stopping.callback(agent.stop)
         agent.start((lambda: None) if workflow is None else workflow.launch)
         loops = Loops(
@@ -189,7 +189,7 @@ def _authenticator(
 
 
 def _at_once(work: Callable[[], None]) -> None:
-    """Run the agent's work as it is: records in memory need no workflow."""
+    """Run the agent's work without a workflow, for records in memory."""
     work()
 
 

@@ -3,7 +3,7 @@
     ProvisioningError
     ├── InvalidCredentialsError     the request can never succeed as it stands
     ├── DuplicatePeerError          the node is already known
-    │   └── KeyTakenError           the WireGuard key is
+    │   └── KeyTakenError           the WireGuard key is already known
     ├── PeerNotFoundError           no peer of that name
     ├── IPPoolExhaustedError        no address is left
     │   └── PeerLimitError          the interface takes no more peers, however many addresses there are
@@ -29,7 +29,7 @@
         └── ChallengeError          the WireGuard key's challenge isn't answered
 
     StartRefusedError               the process must not start; the message says what to do
-    └── InUseError                  because another process has what it needs for itself
+    └── InUseError                  another process holds the config, the interface or the database
 
 Every error survives ``pickle``, which makes it again from its positional arguments: give it no others.
 """
@@ -68,8 +68,8 @@ class InvalidCredentialsError(ProvisioningError):
 class DuplicatePeerError(ProvisioningError):
     """The node is already provisioned.
 
-    existing_config is what this caller may know of the peer in its way: everything, its name and
-    address, or nothing.
+    existing_config has what this caller may know of the existing peer: everything, its name and address, or
+    nothing.
     """
 
     audit_reason = "duplicate"
@@ -156,7 +156,7 @@ class RecordsUnavailableError(ProvisioningError):
 
 
 class OvertakenError(RecordsUnavailableError):
-    """The records aren't as this process left them: an older copy, or another process writes them too."""
+    """The records' generation isn't this process's: another process writes them, or a copy replaced them."""
 
     message = (
         "Another process has written to the records, or an older copy has taken their place; stop what "
@@ -165,7 +165,7 @@ class OvertakenError(RecordsUnavailableError):
 
 
 class OutcomeUnknownError(RecordsUnavailableError):
-    """Whether the change happened can't be said before the records answer again; ask again."""
+    """It isn't known whether the change happened until the records answer again; ask again."""
 
 
 class AccessError(ProvisioningError):
@@ -174,7 +174,7 @@ class AccessError(ProvisioningError):
 
 @dataclass(eq=False, repr=False)
 class UnauthenticatedError(AccessError):
-    """The caller has shown no valid credential; the audit log alone is told why it isn't."""
+    """The caller has shown no valid credential. The reason goes to the audit log and not to the caller."""
 
     message = (
         "send a valid credential, Authorization: Bearer ocw_..., or ask the hub's operator for one; on "
@@ -238,7 +238,7 @@ class StartRefusedError(Exception):
 
 
 class InUseError(StartRefusedError):
-    """Another process holds what this one needs for itself."""
+    """Another process holds the config, the interface or the database."""
 
 
 class ProofError(ProvisioningError):

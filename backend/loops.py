@@ -20,7 +20,7 @@ from backend.services.ports import AccessStore
 
 log = logging.getLogger(__name__)
 
-# A call comes up to this share of its interval early, so that loops which began together spread out.
+# Each call is up to this share of its interval early, so that the loops don't all run at the same moment.
 _JITTER: Final = 0.1
 # The longest pause before a loop that has more to do goes on.
 _MORE_SECONDS: Final = 1.0
@@ -100,20 +100,20 @@ class Loops:
 def list_access_loops(
     access: AccessControl, cache: CredentialCache, store: AccessStore, audit_keep: timedelta
 ) -> list[Loop]:
-    """Return what keeps credentials, audit log and answers up to date."""
+    """Return the loops for credentials, audit log, stored answers and nonces."""
     return [
         # The command line makes and revokes credentials, too.
         Loop("credentials", 1.0, cache.refresh),
         Loop("audit", 1.0, access.audit.flush),
         Loop("limited_requests", 1.0, access.limited.report_in_time),
         Loop("answers_and_nonces", 60.0, store.tidy),
-        # Soon for the first time: a service may be restarted more often than once an hour.
+        # First after a second: a service that is restarted within each hour would otherwise never prune.
         Loop("audit_pruning", 3600.0, partial(access.audit.prune, audit_keep), first_seconds=1.0),
     ]
 
 
 def list_hub_loops(agent: Agent, records: SqlRecords, workflow: DurableWorkflow | None) -> list[Loop]:
-    """Return what keeps the hub equal to the records, and the records small."""
+    """Return the loops that keep the hub equal to the records, and the records small."""
     rows = [
         Loop("hub", 1.0, agent.maintain),
         Loop("tombstones", 3600.0, records.expire_tombstones),

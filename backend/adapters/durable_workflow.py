@@ -1,4 +1,4 @@
-"""Runs the agent's work as DBOS workflows. DBOS's names stand in this file alone.
+"""Runs the agent's work as DBOS workflows. The only module that imports DBOS.
 
 Nothing is noted of a single batch but its records, under a generation that is reached only once: a step of
 its own would cost two more commits and say the same. So one workflow of one step runs as many batches as come
@@ -51,7 +51,7 @@ _PAYLOADS: Final = ("workflow_input", "workflow_output")
 
 
 class _Brief(logging.Filter):
-    """Leaves out DBOS's tracebacks and statements, and all that it says while the database fails."""
+    """Shortens DBOS's log records, which may quote rows, and drops them while the database is away."""
 
     def __init__(self, *watched: Availability) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class DurableWorkflow:
 
         @DBOS.workflow(name=_WORKFLOW)
         def commit_burst(name: str) -> None:
-            # One of an earlier process has nothing left to do: each start brings the hub up to all records.
+            # A workflow of an earlier process has nothing to do: each start reconciles with the records.
             if name == self._run_name:
                 commit_batches()
 
@@ -120,8 +120,8 @@ class DurableWorkflow:
             DBOS.launch()
         except Exception as exc:
             raise StartRefusedError(f"DBOS can't start on the database: {said(exc)}") from exc
-        # Or it would wait for a database that is away, in the one thread that writes, for as long as that
-        # takes, and up to a minute longer. DBOS offers this to its client alone.
+        # Otherwise DBOS would block the agent's thread while the database is away, and up to a minute longer.
+        # DBOS has a public setting for this in its client only.
         dbos._sys_db._retry_connection_errors = False  # noqa: SLF001 - see above
 
     def run(self, work: Callable[[], None]) -> None:

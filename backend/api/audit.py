@@ -19,7 +19,10 @@ _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
 
 def audited(action: AuditAction) -> Callable[[_Endpoint], _Endpoint]:
-    """Have refused requests to an endpoint logged as this act. What it does is logged where it is done."""
+    """Declare the act that refused requests to an endpoint are logged as.
+
+    Accepted requests are logged in the transaction that writes their change.
+    """
 
     def mark(endpoint: _Endpoint) -> _Endpoint:
         endpoint.audit_action = action  # type: ignore[attr-defined] # any function may have one

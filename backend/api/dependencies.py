@@ -19,7 +19,7 @@ __all__ = ["Service", "applied", "outcome", "provisioning_service", "service_for
 
 T = TypeVar("T")
 
-# Longer than two batches that meet a `wg` which hangs, shorter than the patience of most HTTP clients.
+# Longer than two batches with a `wg` that hangs, shorter than the timeout of most HTTP clients.
 ANSWER_TIMEOUT_SECONDS: Final = 45.0
 # When a waiting request first asks whether its outcome is in doubt, and how often from then on: seconds.
 _CERTAIN_SECONDS: Final = 2.5

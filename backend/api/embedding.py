@@ -1,4 +1,4 @@
-"""How an app that includes the router comes to a service: with its lifespan, or else at its first request.
+"""Starts the service of an app that includes the router: in its lifespan, or else at its first request.
 
 Starlette runs no lifespan of a mounted app, nor of an app in a `TestClient` outside of a `with` block. The
 service then runs in a task, until the event loop ends and cancels it.
@@ -24,24 +24,24 @@ from backend.settings import Settings, load_settings
 
 log = logging.getLogger(__name__)
 
-# From a start that failed to the next try, which the next request makes.
+# After a failed start the first request after so many seconds tries again.
 RETRY_SECONDS: Final = 10
 
 
 @dataclass(eq=False)
 class _Start:
-    """A start at a request, or one that failed."""
+    """A start of the service that a request has begun."""
 
     loop: asyncio.AbstractEventLoop
     # Set when the service runs or can't.
     over: asyncio.Event = field(default_factory=asyncio.Event)
     # Kept here because the event loop keeps a weak reference only.
     task: "asyncio.Task[None] | None" = None
-    # On the loop's clock. Never, while it isn't over or the service runs.
+    # When a failed start may be tried again, on the loop's clock.
     retry_at: float = inf
 
     def fail(self) -> None:
-        """Let the requests go on without a service, and have a later one try again."""
+        """End the wait of the requests, which get a 503; a later request tries again."""
         self.retry_at = self.loop.time() + RETRY_SECONDS
         self.over.set()
 
@@ -49,7 +49,7 @@ class _Start:
 async def provisioning_service(request: Request) -> WireGuardProvisioningService:
     """Return the app's service. Not a plain function: FastAPI would give each request a thread for it."""
     service = getattr(request.app.state, "provisioning_service", None)
-    # The short way, which each request goes as soon as the service is there.
+    # The usual case, once the service runs.
     if isinstance(service, WireGuardProvisioningService):
         return service
     app = request.app

@@ -33,7 +33,7 @@ from backend.errors import (
 from backend.models.fields import redacted
 
 MAX_BODY_BYTES: Final = 64 * 1024
-# In one answer.
+# The most errors of a body that one answer lists.
 MAX_ERRORS: Final = 20
 _MAX_NAME: Final = 256
 

@@ -62,12 +62,12 @@ async def healthz() -> Alive:
     responses={503: {"model": NotReady, "description": "It would not; the detail says why."}},
 )
 async def readyz(request: Request, service: Service) -> Ready:
-    """Look at records, file, interface and pool. Answers in time, whatever hangs in there."""
+    """Check records, file, interface and pool. Answers in time, even if a check hangs."""
     told = is_authenticated(request)
     readiness = service.readiness
     look = asyncio.wrap_future(readiness.ask())
     try:
-        # Shielded: others may wait for the same look.
+        # Shielded: other requests may wait for the same check.
         await asyncio.wait_for(asyncio.shield(look), _PATIENCE_SECONDS)
     except TimeoutError:
         raise (readiness.hangs() if told else HubUpdateError(_NOT_READY)) from None

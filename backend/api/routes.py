@@ -1,7 +1,7 @@
 """The class of our routes: it reads a body strictly, answers errors, and gives each answer its request ID.
 
-It works for a router that is included in any app: nothing has to be registered there. `unrouted` answers
-requests for a path or a method that no route has.
+The router works in any app, because nothing has to be registered there. `unrouted` answers requests for an
+unknown path or method.
 """
 
 import re
@@ -49,7 +49,7 @@ class DomainErrorRoute(APIRoute):
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap the handler in the table."""
+        """Return the handler, with errors answered by the table of api/errors.py."""
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
@@ -62,7 +62,7 @@ class DomainErrorRoute(APIRoute):
                 response = answer(await self.refuse(request, error))
             except HTTPException as error:
                 await self.refuse(request, error)
-                # As the app's own handler would, which knows nothing of the headers below.
+                # The same as the app's own handler would answer, but with the headers below.
                 response = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
             _mark(response.raw_headers, request_id)
             return response
@@ -70,11 +70,11 @@ class DomainErrorRoute(APIRoute):
         return guarded
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, one with another method too, in whatever app this is."""
+        """Answer a request; also one with a method that this route doesn't have, in any app."""
         try:
             await super().handle(scope, receive, send)
         except HTTPException as error:
-            # The handler's own are answered above: no method of this route was meant.
+            # Starlette raises this for a method that no route has; errors of the handler are answered above.
             response = await unrouted(Request(scope), error)
             await response(scope, receive, send)
 
@@ -82,14 +82,14 @@ class DomainErrorRoute(APIRoute):
         """Do nothing. A subclass raises here to refuse the request before its body is read."""
 
     async def refuse(self, request: Request, error: Exception) -> Exception:  # noqa: ARG002 - overridden
-        """Return the error to answer with. Hook: called for each refused request; the default is the same."""
+        """Return the error to answer with. Hook: called for each refused request. The default is `error`."""
         return error
 
 
 def _bounded(request: Request) -> Receive:
-    """Count the body while it comes in, so that no more of it than is allowed is ever kept."""
+    """Return a `receive` that raises for a body over MAX_BODY_BYTES, before all of it is in memory."""
     declared = request.headers.get("content-length", "")
-    # Its length first: int() refuses thousands of digits.
+    # The number of digits first, because int() refuses thousands of them.
     if declared.isdecimal() and (len(declared) > _MAX_LENGTH_DIGITS or int(declared) > MAX_BODY_BYTES):
         raise unreadable(BodyTooLargeError())
     received = 0

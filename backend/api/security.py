@@ -1,4 +1,6 @@
-"""Who may call an endpoint: its permission stands in its signature, and without one the app can't be made.
+"""Authenticates and authorizes callers. An endpoint declares its permission in its signature.
+
+Without a permission the app can't be made.
 
 A route authenticates its caller before it reads the body, authorizes them when the body is there, and logs
 each request that it refuses.
@@ -66,7 +68,7 @@ class Requires(SecurityBase):
         return caller
 
 
-# For a node's token, or an operator's key.
+# The types for an endpoint's argument. Provisioner also accepts a node's token, the others operators' keys.
 Provisioner = Annotated[Caller, Depends(Requires(Permission.PROVISION))]
 Reader = Annotated[Caller, Depends(Requires(Permission.READ))]
 Operator = Annotated[Caller, Depends(Requires(Permission.OPERATE))]
@@ -116,7 +118,7 @@ class SecuredRoute(DomainErrorRoute):
         access = request.state.access = service.access
         shown = request.headers.getlist("authorization")
         caller = request.state.caller = await access.authenticator.authenticate(
-            # Two of them are as good as one that can't be read.
+            # Two headers are joined, so that they can't be read and are refused.
             ",".join(shown) if shown else None,
             _source(request, access.proxies),
             request.state.request_id,
@@ -131,7 +133,7 @@ class SecuredRoute(DomainErrorRoute):
         RateLimitedError for a source over its limit.
         """
         access: AccessControl | None = getattr(request.state, "access", None)
-        # A change that may have happened after all was logged with it.
+        # If the change did happen, the transaction that made it has logged it.
         if access is None or isinstance(error, OutcomeUnknownError):
             return error
         state = request.state
@@ -164,7 +166,7 @@ class OpenRoute(SecuredRoute):
         except RateLimitedError:
             raise
         except (AccessError, RecordsUnavailableError) as error:
-            # Whether a process lives doesn't depend on its database.
+            # An open endpoint such as /healthz has to answer while the database is away.
             await self.refuse(request, error)
 
 
@@ -177,7 +179,7 @@ def is_authenticated(request: Request) -> bool:
 def require_declared(routes: Iterable[BaseRoute]) -> None:
     """Raise TypeError where one of an app's routes is neither a SecuredRoute nor declared as an OpenRoute."""
     for route in routes:
-        # FastAPI keeps the routers that are included in one another as they are.
+        # FastAPI keeps an included router as one entry of `routes`.
         included = getattr(route, "original_router", None)
         if included is not None:
             require_declared(included.routes)
@@ -199,7 +201,7 @@ async def _require_repeat(
 ) -> None:
     """Raise UnauthenticatedError unless the body repeats the request of a peer that the token let in.
 
-    Anything else that is wrong with the request isn't said: that would tell that the token was good once.
+    Other faults of the request aren't reported, because that would show that the token was valid once.
     """
     is_repeat: _IsRepeat | None = getattr(endpoint, "is_repeat", None)
     if is_repeat is not None:

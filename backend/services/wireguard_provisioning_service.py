@@ -192,7 +192,7 @@ class WireGuardProvisioningService:
         return self._operator_peers.hub_key
 
     def in_doubt(self) -> bool:
-        """Whether the records don't say how the changes under way end."""
+        """Whether the outcome of the changes under way can't be known now; see Writer.in_doubt."""
         return self._writer.in_doubt()
 
     def _refuse_known(

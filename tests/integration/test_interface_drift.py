@@ -28,7 +28,7 @@ def readiness(service: ServiceProcess) -> tuple[int, str]:
 
 @pytest.fixture
 def service(hub_interface: HubInterface, start_service: StartService, tmp_path: Path) -> ServiceProcess:
-    """Start a service whose config has two hand-made peers, one of ours is provisioned."""
+    """Start a service whose config has two operator's peers and one provisioned peer."""
     first, second = new_key(), new_key()
     with hub_interface.config_path.open("a") as file:
         file.write(

@@ -12,7 +12,7 @@ from backend.services.access.limited_requests import LimitedRequests
 
 @dataclass(frozen=True, slots=True)
 class AccessControl:
-    """Who may do what, and where that is logged.
+    """Authentication, authorization, proofs, credentials and audit log, as the endpoints use them.
 
     Part of the service: an app may put a service of its own into `app.state`, and the routes then use the
     credentials of that one.

@@ -1,4 +1,4 @@
-"""Writes to the audit log what no transaction of its own has: refusals, notices, when keys were used last."""
+"""Writes refusals, notices and the last use of keys to the audit log: events without a transaction."""
 
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -23,7 +23,7 @@ class AuditWriter:
 
     def __init__(self, store: AccessStore) -> None:
         self._store = store
-        # Lets one thread write at a time: after it has written, nothing is on its way in another.
+        # Held by the one thread that writes, so that `page` and `close` see all earlier events written.
         self._writing = Lock()
         # Guards the two below; never held across I/O.
         self._lock = Lock()
@@ -31,7 +31,7 @@ class AuditWriter:
         self._used: dict[str, datetime] = {}
 
     def note(self, event: AuditEvent, credential: str | None = None) -> None:
-        """Have an event logged at the next flush, or later where its source is over its budget of rows.
+        """Log an event at the next flush, or later where its source is over its budget of rows.
 
         `credential` is the ID of a real one that it is about. AuditRows says which events become one row.
         """
@@ -39,11 +39,11 @@ class AuditWriter:
             self._rows.add(event, credential)
 
     def notice(self, action: AuditAction, reason: str | None) -> None:
-        """Have something logged that the service noticed by itself."""
+        """Log an event that the service found by itself, such as drift."""
         self.note(SERVICE.event(datetime.now(UTC), action, AuditOutcome.NOTED, reason=reason))
 
     def note_used(self, credential_id: str, at: datetime) -> None:
-        """Have the moment of a credential's last use recorded at the next flush."""
+        """Record the moment of a credential's last use at the next flush."""
         with self._lock:
             self._used[credential_id] = at
 
@@ -72,7 +72,7 @@ class AuditWriter:
         return self._store.prune_audit(now - keep, ROWS_AT_A_TIME, event) == ROWS_AT_A_TIME
 
     def close(self) -> None:
-        """Write all that was noted, whatever the budgets; lose it where the records are away."""
+        """Write all events without regard to budgets; they are lost where the records are away."""
         with self._writing, suppress(RecordsUnavailableError):
             self._flush(everything=True)
 

@@ -1,4 +1,4 @@
-"""Authenticates callers, and authorizes them for what they ask."""
+"""Authenticates callers, and authorizes them for an endpoint's permission."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ _SCHEME: Final = "bearer"
 class Authenticator:
     """Authenticates each request once, from memory; authorizes it once its body is there."""
 
-    def __init__(  # noqa: PLR0913 - what it asks, and what varies it
+    def __init__(  # noqa: PLR0913 - its parts and its settings
         self,
         cache: CredentialCache,
         uses: TokenUses,
@@ -61,7 +61,7 @@ class Authenticator:
         caller = Caller.of(credential, source, request_id)
         if not self._uses.used_up(credential):
             return caller
-        # Its holder may have any number of bodies read and compared otherwise.
+        # Counted as a failed attempt: otherwise its holder could have any number of bodies read and compared.
         for who in (source or "unix", credential.id):
             await self._limit(LimitKind.FAILED_AUTHENTICATION, who)
         return replace(caller, may_only_repeat=True)

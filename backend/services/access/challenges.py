@@ -25,9 +25,9 @@ from backend.models.access.proof import (
 )
 from backend.models.wireguard.keys import WireGuardKey
 
-# Of outstanding challenges, about 60 MB; and of remembered nonces.
+# The most outstanding challenges (about 60 MB), and the most remembered nonces.
 MOST_KEPT: Final = 100_000
-# From the earliest moment at which the clock lets a signature pass to a second after the last.
+# A signature is accepted WINDOW_SECONDS before and after its timestamp; one second more than that.
 _NONCE_SECONDS: Final = 2 * WINDOW_SECONDS + 1
 
 _Value = TypeVar("_Value")
@@ -35,7 +35,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The two proofs that a request carries, and what they are about."""
+    """The two proofs that a request carries, and the request that they sign."""
 
     identity: IdentityProof
     wireguard: WireGuardProof
@@ -88,10 +88,10 @@ class _Expiring(Generic[_Value]):
 class WireGuardChallenges:
     """The challenges that wait for their answer: in memory, each for one key, one try and 60 seconds."""
 
-    # No node is refused for want of room: the oldest challenge goes. To push out an honest node's challenge,
-    # an attacker with a token has to be given as many as there is room for in the round trip until it is
-    # answered. Making those takes a core ten seconds, and that node need only ask again. A limit for each
-    # WireGuard key would help the attacker, who could use up another node's: public keys are public.
+    # When there are too many, the oldest challenge is dropped and no node is refused. To push out an honest
+    # node's challenge, an attacker with a token has to be given MOST_KEPT challenges before the node answers
+    # its own. Making those takes a core ten seconds, and the node need only ask again. A limit for each
+    # WireGuard key would help an attacker, who could use up another node's: public keys are public.
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, limit: int = MOST_KEPT) -> None:
         self._outstanding = _Expiring[ExpectedAnswer](CHALLENGE_SECONDS, limit, clock)
@@ -141,7 +141,7 @@ class ProofVerifier:
         answer, request = proof.wireguard, proof.request
         self.challenges.redeem(answer.challenge_id, key, answer.mac, request.body_sha256)
         try:
-            # As costly as the signature: that the bytes are a point on the curve takes a power.
+            # As costly as the signature: a modular power shows whether the bytes are a point on the curve.
             identity = NodeIdentity.parse(public_key)
         except ValueError as exc:
             raise InvalidCredentialsError("public_key", str(exc)) from None

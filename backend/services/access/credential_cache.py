@@ -1,4 +1,4 @@
-"""Every credential in memory, as the records have them."""
+"""Keeps a copy of all recorded credentials in memory, so that a request is authenticated without I/O."""
 
 import asyncio
 import time
@@ -17,8 +17,7 @@ INTERVAL_SECONDS: Final = 0.1
 class CredentialCache:
     """The recorded credentials by their ID. `get` may be called by many threads, `find` by one event loop.
 
-    The command line writes the records too. What it did is known here after the next `refresh`, and a new
-    credential as soon as it is looked for.
+    The command line writes credentials, too. The next `refresh` loads them; `find` loads a new one at once.
     """
 
     def __init__(self, store: AccessStore, uses: TokenUses) -> None:

@@ -1,4 +1,4 @@
-"""Counts the requests that came too often (429): a line of the log, and no rows of the audit log."""
+"""Counts requests over a rate limit (429): they are logged in one line, not as rows of the audit log."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""How many uses of each enrolment token are known in this process."""
+"""Counts the uses of enrolment tokens in memory, so that a used-up token costs the records no query."""
 
 from collections.abc import Iterable
 from threading import Lock
@@ -9,8 +9,8 @@ from backend.models.access.credentials import Credential
 class TokenUses:
     """Counts the granted uses of tokens. May be used by many threads.
 
-    The records decide whether a use is left, in the transaction that adds the peer. The count here spares
-    them the question for a token that has none left.
+    The records decide whether a use is left, in the transaction that adds the peer. The count here refuses a
+    used-up token earlier.
     """
 
     def __init__(self) -> None:

@@ -31,12 +31,12 @@ from backend.services.peer_directory import PeerDirectory
 
 log = logging.getLogger(__name__)
 
-# From when on a batch under way says that something is wrong: seconds.
+# A batch that takes longer makes `/readyz` red: seconds.
 _LONG_BATCH_SECONDS: Final = 5.0
-# How long a workflow waits for more work before it ends, and how long it may go on: seconds.
+# A burst ends when no change comes for the first, and at the latest after the second: seconds.
 _LINGER_SECONDS: Final = 0.05
 _LONGEST_BURST_SECONDS: Final = 2.0
-# How long a stop waits for what was accepted: seconds.
+# A stop waits so long for changes that were accepted: seconds.
 _STOP_SECONDS: Final = 10.0
 _UNFORESEEN: Final = "the change failed in an unforeseen way; see the service's log"
 
@@ -66,11 +66,11 @@ class Agent:
         self._history = history
         self._run = run
         self._thread = Thread(target=self._work, name="hub-agent", daemon=True)
-        # What loops.py asks for, each with the future that it waits for.
+        # Work that loops.py hands over by `call`, with the future that the caller waits for.
         self._tasks: deque[tuple[Callable[[], object], Future[object]]] = deque()
-        # Whether a batch was applied since the last look.
+        # Whether a batch was applied since the last `maintain`.
         self._busy = False
-        # Whether the last batch failed: the next one writes nothing before its file can be written.
+        # Whether the last batch failed: the next one checks that the file can be replaced before it commits.
         self._cautious = False
         # The reason for the last refusal, so that a cause is logged once.
         self._refused: str | None = None
@@ -79,9 +79,9 @@ class Agent:
         self._batch_since: float | None = None
 
     def start(self, launch: Callable[[], None] = lambda: None) -> None:
-        """Fill memory from the records, bring the hub up to them once, and begin to take changes.
+        """Load the records, reconcile once, and begin to take changes.
 
-        `launch` is called meanwhile: it takes as long as `wg` with many peers, and neither needs the other.
+        `launch` runs at the same time as the reconciliation, because both take long and are independent.
         """
         state = self._writer.load()
         if self._history.compare(state):
@@ -99,21 +99,21 @@ class Agent:
         self._thread.start()
 
     def stop(self) -> None:
-        """Commit and apply what is still waiting, and take nothing more.
+        """Take no more changes; commit and apply those that wait.
 
-        What can't be applied in time is taken up by the next start, as after a crash.
+        The next start applies what was committed and not applied in time, as after a crash.
         """
         self._writer.close()
         if self._thread.is_alive():
             self._thread.join(_STOP_SECONDS)
         while self._tasks:
             self._tasks.popleft()[1].cancel()
-        # Taken away from the agent's thread, which may still be looking them up.
+        # Taken from the agent's thread, which may still look them up: each change ends once.
         changes, self._writer.doubtful = self._writer.doubtful, ()
         self._end(changes, OutcomeUnknownError("the service has stopped; ask again later"))
 
     def call(self, task: Callable[[], object]) -> None:
-        """Have the agent's thread do something between two batches, and wait for it; raise what it raises."""
+        """Run a task in the agent's thread, between two batches; wait for its end and raise its error."""
         done: Future[object] = Future()
         self._tasks.append((task, done))
         self._writer.wake()
@@ -121,11 +121,14 @@ class Agent:
             done.result()
 
     def maintain(self) -> None:
-        """See that file and interface are as the records want them, and carry out an operator's decision."""
+        """Resolve changes in doubt, carry out an operator's decision, reconcile after drift or an edit.
+
+        A loop calls this each second.
+        """
         self.call(self._maintain)
 
     def check(self) -> None:
-        """Raise the ProvisioningError for which changes would wait already."""
+        """Raise the ProvisioningError that a change would meet now."""
         if self._overtaken is not None:
             raise self._overtaken
         since = self._batch_since
@@ -171,7 +174,7 @@ class Agent:
             )
 
     def _require_certainty(self) -> None:
-        """Raise what keeps every change from being committed, if it is still so."""
+        """Resolve changes in doubt; raise the ProvisioningError that keeps all others from a commit."""
         if self._overtaken is not None:
             raise self._overtaken
         if self._writer.doubtful:
@@ -184,9 +187,9 @@ class Agent:
         ]
 
     def _burst(self, changes: list[Change]) -> None:
-        """Commit and apply batches for as long as the next one is there when the last one is done.
+        """Commit and apply batches until none is queued for a moment, or the burst is at its longest.
 
-        A burst shares what it costs to begin and end a workflow. No batch waits for another.
+        All batches of a burst run in one workflow, whose cost they share.
         """
         until = time.monotonic() + _LONGEST_BURST_SECONDS
         with self._writer.working():
@@ -218,7 +221,7 @@ class Agent:
             self._batch_since = None
 
     def _prepare(self, changes: list[Change]) -> PreparedChanges | None:
-        """Refuse what can't be applied, and write the file for the rest; None where nothing is left."""
+        """Refuse changes that can't be applied; write the file for the rest. None if none is left."""
         self._reconciler.refresh()
         self._writer.require_records()
         self._require_reconciled()
@@ -287,10 +290,10 @@ class Agent:
             change.applied.set_result(None)
 
     def _resolve_doubt(self) -> None:
-        """Find out from the records what became of the changes in doubt, and bring the hub up to them.
+        """Read from the records whether the changes in doubt were committed, and reconcile.
 
-        No change ends before both have succeeded: until then neither answer would be true. Raises what
-        stands in the way.
+        No change ends before both have succeeded: until then neither success nor failure would be true.
+        Raises ProvisioningError where that isn't possible yet.
         """
         state = self._writer.look_up()
         self._reconciler.set_desired(state.peers)
@@ -310,7 +313,7 @@ class Agent:
         if self._overtaken is not None:
             return
         try:
-            # The records may be another process's by now: asked before the hub is made equal to them.
+            # Checked first: another process may have the records now, and its peers don't belong on this hub.
             self._writer.require_records()
             if self._writer.doubtful:
                 self._resolve_doubt()
@@ -320,9 +323,9 @@ class Agent:
             if self._writer.doubtful:
                 return
         self._reconciler.remove_leftovers()
-        with suppress(HubUpdateError):  # reconcile_if_needed() meets it too, and it is logged there once
+        with suppress(HubUpdateError):  # reconcile_if_needed() meets it too, and logs it once
             self._reconciler.refresh()
-        with suppress(RecordsUnavailableError, HubUpdateError):  # later, then
+        with suppress(RecordsUnavailableError, HubUpdateError):  # the next call tries again
             self._follow_decision()
         if self._reconciler.reconcile_if_needed(idle=idle):
             self._observe()
@@ -333,7 +336,7 @@ class Agent:
         """Carry out what an operator has decided about peers that the records don't know."""
         if not self._history.follow_decision(self._writer.generation):
             return
-        # They were handed over before the pause was seen.
+        # These changes were queued before the pause was known.
         self._end(self._writer.drain(), self._paused())
         state = self._writer.load()
         self._directory.load(state.peers)
@@ -341,7 +344,7 @@ class Agent:
         self._history.end_pause()
 
     def _require_reconciled(self) -> None:
-        """Raise HubUpdateError where the hub is not as the records want it, and can't be brought there."""
+        """Raise HubUpdateError where the hub doesn't equal the records, and a reconciliation fails."""
         if self._reconciler.paused:
             raise self._paused()
         if self._reconciler.problem is not None:
@@ -366,7 +369,7 @@ class Agent:
         self._end(changes, error)
 
     def _log_refusal(self, error: ProvisioningError, changes: int) -> None:
-        """Log a cause once, however many changes it refuses, and not what the log has already."""
+        """Log a cause once, however many changes it refuses; leave out a cause that is logged elsewhere."""
         reason = str(error)
         known = {self._refused, self._reconciler.problem}
         if not isinstance(error, RecordsUnavailableError) and reason not in known:

@@ -17,8 +17,8 @@ from backend.services.wireguard_config_manager import WireGuardConfigManager
 
 log = logging.getLogger(__name__)
 
-# How often the whole interface is compared with the whole file, whatever the load: seconds. With a burst of
-# batches, which is not interrupted for it, that is never later than ten.
+# The whole interface is compared with the whole file so often: seconds. With a burst of batches, which it
+# has to wait for, that is ten seconds at the latest.
 _VERIFY_INTERVAL_SECONDS: Final = 8.0
 # A comparison takes at most this share of the time.
 _VERIFY_SHARE: Final = 0.1
@@ -41,7 +41,7 @@ class InterfaceSync:
         self._changed_since = False
 
     def require_full_sync(self) -> None:
-        """Have the next `finish` tell the interface everything."""
+        """Make the next `finish` run `wg syncconf` with the whole file."""
         self._confirmed = None
 
     def require(self) -> None:
@@ -77,7 +77,7 @@ class InterfaceSync:
         return state
 
     def start(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], bool]:
-        """Start `wg set` for these changes, where they are all that the interface lacks.
+        """Start `wg set` for these changes, unless a full sync is needed anyway.
 
         It runs while the directory is synced. Returns a function that waits for it, and then returns False
         where a full sync is still needed.
@@ -95,9 +95,9 @@ class InterfaceSync:
         return partial(_told, end)
 
     def finish(self, *, told: bool, inspected: bool = False) -> None:
-        """Tell the interface everything, unless it is known to equal the file by now; raise HubUpdateError.
+        """Run `wg syncconf`, unless the interface is known to equal the file; raise HubUpdateError.
 
-        `told` says that `start` has told it what was changed, `inspected` that `inspect` was called just now.
+        `told` says that `wg set` of `start` succeeded, `inspected` that `inspect` was called just now.
         """
         if not self._hub.live:
             return
@@ -114,9 +114,10 @@ class InterfaceSync:
         self._confirmed = present
 
     def find_drift(self, *, idle: bool) -> Drift | None:
-        """Return how the interface differs from the file; None where it is new, or was told another file.
+        """Return how the interface differs from the file; None where a full sync is needed anyway.
 
-        What was confirmed is compared again when it is due, sooner where the service is `idle`.
+        That is a new interface, or an edit of the operator's part. The comparison is made when it is due,
+        sooner when the service is `idle`; an empty Drift is returned in between.
         """
         if not self._hub.live:
             return Drift()

@@ -36,9 +36,9 @@ class PreparedChanges:
 
 
 class Reconciler:
-    """Keeps file and interface equal to the desired peers.
+    """Keeps file and interface equal to the desired peers, which are the peers of the records.
 
-    These are the ones of the records: file and interface may lag behind them, they never lead.
+    File and interface may lag behind the records; they never lead.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Reconciler:
         notice: Callable[[AuditAction, str | None], None] = lambda _action, _reason: None,
         guard: RemovalGuard | None = None,
     ) -> None:
-        """Do nothing yet. `notice` writes a row of the audit log."""
+        """Read nothing yet. `notice` writes a row of the audit log."""
         self._notice = notice
         self._config = config
         self._operator_peers = operator_peers
@@ -80,7 +80,7 @@ class Reconciler:
         with self._lock:
             self._desired = {peer.node_id: PeerBlock.of(peer) for peer in peers}
             self._interface.require_full_sync()
-            # Known before the first request, whatever becomes of the reconciliation.
+            # The operator's addresses have to be known before the first request, even if reconciling fails.
             self._note_operators_part()
 
     def reconcile(self) -> str | None:
@@ -122,11 +122,11 @@ class Reconciler:
     def apply(self, prepared: PreparedChanges) -> str | None:
         """Bring changes to file and interface, all of them or none; return why it failed, or None.
 
-        What the disk refuses never reaches the interface.
+        The file is replaced first, so a failure of the disk never reaches the interface.
         """
         with self._lock:
             try:
-                # Asked before the file is touched, or it would be written twice for nothing.
+                # Checked before the file is replaced: without an interface it would have to be put back.
                 self._interface.require()
                 replaced = self._config.put_in_place(prepared.staged)
             except HubUpdateError as exc:
@@ -148,7 +148,7 @@ class Reconciler:
             self._note_operators_part()
 
     def remove_leftovers(self) -> None:
-        """Delete temporary files that could not be deleted in their time. Only while nothing is prepared."""
+        """Delete temporary files that an earlier failure left. Only while nothing is prepared."""
         with suppress(HubUpdateError):
             self._config.remove_stale_temporaries()
 
@@ -208,7 +208,7 @@ class Reconciler:
             log.warning("unknown_peers_removed", extra={"peers": unknown})
         replaced = self._config.put_in_place(self._config.stage(self._desired.values()))
         if unseen is not None:
-            # The file is right all the same: the hub boots from it.
+            # Raised after the file was written, because the hub boots from it.
             raise unseen
         self._apply_to_interface((), replaced=replaced, inspected=actual is not None)
 

@@ -1,7 +1,7 @@
 """Keeps a reconciliation from taking many peers off the hub that the records have never known.
 
 Records that were lost, restored from a backup or left behind by a failover look like records from which
-peers were removed. What was removed on the record is known: the records keep a removed peer's key.
+peers were removed. A tombstone tells the difference: the records keep the key of each peer that they removed.
 """
 
 import hashlib
@@ -46,12 +46,12 @@ def find_peers(
 
 
 def fingerprint(unknown: Iterable[HubPeer]) -> str:
-    """Return what tells one set of unknown peers from another, so that no decision is about others."""
+    """Return a hash of these peers' keys: a decision is carried out only for the peers that were shown."""
     return hashlib.sha256(" ".join(sorted(peer.public_key for peer in unknown)).encode()).hexdigest()
 
 
 def is_many(unknown: int, present: int) -> bool:
-    """Say whether it is for an operator to decide to remove so many of the peers that are present."""
+    """Say whether an operator has to decide about removing so many of the peers that are present."""
     return unknown > _MOST and unknown > _LARGEST_SHARE * present
 
 
@@ -68,7 +68,7 @@ def stepped_back(state: RecordedState, mark: Mark, hash_at_mark: str | None) -> 
         )
     another = hash_at_mark not in {mark.audit_hash, PRUNED}
     if hash_at_mark is None:
-        # The log alone is older where the last that was lost were revocations, say; not behind later changes.
+        # Without a later generation the log alone may be older, as when only revocations were lost.
         another = mark.audit_sequence > 0 and state.generation > mark.generation
     if another:
         return (
@@ -95,7 +95,7 @@ class RemovalGuard:
         return self._many or self._stepped_back is not None
 
     def hold(self, reason: str) -> None:
-        """Let nothing go on before `release`: the records are older than the hub."""
+        """Pause until `release`: the records are older than the hub."""
         self._stepped_back = reason
 
     def release(self) -> None:
@@ -105,8 +105,8 @@ class RemovalGuard:
     def unknown(self, found: Sequence[HubPeer], recorded_keys: Collection[str]) -> list[HubPeer]:
         """Return our peers on the hub that the records have never known.
 
-        Where the records have stepped back, the hub was rid of all that they know as removed: what it has
-        again has come back since.
+        Where the records are older than the hub, their tombstones don't count: the hub had removed those
+        peers, so one that it has again was added since.
         """
         unknown = [peer for peer in found if peer.public_key not in recorded_keys]
         if not unknown or self._stepped_back is not None:

@@ -22,7 +22,7 @@ from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.ports import Records
 
 MAX_BATCH: Final = 512
-# From when on records that do not answer leave the outcome of a change in doubt: seconds.
+# Records that don't answer for so many seconds leave the outcome of a change in doubt.
 _DOUBT_SECONDS: Final = 2.0
 _LOOKED_UP: Final = "the outcome of an earlier change is still being looked up"
 
@@ -37,10 +37,11 @@ class Writer:
         self._records = records
         self._guard = guard
         self._queue: SimpleQueue[Change | None] = SimpleQueue()
-        # Guards _open, so that no change is queued behind the end of the queue.
+        # Guards _open, so that no change is queued after `close`.
         self._lock = Lock()
         self._open = False
-        # The newest desired state, how far the hub has come, and how far the records know of that.
+        # The newest generation; the one that the hub has reached; and the one that the records have as
+        # observed_generation.
         self.generation = 0
         self.observed = 0
         self._noted = 0
@@ -64,7 +65,7 @@ class Writer:
     def submit(self, change: Change) -> None:
         """Queue a change; raise HubUpdateError or RecordsUnavailableError where none can be taken."""
         if self._guard.pause is not None:
-            # Not even for a moment: it would hold a name or an address that an adopted peer has.
+            # Refused at once: a queued change would hold a name or an address that an adopted peer may have.
             raise PausedError(*self._guard.pause.args)
         if self.doubtful:
             raise RecordsUnavailableError(f"{_LOOKED_UP}; nothing was changed, try again in a moment")
@@ -93,7 +94,7 @@ class Writer:
         return not self._open and self._queue.empty()
 
     def take(self, patience: float | None) -> list[Change]:
-        """Wait for changes, at most so many seconds; return all that are queued, none after `wake`."""
+        """Wait for a change, at most `patience` seconds; return all that are queued, none after `wake`."""
         changes: list[Change] = []
         with suppress(Empty):
             change = self._queue.get(timeout=patience)
@@ -122,7 +123,7 @@ class Writer:
         self.generation, self._noted = generation, self.observed
 
     def compensate(self, changes: Sequence[Change], reason: str) -> None:
-        """Take the newest generation back, which could not be applied."""
+        """Undo the newest generation, which could not be applied."""
         with self.waiting():
             self._records.compensate(self.generation, changes, reason)
 
@@ -134,7 +135,7 @@ class Writer:
             self._noted = self.observed
 
     def require_records(self) -> None:
-        """Raise RecordsUnavailableError unless the records answer, OvertakenError where another has them."""
+        """Raise RecordsUnavailableError unless the records answer; OvertakenError if they are another's."""
         with self.waiting():
             self._records.check()
 
@@ -143,14 +144,14 @@ class Writer:
         self.require_records()
         before = self.generation
         state = self.load()
-        # The batch in doubt was the next generation, or was to be taken back from the newest one.
+        # The batch in doubt was to become the next generation, or the newest one was to be compensated.
         if state.generation not in {before, before + 1}:
             raise OvertakenError
         return state
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time in here as time that the agent waits for the records."""
+        """Measure the time in here: `in_doubt` is True when the records take too long."""
         self._waiting_since = time.monotonic()
         try:
             yield
@@ -159,7 +160,7 @@ class Writer:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Count the time in here, within `waiting`, as time that it doesn't."""
+        """Stop that measurement inside of `waiting`, while the agent doesn't wait for the records."""
         self._waiting_since = None
         try:
             yield
@@ -167,7 +168,7 @@ class Writer:
             self._waiting_since = time.monotonic()
 
     def in_doubt(self) -> bool:
-        """Whether the records don't say how the changes under way end. Costs nothing."""
+        """Whether the outcome of changes can't be known now: the records are slow, or lost an answer."""
         since = self._waiting_since
         return bool(self.doubtful) or (since is not None and time.monotonic() - since > _DOUBT_SECONDS)
 

@@ -1,4 +1,4 @@
-"""The endpoints of provisioning. Include `router` with prefix="/api/v1"."""
+"""The endpoints for peers, the pool and challenges. Include `router` with prefix="/api/v1"."""
 
 import asyncio
 import hashlib
@@ -48,7 +48,7 @@ router = APIRouter(
 
 
 class DuplicatePeer(BaseModel):
-    """What stands in the way, as far as the caller may know it."""
+    """The peer that has the node_id or the WireGuard key already, as far as the caller may see it."""
 
     message: str = Field(examples=["Peer swarm-node-001 is already provisioned"])
     existing_config: PeerConfiguration | dict[str, str] = Field(
@@ -65,7 +65,7 @@ class Conflict(BaseModel):
 
 
 class Deprovisioned(BaseModel):
-    """The peer is gone."""
+    """The peer was removed from records, file and interface."""
 
     status: Literal["success"] = "success"
     message: str = Field(examples=["Peer swarm-node-001 deprovisioned successfully"])
@@ -77,20 +77,20 @@ class PoolStats(BaseModel):
     total_addresses: int = Field(
         description="Usable ones: without network and broadcast address.", examples=[254]
     )
-    reserved_addresses: int = Field(description="The hub's, and those of hand-made peers.", examples=[1])
+    reserved_addresses: int = Field(description="The hub's, and those of operator's peers.", examples=[1])
     allocated_addresses: int = Field(examples=[1])
     available_addresses: int = Field(examples=[252])
     utilization_percent: int = Field(ge=0, le=100, examples=[0])
 
 
 class ChallengeRequest(StrictModel):
-    """Whose private half is to be proved."""
+    """The key that the node will prove to hold."""
 
     wireguard_public_key: WireGuardKey
 
 
 class ChallengeAnswer(BaseModel):
-    """What only the holder of the private half can answer, once, within `expires_in` seconds."""
+    """A challenge that only the holder of the private key can answer, once, within `expires_in` seconds."""
 
     challenge_id: str
     server_public_key: str = Field(description="An X25519 key made for this challenge, base64 of 32 bytes.")
@@ -117,7 +117,7 @@ _INVALID: dict[str, Any] = {
     "description": "The input can't be accepted; each entry says where and why.",
     "content": {
         "application/json": {
-            # FastAPI's own, which other operations get without asking.
+            # FastAPI's own schema, which it adds by itself to operations without an entry for 422.
             "schema": {"$ref": "#/components/schemas/HTTPValidationError"},
             "example": {
                 "detail": [
@@ -141,12 +141,12 @@ def _header(name: str, description: str, **schema: Any) -> dict[str, Any]:
     return {"name": name, "in": "header", "required": False, "schema": schema, "description": description}
 
 
-# Not parameters of the endpoint: FastAPI would take longer for one than for all of the body.
+# Documented here and not declared as parameters: FastAPI takes longer to read one than the whole body.
 _HEADERS: dict[str, Any] = {
     "parameters": [
         _header(
             "Idempotency-Key",
-            "Whoever sends the same body with the same key in 24 hours gets the first answer again. 1 to 255 "
+            "The same body with the same key gets the first answer again within 24 hours. 1 to 255 "
             "visible ASCII characters, new for each request.",
             minLength=1,
             maxLength=255,
@@ -161,7 +161,7 @@ _HEADERS: dict[str, Any] = {
 
 
 def _json(text: str | bytes) -> Response:
-    """Send JSON as it is: what a model would make of it is known, and is tested against the model."""
+    """Send text that is JSON already. A test compares it with the JSON of the response model."""
     return Response(text, media_type="application/json")
 
 
@@ -225,7 +225,7 @@ async def provision_peer(
     caller = await _proven(request, body, caller, service)
     keys = request.headers.getlist("idempotency-key")
     if keys:
-        # Several would be joined by a space, which no key has.
+        # Two headers are joined by a space, which no valid key contains, so `parse` refuses them.
         key = IdempotencyKey.parse(" ".join(keys), await request.body())
         return _json(await _provision_once(body, caller, service, key))
     change = await applied(lambda: service.provision(body, caller), service.in_doubt)
@@ -259,7 +259,7 @@ async def _proven(request: Request, body: ProvisioningRequest, caller: Caller, s
 
 
 def _only(request: Request, name: str) -> str | None:
-    """Return a header that is there once: of two, one would be checked and the other believed."""
+    """Return a header's value; None if it is missing, or ambiguous because it was sent twice."""
     values = request.headers.getlist(name)
     return values[0] if len(values) == 1 else None
 
@@ -325,5 +325,5 @@ async def deprovision_peer(node_id: str, caller: Operator, service: Service) -> 
 
 @router.get("/pool/stats", operation_id="get_pool_stats", summary="Show the pool's figures")
 async def get_pool_stats(_: Reader, service: Service) -> PoolStats:
-    """Return how many addresses there are, and what became of them."""
+    """Return how many addresses the pool has, and how many of them are reserved, allocated and available."""
     return PoolStats(**service.get_pool_stats())
