@@ -338,7 +338,7 @@ def test_a_change_that_is_looked_up_while_the_service_stops_ends_once(
     assert ends.all_once()
 
 
-def test_a_task_raises_what_it_raises_where_it_is_waited_for(world: World) -> None:
+def test_error_of_a_task_is_raised_in_its_caller(world: World) -> None:
     def fail() -> None:
         raise ZeroDivisionError
 

@@ -57,7 +57,7 @@ def test_header_of_the_admin_is_there_as_long_as_its_key_is_good(make_settings: 
     assert not header.exists()
 
 
-def test_what_was_noted_last_is_in_the_records_when_the_service_has_stopped(
+def test_last_audit_events_are_written_at_stop(
     make_settings: MakeSettings,
 ) -> None:
     settings = make_settings()

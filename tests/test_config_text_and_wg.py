@@ -214,7 +214,7 @@ def _texts(draw: st.DrawFn) -> bytes:
 
 @tried(150, HealthCheck.filter_too_much)
 @given(text=_texts())
-def test_what_we_accept_is_never_refused_by_wg(text: bytes, wg_accepts: Callable[[bytes], bool]) -> None:
+def test_accepted_file_is_never_refused_by_wg(text: bytes, wg_accepts: Callable[[bytes], bool]) -> None:
     try:
         stripped = parse(text).stripped
     except InvalidConfigError:
@@ -243,7 +243,7 @@ def test_line_that_we_accept_is_never_refused_by_wg(
 @given(text=_texts().filter(lambda text: b"managed peer" not in text))
 @example(text=OPERATORS)
 @example(text=MINIMAL + b"[Interface]=x\nAddress = 10.0.0.1/24\n")
-def test_what_we_accept_is_never_refused_after_wg_quick(
+def test_accepted_file_is_never_refused_after_wg_quick(
     text: bytes, wg_accepts: Callable[[bytes], bool], wg_quick_strip: Callable[[bytes], bytes]
 ) -> None:
     try:
@@ -280,7 +280,7 @@ def test_taking_apart_and_putting_together_changes_nothing_more(text: bytes, num
     position=st.none() | st.integers(0, 600),
     odd=_ODD_BYTES,
 )
-def test_blocks_that_are_taken_off_at_once_are_what_they_are_line_by_line(  # noqa: PLR0913, PLR0917 - each is drawn
+def test_fast_and_line_by_line_parsers_find_the_same_blocks(  # noqa: PLR0913, PLR0917 - each is drawn
     monkeypatch: pytest.MonkeyPatch,
     text: bytes,
     numbers: list[int],

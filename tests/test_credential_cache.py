@@ -81,7 +81,7 @@ def test_refresh_loads_the_credentials_only_where_there_are_others(world: GatedW
 
 
 def test_key_made_during_a_look_is_found_by_all_requests(world: GatedWorld) -> None:
-    """That look has missed it: whoever believed it would be refused with a good key."""
+    """The look began before the key was made, so its result must not refuse the key."""
     world.new_key()
     world.cache.refresh()
     before = world.gated.looks

@@ -111,7 +111,7 @@ def test_a_role_covers_the_ones_before_it() -> None:
     }
 
 
-def test_who_may_do_what() -> None:
+def test_each_role_has_its_permissions() -> None:
     may = {
         name: {permission.value for permission in Permission if credential.may(permission)}
         for name, credential in {"token": token(), **{role.value: key(role) for role in Role}}.items()

@@ -84,7 +84,7 @@ def test_records_step_back_by_generation_or_by_another_history() -> None:
     assert "row 3" in (stepped_back(RecordedState((), 8, 8), mark, "b" * 64) or "")
 
 
-def test_a_mark_whose_row_was_pruned_is_no_other_history() -> None:
+def test_pruned_row_of_the_mark_does_not_pause() -> None:
     mark = Mark(7, 3, "a" * 64)
     for generation in (7, 9):
         assert stepped_back(RecordedState((), generation, generation), mark, PRUNED) is None
@@ -161,7 +161,7 @@ def test_a_mark_that_cannot_be_read_is_said_and_stops_nothing(
 
 
 @pytest.mark.parametrize("what", ["pipe", "directory", "link", "huge"])
-def test_what_is_no_mark_at_all_is_said_and_keeps_nobody_waiting(
+def test_unreadable_mark_is_logged_and_does_not_block(
     tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     mark = HubMark(tmp_path / "wg0.conf")
@@ -183,7 +183,7 @@ def test_what_is_no_mark_at_all_is_said_and_keeps_nobody_waiting(
 def test_a_mark_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mark = HubMark(tmp_path / "wg0.conf")
     target = tmp_path / "target"
-    # A link leads to a file of somebody else's choice.
+    # A link could lead the service to write to any file.
     mark.path.symlink_to(target)
     with caplog.at_level(logging.WARNING):
         mark.write(Mark(1, 0, GENESIS))
@@ -192,7 +192,7 @@ def test_a_mark_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pyte
     assert not target.exists()
 
 
-def test_a_key_of_the_interface_that_is_none_of_a_node_is_not_adopted() -> None:
+def test_invalid_key_on_the_interface_is_not_adopted() -> None:
     zero = WireGuardKey("A" * 43 + "=")
     assert adopt([HubPeer(zero, None, ("10.0.0.2/32",))], ()).peers == []
 

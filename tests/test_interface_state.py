@@ -63,6 +63,6 @@ def test_no_secret_of_a_dump_is_shown() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a\tb\n", f"{SECRET}\t{HUB}\tport\toff\n"])
-def test_what_is_no_dump_is_refused(text: str) -> None:
+def test_invalid_dump_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".*"):
         InterfaceState.parse(text)

@@ -87,7 +87,7 @@ def test_an_interface_that_took_a_refused_peer_loses_it_again(world: World, fake
 
 
 @pytest.mark.parametrize("shared", ["key", "address"])
-def test_an_operators_peer_keeps_what_a_deleted_peer_of_ours_had_too(
+def test_removal_keeps_the_key_or_address_of_an_operators_peer(
     world: World, fake_hub: FakeHub, shared: str
 ) -> None:
     key = new_key()

@@ -1,4 +1,4 @@
-"""A key has one spelling, and one verdict: ours is `wg`'s, but for keys that are nobody's."""
+"""A key has one canonical spelling. We accept what `wg` accepts, except points of low order."""
 
 import base64
 import os

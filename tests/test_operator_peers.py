@@ -55,21 +55,21 @@ def test_a_key_of_theirs_in_another_spelling_is_shared_too(operator_peers: Opera
 
 
 @pytest.mark.parametrize("address", ["10.0.0.7", "10.0.0.12", "10.1.0.8"])
-def test_whatever_else_is_ours_alone(operator_peers: OperatorPeers, address: str) -> None:
+def test_other_addresses_are_not_shared(operator_peers: OperatorPeers, address: str) -> None:
     assert not operator_peers.hold(OURS)
     assert not operator_peers.share([peer("node-1", OURS, address)])
     assert not operator_peers.share([])
     assert operator_peers.conflict(peer("node-1", OURS, address)) is None
 
 
-def test_one_that_is_shared_among_many_is_enough(operator_peers: OperatorPeers) -> None:
+def test_one_shared_peer_among_many_is_found(operator_peers: OperatorPeers) -> None:
     many = [peer(f"node-{last}", new_key(), f"10.0.0.{last}") for last in range(20, 30)]
     assert not operator_peers.share(many)
     assert operator_peers.share([*many, peer("node-1", THEIRS, "10.0.0.30")])
     assert operator_peers.share([*many, peer("node-1", OURS, "10.0.0.9")])
 
 
-def test_their_addresses_are_handed_out_to_nobody_until_they_go(
+def test_addresses_of_operators_peers_are_free_only_when_these_are_gone(
     operator_peers: OperatorPeers, pool: IPPoolManager
 ) -> None:
     given = {pool.allocate_ip(f"node-{number}") for number in range(8)}

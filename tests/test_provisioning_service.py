@@ -177,7 +177,7 @@ def test_two_requests_for_one_node_at_once_get_one_address(make_world: Worlds) -
         assert refused.value.existing_config == config.model_dump(mode="json")
 
 
-def test_a_request_behind_one_that_fails_gets_its_own_chance(make_world: Worlds, fake_hub: FakeHub) -> None:
+def test_batch_after_a_failed_one_succeeds(make_world: Worlds, fake_hub: FakeHub) -> None:
     world = make_world(records := GatedRecords())
     key = new_key()
     first = world.submit(request("node-1", key))
@@ -190,7 +190,7 @@ def test_a_request_behind_one_that_fails_gets_its_own_chance(make_world: Worlds,
     assert second.result(WAIT).node_id == "node-2"
 
 
-def test_a_node_that_comes_while_it_is_being_removed_comes_afterwards(make_world: Worlds) -> None:
+def test_provision_during_the_removal_of_the_node_happens_after_it(make_world: Worlds) -> None:
     world = make_world(records := GatedRecords(is_open=True))
     body = request("node-1")
     world.service.provision_peer(body, WAIT)

@@ -139,7 +139,7 @@ def test_a_full_disk_turns_readiness_red_before_any_request_meets_it(
     assert list(world.path.parent.glob("*.tmp")) == []
 
 
-def test_records_that_do_not_say_which_peers_were_removed_stop_a_reconciliation_and_no_more(
+def test_records_that_cannot_be_read_for_removed_keys_stop_the_reconciliation(
     tmp_path: Path,
 ) -> None:
     answers = False

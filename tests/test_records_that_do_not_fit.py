@@ -175,9 +175,7 @@ def test_decision_whose_commit_failed_does_not_end_the_pause(
     assert len(addresses(world)) == 2
 
 
-def test_a_decision_that_nothing_waits_for_is_forgotten(
-    fake_hub: FakeHub, eight: tuple[World, FlakyRecords]
-) -> None:
+def test_decision_without_a_pause_is_deleted(fake_hub: FakeHub, eight: tuple[World, FlakyRecords]) -> None:
     """Otherwise it would be carried out at the next pause, which it was not made for."""
     world, records = eight
     before, text, table = addresses(world), world.text, dict(fake_hub.table)
@@ -189,7 +187,7 @@ def test_a_decision_that_nothing_waits_for_is_forgotten(
 
 
 @pytest.mark.parametrize("unknown", [5, 6])
-def test_blocks_of_ours_that_nothing_knows_are_removed_where_they_are_few(
+def test_few_unknown_blocks_are_removed(
     fake_hub: FakeHub, eight: tuple[World, FlakyRecords], unknown: int
 ) -> None:
     world, _ = eight
@@ -215,7 +213,7 @@ def test_blocks_of_ours_that_nothing_knows_are_removed_where_they_are_few(
     world.provision("node-9")
 
 
-def test_an_adopted_peer_is_told_to_a_token_only_with_proofs_which_fill_its_record_in(
+def test_token_sees_an_adopted_peer_only_with_proofs_which_complete_its_record(
     make_world: Worlds, eight: tuple[World, FlakyRecords]
 ) -> None:
     first, _ = eight

@@ -131,7 +131,7 @@ def test_make_run_after_make_test_installs_nothing(checkout: Checkout) -> None:
         assert checkout.make(target) == []
 
 
-def test_each_installs_anew_what_has_changed(checkout: Checkout) -> None:
+def test_changed_requirements_are_installed_again(checkout: Checkout) -> None:
     assert (checkout.make("run"), checkout.make("unit")) == ([RUNS], [TESTS])
     checkout.change(RUNS)
     assert (checkout.make("unit"), checkout.make("run"), checkout.make("run")) == ([], [RUNS], [])

@@ -21,7 +21,7 @@ from tests.harness.access import Access
 from tests.harness.fakes import FakeAccessStore
 
 OPEN: Final = "open"
-# Whoever adds an endpoint, or opens one to more callers, writes it down here.
+# A new endpoint, and a change of its permission, needs its line here.
 PERMISSIONS: Final = {
     "GET /healthz": OPEN,
     "HEAD /healthz": OPEN,

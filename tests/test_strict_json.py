@@ -26,7 +26,7 @@ def nested(levels: int) -> bytes:
     return opening + b"1" + closing
 
 
-def test_what_a_node_sends_is_read_as_json_is() -> None:
+def test_provision_body_is_read_as_the_json_module_reads_it() -> None:
     body = json.dumps(provision_body("node-1", metadata={"a": [1.5, -2, True, None, "\u2713"]})).encode()
     assert loads(body) == json.loads(body)
 
@@ -43,7 +43,7 @@ def test_what_a_node_sends_is_read_as_json_is() -> None:
         (b"1e300", 1e300),
     ],
 )
-def test_a_whole_number_is_one_however_it_is_written(text: bytes, value: float) -> None:
+def test_exact_whole_number_may_be_written_as_a_float(text: bytes, value: float) -> None:
     found = loads(b'{"a": %s}' % text)["a"]
     assert found == value
     assert type(found) is type(value)
@@ -81,7 +81,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("body", "sentence"), REFUSED, ids=[repr(body[:20]) for body, _ in REFUSED])
-def test_what_has_no_one_reading_is_refused(body: bytes, sentence: str) -> None:
+def test_ambiguous_or_unbounded_json_is_refused(body: bytes, sentence: str) -> None:
     assert refusal(body) == sentence
 
 
@@ -100,7 +100,7 @@ def test_what_has_no_one_reading_is_refused(body: bytes, sentence: str) -> None:
         b' \n"x"\t',
     ],
 )
-def test_what_only_looks_like_it_is_taken(body: bytes) -> None:
+def test_json_at_the_limits_is_accepted(body: bytes) -> None:
     assert loads(body) == json.loads(body)
 
 

@@ -136,7 +136,7 @@ def test_below_a_sticky_directory_only_the_owner_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("as_root")
-def test_a_link_is_followed_and_what_it_lies_in_counts(tmp_path: Path) -> None:
+def test_link_and_its_directories_are_checked(tmp_path: Path) -> None:
     good, bad = made(tmp_path / "good", 0o700), made(tmp_path / "bad", 0o777)
     (tmp_path / "to-bad").symlink_to(bad)
     (bad / "to-good").symlink_to(good)

@@ -86,7 +86,7 @@ def test_stripped_text_is_the_one_that_strip_makes_of_the_file(
     assert manager.parsed.blocks == tuple(peers)
 
 
-def test_first_look_is_taken_when_somebody_asks(config: Path, manager: WireGuardConfigManager) -> None:
+def test_file_is_read_at_first_use(config: Path, manager: WireGuardConfigManager) -> None:
     assert manager.path == config
     assert manager.interface == "wg0"
     assert manager.parsed.hub_public_key == HUB
@@ -242,7 +242,7 @@ def test_owner_and_mode_stay(config: Path, manager: WireGuardConfigManager, mode
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
-def test_new_file_is_nobody_elses_before_it_is_the_file(
+def test_temporary_file_is_private_before_the_rename(
     config: Path, manager: WireGuardConfigManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[int] = []

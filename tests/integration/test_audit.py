@@ -295,7 +295,7 @@ def test_failed_changes_are_logged_as_reverted(service: ServiceProcess, wg: Fail
         entry for entry in entries if entry["request_id"] == "stuck" and entry["outcome"] == "refused"
     ]
     assert told(stuck)[:4] == ("deprovision", "refused", "local", "node-1")
-    # Whoever reads what was accepted and not taken back knows who is in.
+    # The accepted and not reverted rows tell which peers there are.
     standing: set[str] = set()
     for entry in reversed(entries):
         if (entry["action"], entry["outcome"]) == ("provision", "accepted"):

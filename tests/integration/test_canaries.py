@@ -105,7 +105,7 @@ def made_by_command(canaries: Canaries, directory: Path, settings: dict[str, obj
 
 
 def run_command(canaries: Canaries, directory: Path, settings: dict[str, object], *arguments: str) -> int:
-    """Run a command whose output nobody needs to keep to themselves."""
+    """Run a command whose output must hold no secret."""
     done = invoke(*arguments, directory=directory, settings=settings)
     canaries.hear(f"output of {arguments[:2]}", done.stdout + done.stderr)
     return done.returncode

@@ -277,7 +277,7 @@ class Malicious:
 
 
 def plant(url: str, made: Path, **values: object) -> str:
-    """Write a workflow with pickled inputs into DBOS's tables, as whoever may INSERT there can."""
+    """Write a workflow with pickled inputs into DBOS's tables, as any role with INSERT on them can."""
     row = {
         "workflow_uuid": f"planted-{made.name}",
         "name": "commit_burst",

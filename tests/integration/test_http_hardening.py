@@ -69,7 +69,7 @@ def test_a_request_that_dribbles_in_is_cut_off(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_what_is_said_to_who_dribbles(server: Server) -> None:
+def test_incomplete_request_gets_408_with_a_reason(server: Server) -> None:
     with server.connect() as client:
         client.send(b"GET")
         status, body = client.answer()
@@ -93,7 +93,7 @@ def test_a_connection_may_rest_between_two_requests(server: Server) -> None:
             time.sleep(0.7)
 
 
-def test_what_is_sent_ahead_waits_for_the_answer_before_it(
+def test_pipelined_request_waits_for_the_earlier_answer(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Long enough for a busy machine, and shorter than an answer takes.
@@ -216,7 +216,7 @@ def test_a_head_that_is_too_large_is_refused(server: Server, pieces: list[bytes]
     assert len(server.app.state.seen) <= (1 if pieces is HUGE["the second of two"] else 0)
 
 
-def test_what_is_said_of_a_head_that_is_too_large(server: Server) -> None:
+def test_too_large_head_gets_431_with_a_reason(server: Server) -> None:
     with server.connect() as client:
         client.send(b"GET /" + b"x" * MAX_HEAD_BYTES)
         status, body = client.answer()
@@ -249,15 +249,15 @@ def test_trailers_are_no_headers(server: Server) -> None:
 
 
 @pytest.mark.parametrize("noise", [b"X-%d: %b\r\n", b"1;%d=%b"])
-def test_what_is_neither_head_nor_body_does_not_grow_for_ever(server: Server, noise: bytes) -> None:
+def test_bytes_outside_head_and_body_are_bounded(server: Server, noise: bytes) -> None:
     with server.connect() as client:
         client.send(CHUNKED + chunk(b"{}") + (b"0\r\n" if noise.startswith(b"X") else b""))
         with pytest.raises(ConnectionError):
             client.send_slowly(noise % (number, b"x" * 1000) for number in range(1000))
 
 
-def test_who_is_gone_before_it_is_looked_at_is_not_heard(server: Server) -> None:
-    """The kernel doesn't say any more who it was: what it sent could pass for a UNIX socket's."""
+def test_request_of_a_client_that_disconnected_before_accept_is_dropped(server: Server) -> None:
+    """After a reset the kernel gives no address any more, so the request would look like a UNIX socket's."""
     with server.connect() as first:
         first.send(get("/block"))
         assert server.app.state.blocked.wait(20)

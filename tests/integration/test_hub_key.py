@@ -159,7 +159,7 @@ def test_new_key_is_refused_by_the_records_of_the_command_line(
     assert (status, "with a new key" in said) == (0, True)
 
 
-def test_two_ways_to_a_key_are_one_too_many(hub_interface: HubInterface, tmp_path: Path) -> None:
+def test_two_options_for_the_key_are_refused(hub_interface: HubInterface, tmp_path: Path) -> None:
     status, _, said = command(hub_interface, tmp_path, "init", "--recover", "--new-key")
     assert (status, "leave one of them out" in said) == (1, True)
 

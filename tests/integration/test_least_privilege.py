@@ -35,7 +35,7 @@ def privileges(user: int, *names: str) -> list[str]:
 
 
 class Confined(LocalHost):
-    """A host as somebody with few privileges has it."""
+    """A host on which the service runs with few privileges."""
 
     def __init__(self, host: Host, prefix: Sequence[str]) -> None:
         self.name = host.name

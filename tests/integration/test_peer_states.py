@@ -102,7 +102,7 @@ def test_a_removed_peer_keeps_name_key_and_address_until_the_hub_is_known_to_be_
 
 
 @pytest.mark.parametrize("restarted", [False, True])
-def test_what_a_removed_peer_had_can_be_had_again_in_the_very_next_commit(
+def test_name_key_and_address_of_a_removed_peer_are_free_in_the_next_commit(
     records: SqlRecords, database: Database, peer: Peer, restarted: bool
 ) -> None:
     records.commit(2, 1, [removing(peer)])
@@ -114,9 +114,7 @@ def test_what_a_removed_peer_had_can_be_had_again_in_the_very_next_commit(
     assert states(database) == dict.fromkeys(["node-1", "node-11", "node-12"], PENDING)
 
 
-def test_what_a_removed_peer_had_can_be_had_again_after_a_hub_that_was_behind(
-    records: SqlRecords, peer: Peer
-) -> None:
+def test_name_key_and_address_are_free_after_a_hub_that_was_behind(records: SqlRecords, peer: Peer) -> None:
     """As at a start that could not bring the hub up to the records."""
     records.commit(2, 1, [removing(peer)])
     records.commit(3, 1, [])
@@ -125,7 +123,7 @@ def test_what_a_removed_peer_had_can_be_had_again_after_a_hub_that_was_behind(
     assert refusals(changes) == [type(None)] * 3
 
 
-def test_what_a_removed_peer_had_can_be_had_again_after_a_commit_without_an_answer(
+def test_name_key_and_address_are_free_after_a_commit_without_an_answer(
     records: SqlRecords, database: Database, peer: Peer
 ) -> None:
     def lose_the_answer(connection: sa.Connection) -> None:

@@ -156,7 +156,7 @@ def test_a_commit_that_fails_in_the_middle_leaves_nothing_of_itself(
     assert answered(store, 0, 1, 9) == [False, True, False]
 
 
-def test_a_token_that_is_short_refuses_the_last_who_came_and_leaves_them_out(
+def test_token_without_enough_uses_refuses_the_last_changes_of_the_batch(
     records: SqlRecords, store: SqlAccessStore
 ) -> None:
     scarce, plenty = make_token(store, max_uses=2), make_token(store, max_uses=9)
@@ -179,7 +179,7 @@ def signed(number: int, nonce: str, token: str | None = None) -> Change:
     return change
 
 
-def test_a_nonce_that_was_used_before_lets_nobody_in_and_costs_no_use(
+def test_used_nonce_refuses_the_change_and_costs_no_token_use(
     records: SqlRecords, store: SqlAccessStore
 ) -> None:
     token = make_token(store, max_uses=9)
@@ -218,7 +218,7 @@ def test_a_commit_that_fails_in_the_middle_uses_no_nonce_up(
 
 
 @pytest.mark.parametrize("end", ["revoked", "expired", "unknown"])
-def test_a_token_that_is_over_by_the_time_of_the_commit_lets_nobody_in(
+def test_token_that_ends_before_the_commit_refuses_the_change(
     records: SqlRecords, database: Database, store: SqlAccessStore, end: str
 ) -> None:
     token = make_token(store, max_uses=5)

@@ -364,7 +364,7 @@ def test_kill_under_load_admits_no_more_nodes_than_the_token_counts(
             statuses += enroller.statuses
         found = assert_in_step(service, hub_interface)
         assert acknowledged.items() <= found.items()
-        # Nobody was deleted and nothing was taken back, so that neither may be more than the other.
+        # No peer was deleted and no change was compensated, so both counts are equal.
         let_in = Counter(int(node.split("-")[1]) for node in found)
         assert uses(service) == {token_id(token): let_in[t] for t, token in enumerate(tokens)}
     assert let_in[0] == 20

@@ -60,7 +60,7 @@ def test_a_credential_comes_back_as_it_was(engine: sa.Engine) -> None:
         {"uses": -1},
     ],
 )
-def test_the_constraints_refuse_what_is_no_credential(engine: sa.Engine, values: dict[str, Any]) -> None:
+def test_constraints_refuse_rows_that_are_no_credential(engine: sa.Engine, values: dict[str, Any]) -> None:
     name = make_token(engine)
     table = credentials.credentials
     with pytest.raises(sa.exc.IntegrityError), engine.begin() as connection:
@@ -77,7 +77,7 @@ def test_a_revoked_credential_is_kept_and_stays_as_it_was_revoked_first(engine: 
         assert revoked.revoked_at == NOON
     with engine.begin() as connection:
         assert credentials.revoke_credential(connection, "0" * 16, NOON) is None
-        # Made once, revoked once: what changes nothing lets nobody read it all again.
+        # Made once, revoked once: an act without effect must not make every cache reload.
         assert credentials.credentials_version(connection) == 2
 
 
@@ -98,7 +98,7 @@ def test_a_token_has_no_more_uses_than_it_was_made_with(engine: sa.Engine) -> No
     assert stored(engine)[name].last_used_at == NOON
 
 
-def test_what_is_left_is_granted_where_more_is_wanted(engine: sa.Engine) -> None:
+def test_remaining_uses_are_granted_when_more_are_wanted(engine: sa.Engine) -> None:
     first, second, third = (make_token(engine, max_uses=number) for number in (5, 64, 2))
     key = make_key(engine)
     wanted = {first: 64, second: 64, third: 1, key: 1, "0" * 16: 2}
@@ -118,7 +118,7 @@ def test_many_tokens_of_one_use_are_counted_each(engine: sa.Engine) -> None:
 
 
 @pytest.mark.parametrize("wanted", [1, 2])
-def test_a_token_that_is_over_is_not_counted(engine: sa.Engine, wanted: int) -> None:
+def test_expired_or_revoked_token_is_not_counted(engine: sa.Engine, wanted: int) -> None:
     expired, revoked = (make_token(engine, max_uses=9, expires_in=60) for _ in range(2))
     with engine.begin() as connection:
         credentials.revoke_credential(connection, revoked, NOON)
@@ -128,7 +128,7 @@ def test_a_token_that_is_over_is_not_counted(engine: sa.Engine, wanted: int) -> 
     assert count(engine, {expired: wanted, revoked: wanted}, before) == {expired: wanted, revoked: 0}
 
 
-def test_a_use_that_was_not_made_of_it_is_given_back_and_no_more(engine: sa.Engine) -> None:
+def test_returned_uses_never_go_below_zero(engine: sa.Engine) -> None:
     first, second = make_token(engine, max_uses=5), make_token(engine, max_uses=5)
     count(engine, {first: 3, second: 3})
     with engine.begin() as connection:
@@ -146,7 +146,9 @@ def test_uses_of_a_transaction_that_was_rolled_back_were_never_made(engine: sa.E
 
 
 @pytest.mark.parametrize(("most", "each"), [(1, 1), (10, 3)])
-def test_of_those_who_race_for_the_last_use_one_gets_it(engine: sa.Engine, most: int, each: int) -> None:
+def test_one_of_many_concurrent_transactions_gets_the_last_use(
+    engine: sa.Engine, most: int, each: int
+) -> None:
     for _ in range(5):
         name = make_token(engine, max_uses=most)
         granted: list[int] = []
@@ -155,7 +157,7 @@ def test_of_those_who_race_for_the_last_use_one_gets_it(engine: sa.Engine, most:
         assert uses(engine)[name] == most
 
 
-def test_those_who_count_many_tokens_at_once_do_not_wait_for_each_other_forever(engine: sa.Engine) -> None:
+def test_concurrent_transactions_with_many_tokens_do_not_deadlock(engine: sa.Engine) -> None:
     names = [make_token(engine, max_uses=60) for _ in range(10)]
     granted: list[int] = []
 
