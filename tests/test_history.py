@@ -44,7 +44,7 @@ def test_more_than_five_and_more_than_a_fifth_are_many(unknown: int, present: in
     assert is_many(unknown, present) is many
 
 
-def test_what_was_removed_on_the_record_is_no_reason_to_pause() -> None:
+def test_removed_peers_with_tombstones_do_not_pause() -> None:
     found = find_peers(managed(*range(12)), None, ())
     removed = set(KEYS[:12])
     assert RemovalGuard(removed.intersection).check(found, ()) == 0

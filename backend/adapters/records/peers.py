@@ -144,7 +144,8 @@ def take_back(connection: sa.Connection, hub: int, generation: int, changes: Seq
         return False
     of_generation = {"on": hub, "at": generation}
     if any(change.adds for change in changes):
-        # The hub may have them for a moment longer, where it could not be put back at once.
+        # They may still be on the hub where it could not be put back: the tombstones let the next
+        # reconciliation remove them.
         added = connection.execute(_TAKE_BACK_ADDED, of_generation).all()
         keep_tombstones(connection, hub, [(key, node_id) for key, node_id in added], generation)
     if any(change.removes for change in changes):

@@ -81,10 +81,10 @@ class SqlRecords:
             answers = [change.answer for change in left if change.answer is not None]
             idempotency.save_answers(connection, answers)
             audit.append_audit(connection, [change.event for change in left if change.event is not None])
-        # Of earlier removals, those that the hub has not reached are left.
+        # Rows of earlier removals stay where the hub hasn't reached the generation before this one.
         behind = removing and observed < generation - 1
         self._removing = behind or any(change.removes for change in left)
-        # A commit to a file that was moved or deleted succeeds, and the next start knows nothing of it.
+        # SQLite also commits to a file that was moved or deleted, and the next start would not see that.
         self._database.check_file()
         self._database.note_written()
 

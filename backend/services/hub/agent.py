@@ -232,7 +232,7 @@ class Agent:
         left = accepted(changes)
         if not left:
             return None
-        # What has just failed may fail again, and then not even the records are touched.
+        # The last batch failed, and this one may fail in the same way: find out before the commit.
         return self._reconciler.prepare(left, cautious=self._cautious)
 
     def _commit_and_apply(self, changes: list[Change], prepared: PreparedChanges) -> None:
@@ -245,9 +245,9 @@ class Agent:
         except OvertakenError:
             prepared.staged.discard()
             raise
-        except Exception as exc:  # noqa: BLE001 - whatever it was, the records know what became of it
+        except Exception as exc:  # noqa: BLE001 - the records are asked what was committed
             prepared.staged.discard()
-            # Records that are away say so in the log themselves, once.
+            # An outage of the records is logged once by Availability.
             if not isinstance(exc, RecordsUnavailableError):
                 # Without the traceback: a driver's message may quote a row.
                 log.error("batch_failed", extra={"reason": type(exc).__name__})  # noqa: TRY400 - see above

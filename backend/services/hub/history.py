@@ -34,7 +34,7 @@ class Adoption:
 
 
 def adopt(found: Iterable[HubPeer], recorded: Sequence[Peer]) -> Adoption:
-    """Make records of peers of which only what the hub has is known.
+    """Make records of peers that were found on the hub.
 
     A peer without a name, or with a name that is taken, gets one that is made from its key. Of two peers with
     the same address the later one gets it, as on the interface.

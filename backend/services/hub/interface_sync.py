@@ -34,8 +34,8 @@ class InterfaceSync:
         # The index of the interface that is known to equal the file, and the operator's part of the file that
         # it was told; None while there is none.
         self._confirmed: tuple[int | None, bytes] | None = None
-        # When the interface was last compared with all of the file, how long that took, and whether it was
-        # changed since.
+        # When the whole interface was last compared with the whole file, how long that took, and whether the
+        # interface was changed since.
         self._verified_at = float("-inf")
         self._verify_seconds = 0.0
         self._changed_since = False
@@ -128,7 +128,7 @@ class InterfaceSync:
         return self._verify()
 
     def _sync(self) -> None:
-        """Tell the interface everything, and look whether it took it; raise HubUpdateError."""
+        """Run `wg syncconf` with the whole file, and compare afterwards; raise HubUpdateError."""
         self._hub.sync(self._config.parsed.stripped)
         drift = self._verify()
         if drift:

@@ -104,7 +104,7 @@ class Reconciler:
             return self._find_peers(None if in_file else self._interface.inspect())
 
     def prepare(self, changes: Sequence[Change], *, cautious: bool = False) -> PreparedChanges:
-        """Write, beside the file, what it is to be with these changes. Nothing is replaced yet.
+        """Write the new file, with these changes, beside the old one. Nothing is replaced yet.
 
         It is synced while the records are written. Raises HubUpdateError where it can't be written, and if
         `cautious` also where the file could not be replaced now.
@@ -158,7 +158,7 @@ class Reconciler:
             self._interface.require()
 
     def reconcile_if_needed(self, *, idle: bool = True) -> bool:
-        """Reconcile if file or interface have drifted; return whether that was needed, and succeeded."""
+        """Reconcile after a failure, drift or an edit; return whether that was needed and succeeded."""
         if self.problem is None and self._is_reconciled(idle=idle):
             return False
         return self.reconcile() is None

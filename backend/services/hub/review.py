@@ -42,7 +42,7 @@ class HubReview:
         try:
             found = reconciler.find_peers()
         except HubUpdateError as exc:
-            # One that is about the file itself comes again.
+            # An error of the file itself is raised again here.
             found, unseen = reconciler.find_peers(in_file=True), str(exc)
         # After the hub: what comes to it meanwhile is in the records first.
         state = records.load()

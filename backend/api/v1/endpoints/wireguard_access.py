@@ -76,7 +76,7 @@ async def revoke_key(credential_id: str, caller: Admin, access: Access) -> KeyIn
 
 @router.get("/audit", summary="Read the audit log")
 async def read_audit(query: Annotated[AuditQuery, Query()], _: Reader, access: Access) -> AuditPage:
-    """Return who did what, the newest first."""
+    """Return entries of the audit log, the newest first."""
     records = await asyncio.to_thread(access.audit.page, query)
     full = len(records) == query.limit
     return AuditPage(
