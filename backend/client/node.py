@@ -31,7 +31,7 @@ PROVISION_PATH: Final = "/api/v1/wireguard/provision"
 
 _PORTS: Final = {"http": http.client.HTTP_PORT, "https": http.client.HTTPS_PORT}
 _TRY_AGAIN: Final = frozenset({429, 502, 503, 504})
-# Seconds. Whoever asks for more is not asked again.
+# Seconds. A hub that asks for a longer wait is not asked again.
 _LONGEST_WAIT: Final = 300
 _LONGEST_BACKOFF: Final = 30
 _MAX_ANSWER_BYTES: Final = 64 * 1024
@@ -46,7 +46,7 @@ _JITTER: Final = random.SystemRandom()
 
 
 class Node:
-    """A node's name and its two private keys, which it shows to nobody."""
+    """A node's name and its two private keys, which never leave it."""
 
     __slots__ = ("identity", "identity_private_key", "node_id", "wireguard_private_key")
 
@@ -103,7 +103,7 @@ class Client:
     it. Where the hub's public key is known beforehand, give it as `hub_public_key`: no signature is then made
     for another hub, and no other hub's configuration is taken. Without it, the hub is who the connection
     leads to. With `require_proof` a hub that asks for no proofs is refused: without them, what answers need
-    not be a hub at all, and whoever has the token can join under the node's name.
+    not be a hub at all, and a program that has the token can join under the node's name.
     """
 
     def __init__(  # noqa: PLR0913 - each has a default that is right for most

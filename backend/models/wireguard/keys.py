@@ -108,7 +108,7 @@ class WireGuardKey(str):
 
 
 class WireGuardPrivateKey:
-    """A private key. It shows itself to nobody: ``str`` and ``repr`` are masked."""
+    """A private key. ``str`` and ``repr`` are masked; `reveal` alone shows it."""
 
     __slots__ = ("_key",)
 
