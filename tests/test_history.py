@@ -67,10 +67,10 @@ def test_peers_that_only_the_interface_has_count_unless_they_are_the_operators()
 
 def test_a_guard_that_holds_lets_nothing_go_on_until_it_is_released() -> None:
     guard = RemovalGuard(lambda _: ())
-    guard.hold("older")
+    guard.pause_for("older")
     with pytest.raises(PausedError, match="older"):
         guard.check(find_peers((), None, ()), ())
-    guard.release()
+    guard.resume()
     assert guard.check(find_peers((), None, ()), ()) == 0
 
 

@@ -34,13 +34,13 @@ def operator_peers(pool: IPPoolManager) -> OperatorPeers:
 def test_an_address_of_theirs_is_shared_wherever_it_lies_in_their_network(
     operator_peers: OperatorPeers, address: str
 ) -> None:
-    assert operator_peers.share([peer("node-1", OURS, address)])
+    assert operator_peers.overlaps([peer("node-1", OURS, address)])
     assert isinstance(operator_peers.conflict(peer("node-1", OURS, address)), AddressTakenError)
 
 
 def test_a_key_of_theirs_is_shared(operator_peers: OperatorPeers) -> None:
-    assert operator_peers.hold(THEIRS)
-    assert operator_peers.share([peer("node-1", THEIRS, "10.0.0.2")])
+    assert operator_peers.has_key(THEIRS)
+    assert operator_peers.overlaps([peer("node-1", THEIRS, "10.0.0.2")])
     conflict = operator_peers.conflict(peer("node-1", THEIRS, "10.0.0.2"))
     assert isinstance(conflict, DuplicatePeerError)
     # Not a word about whose it is.
@@ -49,24 +49,24 @@ def test_a_key_of_theirs_is_shared(operator_peers: OperatorPeers) -> None:
 
 def test_a_key_of_theirs_in_another_spelling_is_shared_too(operator_peers: OperatorPeers) -> None:
     operator_peers.note([OperatorPeer(other_spelling(OURS), ())], HUB)
-    assert operator_peers.hold(OURS)
-    assert operator_peers.share([peer("node-1", OURS, "10.0.0.2")])
+    assert operator_peers.has_key(OURS)
+    assert operator_peers.overlaps([peer("node-1", OURS, "10.0.0.2")])
     assert isinstance(operator_peers.conflict(peer("node-1", OURS, "10.0.0.2")), DuplicatePeerError)
 
 
 @pytest.mark.parametrize("address", ["10.0.0.7", "10.0.0.12", "10.1.0.8"])
 def test_other_addresses_are_not_shared(operator_peers: OperatorPeers, address: str) -> None:
-    assert not operator_peers.hold(OURS)
-    assert not operator_peers.share([peer("node-1", OURS, address)])
-    assert not operator_peers.share([])
+    assert not operator_peers.has_key(OURS)
+    assert not operator_peers.overlaps([peer("node-1", OURS, address)])
+    assert not operator_peers.overlaps([])
     assert operator_peers.conflict(peer("node-1", OURS, address)) is None
 
 
 def test_one_shared_peer_among_many_is_found(operator_peers: OperatorPeers) -> None:
     many = [peer(f"node-{last}", new_key(), f"10.0.0.{last}") for last in range(20, 30)]
-    assert not operator_peers.share(many)
-    assert operator_peers.share([*many, peer("node-1", THEIRS, "10.0.0.30")])
-    assert operator_peers.share([*many, peer("node-1", OURS, "10.0.0.9")])
+    assert not operator_peers.overlaps(many)
+    assert operator_peers.overlaps([*many, peer("node-1", THEIRS, "10.0.0.30")])
+    assert operator_peers.overlaps([*many, peer("node-1", OURS, "10.0.0.9")])
 
 
 def test_addresses_of_operators_peers_are_free_only_when_these_are_gone(
@@ -75,8 +75,8 @@ def test_addresses_of_operators_peers_are_free_only_when_these_are_gone(
     given = {pool.allocate_ip(f"node-{number}") for number in range(8)}
     assert not given & {f"10.0.0.{last}" for last in (8, 9, 10, 11)}
     operator_peers.note([], HUB)
-    assert not operator_peers.hold(THEIRS)
-    assert not operator_peers.share([peer("node-1", THEIRS, "10.0.0.8")])
+    assert not operator_peers.has_key(THEIRS)
+    assert not operator_peers.overlaps([peer("node-1", THEIRS, "10.0.0.8")])
     assert pool.allocate_ip("node-8") == "10.0.0.8"
 
 

@@ -211,7 +211,7 @@ class WireGuardProvisioningService:
         may_know = known is not None and may_know_address(request, caller, known)
         # The key is checked before the node: otherwise a caller could send a key that is taken, and learn
         # which node_ids exist, without a use of its token.
-        is_operators = holder is None and self._operator_peers.hold(request.wireguard_public_key)
+        is_operators = holder is None and self._operator_peers.has_key(request.wireguard_public_key)
         if is_operators or (holder is not None and not (may_know and holder is known)):
             raise KeyTakenError(request.node_id)
         if known is None or (may_know and same and known.public_key == UNRECORDED_PUBLIC_KEY):

@@ -160,6 +160,7 @@ class Agent:
         """Run these changes, and those that come meanwhile, as one burst."""
         try:
             self._require_certainty()
+            # A workflow writes when it begins and when it ends; the batches in it count their own waits.
             with self._writer.waiting():
                 self._run(partial(self._burst, changes))
         except ProvisioningError as exc:

@@ -121,7 +121,7 @@ class HubHistory:
     def end_pause(self) -> None:
         """End the pause, once the agent has loaded the records that the decision has changed."""
         self._decided = False
-        self._guard.release()
+        self._guard.resume()
 
     def _raise_mark(self, generation: int, audit_head: tuple[int, str]) -> None:
         self._mark = Mark(max(generation, self._mark.generation), *audit_head)
@@ -132,7 +132,7 @@ class HubHistory:
         hash_there = self._records.audit_hash(sequence) if sequence else None
         reason = stepped_back(state, self._mark, hash_there)
         if reason is not None:
-            self._guard.hold(reason)
+            self._guard.pause_for(reason)
         if sequence and hash_there is None:
             log.warning(
                 "audit_log_stepped_back",

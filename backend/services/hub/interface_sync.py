@@ -83,7 +83,7 @@ class InterfaceSync:
         where a full sync is still needed.
         """
         # An interface that was made anew meanwhile may be another program's.
-        if not self._is_known() or self._operator_peers.share(removed):
+        if not self._is_known() or self._operator_peers.overlaps(removed):
             return lambda: False
         if not (added or removed):
             return lambda: True

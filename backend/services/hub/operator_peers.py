@@ -64,11 +64,11 @@ class OperatorPeers:
             raise RuntimeError("the hub's config has not been read yet")
         return self._hub_key
 
-    def hold(self, key: WireGuardKey) -> bool:
+    def has_key(self, key: WireGuardKey) -> bool:
         """Return whether one of them has this key, in any spelling; `key` is as `wg pubkey` prints it."""
         return key in self._keys
 
-    def share(self, ours: Iterable[Peer]) -> bool:
+    def overlaps(self, ours: Iterable[Peer]) -> bool:
         """Return whether one of them has the key or the address of a peer in `ours`."""
         return any(
             canonical_spelling(peer.wireguard_public_key) in self._keys
@@ -78,7 +78,7 @@ class OperatorPeers:
 
     def conflict(self, peer: Peer) -> ProvisioningError | None:
         """Return why this peer can't be added beside them, or None."""
-        if self.hold(peer.wireguard_public_key):
+        if self.has_key(peer.wireguard_public_key):
             return KeyTakenError(peer.node_id)
         if self._pool.is_operators(peer.address):
             return AddressTakenError(str(peer.address))

@@ -87,18 +87,18 @@ class RemovalGuard:
         self._stepped_back: str | None = None
         self._many = False
         # Why the service is paused, as the last check found it; None where it is not.
-        self.pause: PausedError | None = None
+        self.pause_error: PausedError | None = None
 
     @property
     def paused(self) -> bool:
         """Whether an operator has to decide before anything is changed, as last found."""
         return self._many or self._stepped_back is not None
 
-    def hold(self, reason: str) -> None:
-        """Pause until `release`: the records are older than the hub."""
+    def pause_for(self, reason: str) -> None:
+        """Pause until `resume`: the records are older than the hub."""
         self._stepped_back = reason
 
-    def release(self) -> None:
+    def resume(self) -> None:
         """Go on: an operator has decided."""
         self._stepped_back = None
 
@@ -118,9 +118,9 @@ class RemovalGuard:
         """Return how many unknown peers a reconciliation would remove; raise PausedError if it must not."""
         unknown, present = len(self.unknown(found, recorded_keys)), len(found)
         self._many = is_many(unknown, present)
-        self.pause = None
+        self.pause_error = None
         if self.paused:
             reason = self._stepped_back or "the records don't fit the hub"
-            self.pause = PausedError(reason, unknown, present, command("reconcile --show"))
-            raise self.pause
+            self.pause_error = PausedError(reason, unknown, present, command("reconcile --show"))
+            raise self.pause_error
         return unknown

@@ -51,7 +51,7 @@ class HubReview:
         paused = stepped_back(state, mark, hash_there)
         guard = RemovalGuard(records.removed_keys)
         if paused is not None:
-            guard.hold(paused)
+            guard.pause_for(paused)
         unknown = guard.unknown(found, keys)
         if paused is None and is_many(len(unknown), len(found)):
             paused = "many peers on the hub are in no record"

@@ -64,9 +64,9 @@ class Writer:
 
     def submit(self, change: Change) -> None:
         """Queue a change; raise HubUpdateError or RecordsUnavailableError where none can be taken."""
-        if self._guard.pause is not None:
+        if self._guard.pause_error is not None:
             # Refused at once: a queued change would hold a name or an address that an adopted peer may have.
-            raise PausedError(*self._guard.pause.args)
+            raise PausedError(*self._guard.pause_error.args)
         if self.doubtful:
             raise RecordsUnavailableError(f"{_LOOKED_UP}; nothing was changed, try again in a moment")
         if self.in_doubt():
