@@ -86,7 +86,7 @@ def test_an_addition_takes_name_key_and_address_before_it_is_listed(memory: Memo
 def test_an_addition_that_was_applied_is_listed(memory: Memory) -> None:
     added = memory.new("node-1")
     memory.directory.end(memory.begin(None, added), applied=True)
-    assert memory.directory.listed("node-1") is added
+    assert memory.directory.listed("node-1") == added
     assert memory.names() == ["node-1"]
     assert memory.knows(added)
     assert memory.directory.under_way(added) is None
@@ -113,7 +113,7 @@ def test_a_peer_that_is_being_removed_is_listed_and_keeps_name_key_and_address(
     change = memory.begin(known, None)
     assert memory.knows(known)
     assert memory.names() == ["node-1"]
-    assert memory.directory.listed("node-1") is known
+    assert memory.directory.listed("node-1") == known
     assert memory.directory.under_way(known) is change
 
 
@@ -129,7 +129,7 @@ def test_a_removal_that_was_applied_leaves_name_key_and_address_free(memory: Mem
 def test_a_removal_that_was_not_applied_changes_nothing(memory: Memory, known: Peer) -> None:
     memory.directory.end(memory.begin(known, None), applied=False)
     assert memory.knows(known)
-    assert memory.directory.listed("node-1") is known
+    assert memory.directory.listed("node-1") == known
     assert memory.directory.under_way(known) is None
 
 
@@ -139,18 +139,18 @@ def test_a_removal_that_was_not_applied_changes_nothing(memory: Memory, known: P
 def test_an_alteration_shows_the_peer_as_it_was_until_it_is_applied(memory: Memory, known: Peer) -> None:
     altered = replace(known, public_key="another")
     change = memory.begin(known, altered)
-    assert memory.directory.listed("node-1") is known
+    assert memory.directory.listed("node-1") == known
     assert memory.directory.under_way(known) is change
     memory.directory.end(change, applied=True)
-    assert memory.directory.listed("node-1") is altered
-    assert memory.directory.by_key(known.wireguard_public_key) is altered
+    assert memory.directory.listed("node-1") == altered
+    assert memory.directory.by_key(known.wireguard_public_key) == altered
     assert memory.knows(altered)
 
 
 def test_an_alteration_that_was_not_applied_changes_nothing(memory: Memory, known: Peer) -> None:
     memory.directory.end(memory.begin(known, replace(known, public_key="another")), applied=False)
-    assert memory.directory.listed("node-1") is known
-    assert memory.directory.by_key(known.wireguard_public_key) is known
+    assert memory.directory.listed("node-1") == known
+    assert memory.directory.by_key(known.wireguard_public_key) == known
     assert memory.directory.under_way(known) is None
 
 
@@ -161,7 +161,7 @@ def test_an_alteration_of_the_key_leaves_one_of_both_taken(
     altered = replace(known, wireguard_public_key=WireGuardKey.parse(new_key()))
     memory.directory.end(memory.begin(known, altered), applied=applied)
     kept, free = (altered, known) if applied else (known, altered)
-    assert memory.directory.by_key(kept.wireguard_public_key) is kept
+    assert memory.directory.by_key(kept.wireguard_public_key) == kept
     assert memory.directory.by_key(free.wireguard_public_key) is None
 
 
@@ -174,7 +174,7 @@ def test_the_first_change_under_way_of_several_peers_is_found(memory: Memory, kn
     assert memory.directory.under_way(known, other) is change
     assert memory.directory.under_way(None, known) is None
     removal = memory.begin(known, None)
-    assert memory.directory.under_way(known, other) is removal
+    assert memory.directory.under_way(known, other) == removal
 
 
 def test_peers_are_listed_in_the_order_in_which_they_were_added(memory: Memory) -> None:
@@ -190,7 +190,7 @@ def test_a_second_load_adds_peers_and_changes_none(memory: Memory, known: Peer) 
     """After an operator's decision the records have more peers than memory."""
     adopted = peer("node-2", new_key(), "10.0.0.3")
     memory.directory.load([peer("node-1", known.wireguard_public_key, known.address), adopted])
-    assert memory.directory.by_node("node-1") is known
+    assert memory.directory.by_node("node-1") == known
     assert memory.names() == ["node-1", "node-2"]
     assert memory.new("node-3").address == IPv4Address("10.0.0.4")
 

@@ -88,12 +88,10 @@ class PeerDirectory:
             # The one place where an address becomes free: the hub doesn't have the peer now.
             del self._by_node[change.peer.node_id]
             self._pool.deallocate_ip(change.peer.node_id)
-        else:
-            self._by_node[after.node_id] = after
         if before is not None and before is not after:
             self._by_key.pop(before.wireguard_public_key, None)
         if after is not None:
-            self._by_key[after.wireguard_public_key] = after
+            self._keep(after.for_memory())
         self.revision += 1
 
     def require_room(self) -> None:

@@ -1,6 +1,7 @@
 """Doubles with behaviour, for unit tests; each satisfies the Protocol that the real thing does."""
 
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -127,6 +128,8 @@ class _ForgetfulDatabase(Database):
 
     def __init__(self) -> None:
         super().__init__(IN_MEMORY)
+        # Python says so of a connection that nothing has closed; it closes with the last test that uses it.
+        weakref.finalize(self, self.engine.dispose)
         self.migrate()
         self.loses_answer = False
 

@@ -69,9 +69,6 @@ _COLUMNS: Final = (
     peers.c.assigned_ip,
     peers.c.provisioned_at,
     peers.c.token_id,
-    peers.c.version,
-    peers.c.capabilities,
-    peers.c.metadata,
 )
 _INSERT_TOMBSTONE: Final[dict[str, sqlite.Insert | postgresql.Insert]] = {
     "sqlite": sqlite.insert(removed_peers),
@@ -239,7 +236,7 @@ def _row(peer: Peer, hub: int, generation: int, state: PeerState) -> dict[str, A
         "public_key": peer.public_key,
         "provisioned_at": peer.provisioned_at,
         "version": peer.version,
-        "capabilities": peer.capabilities,
+        "capabilities": peer.capabilities or {},
         "metadata": peer.metadata,
         "token_id": peer.token_id,
         "state": state,

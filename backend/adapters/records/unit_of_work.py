@@ -72,7 +72,7 @@ class SqlRecords:
         with self._database.writing(), self._database.engine.begin() as connection:
             peers.advance(connection, self._hub, generation, observed)
             if removing:
-                peers.update_states(connection, self._hub, observed)
+                peers.end_removals(connection, self._hub, observed)
             _keep_nonces(connection, changes)
             _refuse_taken_keys(connection, accepted(changes))
             peers.write(connection, self._hub, generation, accepted(changes))

@@ -7,7 +7,7 @@ one place.
 import socket
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
@@ -35,7 +35,11 @@ class PeerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A provisioned node. `capabilities` and `metadata` are the JSON objects that the node sent."""
+    """A provisioned node. `capabilities` and `metadata` are the JSON objects that the node sent.
+
+    The records alone keep them, and `version`: nothing in memory reads them, and they would take the most of
+    it. So they don't count when two peers are compared.
+    """
 
     node_id: str
     public_key: str
@@ -44,15 +48,19 @@ class Peer:
     provisioned_at: datetime
     # The enrolment token that the node was provisioned with, if it was one.
     token_id: str | None = None
-    version: str = ""
-    capabilities: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    metadata: Mapping[str, Any] | None = field(default=None, hash=False)
+    version: str = field(default="", compare=False)
+    capabilities: Mapping[str, Any] | None = field(default=None, compare=False)
+    metadata: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
     def allowed_ips(self) -> tuple[IPv4Network | IPv6Network, ...]:
         """The networks that `wg` accepts from the peer and routes to it (wg(8), AllowedIPs)."""
         # By its number: ipaddress would write an address out and read it again.
         return (IPv4Network(int(self.address)),)
+
+    def for_memory(self) -> "Peer":
+        """Return the peer without the fields that the records alone keep."""
+        return replace(self, version="", capabilities=None, metadata=None)
 
 
 def cidr(network: IPv4Network | IPv6Network) -> str:
