@@ -7,6 +7,7 @@ which a lock file beside it ensures, and an operator may edit it at any time.
 import errno
 import os
 import stat
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -340,10 +341,15 @@ def require_address(path: Path, config: ParsedConfig, hub_ip: IPv4Address) -> No
 
 
 def _rendered(known: _Version, blocks: tuple[PeerBlock, ...]) -> bytes:
-    """Return the file's text with these blocks; where some were only added, by what is there already."""
+    """Return the text with these blocks; by what is there where some were added or one was removed."""
     before = known.config.blocks
     if known.as_rendered and blocks[: len(before)] == before:
         return render(known.text, blocks[len(before) :])
+    if known.as_rendered and len(blocks) == len(before) - 1:
+        # Up to the removed block they are the same, and from there on none is.
+        gone = bisect_left(range(len(blocks)), 1, key=lambda index: blocks[index] is not before[index])
+        if blocks[:gone] == before[:gone] and blocks[gone:] == before[gone + 1 :]:
+            return known.text.replace(before[gone].text, b"", 1)
     return render(known.config.operator_text, blocks)
 
 
