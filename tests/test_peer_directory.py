@@ -92,6 +92,15 @@ def test_an_addition_that_was_applied_is_listed(memory: Memory) -> None:
     assert memory.directory.under_way(added) is None
 
 
+def test_memory_does_not_keep_what_the_records_alone_need_of_a_peer(memory: Memory) -> None:
+    """For ten thousand peers it would take the most of the memory."""
+    added = replace(memory.new("node-1"), version="1.0.0", capabilities={"cpu_cores": 8}, metadata={})
+    memory.directory.end(memory.begin(None, added), applied=True)
+    kept = memory.directory.listed("node-1")
+    assert kept == added
+    assert (kept.version, kept.capabilities, kept.metadata) == ("", None, None)
+
+
 def test_an_addition_that_was_not_applied_leaves_name_key_and_address_free(memory: Memory) -> None:
     added = memory.new("node-1")
     memory.directory.end(memory.begin(None, added), applied=False)

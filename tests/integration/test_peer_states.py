@@ -57,6 +57,13 @@ def successors(peer: Peer) -> list[Change]:
     ]
 
 
+def said(database: Database) -> list[tuple[object, ...]]:
+    """Return what each node says of itself, as the records have it."""
+    columns = [tables.peers.c[name] for name in ("node_id", "version", "capabilities", "metadata")]
+    with database.engine.connect() as connection:
+        return [tuple(row) for row in connection.execute(sa.select(*columns).order_by("node_id"))]
+
+
 def refusals(changes: list[Change]) -> list[type]:
     return [type(change.refusal) for change in changes]
 
@@ -157,12 +164,12 @@ def test_compensating_puts_removed_peers_back_in_their_place_and_deletes_added_o
     added = [adding(f"node-{number}", f"10.0.0.{number + 2}") for number in range(3)]
     records.commit(1, 0, added)
     records.note_observed(1)
-    before = list(records.load().peers)
+    before, written = list(records.load().peers), said(database)
     changes = [
         removing(before[0]),
         removing(before[1]),
         adding("node-9", "10.0.0.9"),
-        altering(before[2], version="2.0.0"),
+        altering(before[2], version="2.0.0", capabilities={"cpu_cores": 8}, metadata=None),
     ]
     records.commit(2, 1, changes)
     assert states(database) == dict(
@@ -170,6 +177,8 @@ def test_compensating_puts_removed_peers_back_in_their_place_and_deletes_added_o
     )
     records.compensate(2, changes, "the device is on fire")
     assert list(records.load().peers) == before
+    # With what memory doesn't keep of them.
+    assert said(database) == written
     assert states(database) == dict.fromkeys(["node-0", "node-1", "node-2"], ACTIVE)
     # The hub may have it for a moment longer.
     assert tombstones(database) == {"node-9": 2}

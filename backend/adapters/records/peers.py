@@ -1,6 +1,7 @@
 """The SQL of peers. Functions with a connection run in its transaction, for one hub (`hub` is hubs.id)."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -62,6 +63,9 @@ _TAKE_BACK_REMOVED: Final = (
     .where(_OF_HUB, peers.c.generation == sa.bindparam("at"), peers.c.state == PeerState.REMOVING)
     .values(state=PeerState.ACTIVE)
 )
+# The fields that an alteration writes, and those of them that memory doesn't keep.
+_ALTERABLE: Final = (peers.c.public_key, peers.c.version, peers.c.capabilities, peers.c.metadata)
+_DETAILS: Final = sa.select(*_ALTERABLE[1:]).where(peers.c.node_id == sa.bindparam("name"))
 _COLUMNS: Final = (
     peers.c.node_id,
     peers.c.public_key,
@@ -131,7 +135,7 @@ def write(connection: sa.Connection, hub: int, generation: int, changes: Sequenc
     _add(connection, hub, generation, [change for change in changes if change.adds])
     for change in changes:
         if change.before is not None and change.after is not None:
-            _alter(connection, change, change.after)
+            _alter(connection, change, change.before, change.after)
 
 
 def take_back(connection: sa.Connection, hub: int, generation: int, changes: Sequence[Change]) -> bool:
@@ -149,7 +153,7 @@ def take_back(connection: sa.Connection, hub: int, generation: int, changes: Seq
         connection.execute(_TAKE_BACK_REMOVED, of_generation)
     for change in changes:
         if change.before is not None and change.after is not None:
-            _alter(connection, change, change.before)
+            _update(connection, change.before)
     return True
 
 
@@ -219,12 +223,20 @@ def _add(connection: sa.Connection, hub: int, generation: int, changes: Sequence
             change.refusal = _refusal(connection, hub, change.peer)
 
 
-def _alter(connection: sa.Connection, change: Change, peer: Peer) -> None:
+def _alter(connection: sa.Connection, change: Change, before: Peer, after: Peer) -> None:
     """Update the fields that don't concern the hub; state and generation stay as they are."""
-    said = {name: getattr(peer, name) for name in ("public_key", "version", "capabilities", "metadata")}
-    altered = connection.execute(sa.update(peers).where(peers.c.node_id == peer.node_id).values(said))
-    if altered.rowcount == 0:
-        change.refusal = PeerNotFoundError(peer.node_id)
+    row = connection.execute(_DETAILS, {"name": before.node_id}).mappings().first()
+    if row is None:
+        change.refusal = PeerNotFoundError(before.node_id)
+        return
+    # Memory doesn't keep them: without them `take_back` could not write them back.
+    change.before = replace(before, **row)
+    _update(connection, after)
+
+
+def _update(connection: sa.Connection, peer: Peer) -> None:
+    values = {column.name: getattr(peer, column.name) for column in _ALTERABLE}
+    connection.execute(sa.update(peers).where(peers.c.node_id == peer.node_id).values(values))
 
 
 def _row(peer: Peer, hub: int, generation: int, state: PeerState) -> dict[str, Any]:
