@@ -257,6 +257,15 @@ def test_a_workflow_that_can_not_begin_leaves_nothing_and_no_request_waiting(
     assert ends.all_once()
 
 
+def test_records_that_can_not_be_written_say_why_before_a_workflow_begins(make_world: Worlds) -> None:
+    """A full disk, say: the workflow's own write would fail there, and say less."""
+    world = make_world(run=(run := FailingRun()), look_every=NEVER)
+    run.before = errors.RecordsUnavailableError("no workflow")
+    world.records.failing_at = {"check"}
+    with pytest.raises(errors.RecordsUnavailableError, match="no answer at check"):
+        world.provision("node-1")
+
+
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_workflow_that_fails_after_its_batches_changes_none_of_their_answers(
     make_world: Worlds, fake_hub: FakeHub, caplog: pytest.LogCaptureFixture, failure: Exception

@@ -160,6 +160,8 @@ class Agent:
         """Run these changes, and those that come meanwhile, as one burst."""
         try:
             self._require_certainty()
+            # Before the workflow's own write, whose error would not say that a disk is full.
+            self._writer.require_records()
             # A workflow writes when it begins and when it ends; the batches in it count their own waits.
             with self._writer.waiting():
                 self._run(partial(self._burst, changes))
