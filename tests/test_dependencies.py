@@ -109,3 +109,33 @@ def test_request_waits_no_longer_however_many_changes_of_its_peer_come_first(
 
     with pytest.raises(OutcomeUnknownError, match=r"no outcome within .* ask again"):
         asyncio.run(applied(decide, never))
+
+
+def test_time_that_a_request_waited_for_another_change_counts_for_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dependencies, "ANSWER_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(dependencies, "_CERTAIN_SECONDS", 0.01)
+    monkeypatch.setattr(dependencies, "_LOOK_SECONDS", 0.01)
+    own: list[Change] = []
+
+    async def ask() -> float:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+
+        def decide() -> Change:
+            change = Change(None, None)
+            if not own:
+                own.append(change)
+                loop.call_later(0.9, change.applied.set_result, None)
+                raise ChangeUnderWayError(change)
+            own.append(change)
+            return change
+
+        with pytest.raises(OutcomeUnknownError):
+            await applied(decide, never)
+        return loop.time() - began
+
+    # Both waits one after the other would take 1.9 s.
+    assert asyncio.run(ask()) < 1.6
+    assert len(own) == 2

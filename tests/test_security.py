@@ -138,6 +138,20 @@ def test_route_of_another_class_is_refused_wherever_it_is_included() -> None:
         require_declared(app.routes)
 
 
+def test_app_with_an_endpoint_without_a_permission_is_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forgotten = APIRouter()
+
+    @forgotten.get("/secrets")
+    async def read_secrets() -> str:
+        return ""
+
+    monkeypatch.setattr("backend.main.health_router", forgotten)
+    with pytest.raises(TypeError, match="secrets"):
+        create_app(Settings(_env_file=None))
+
+
 def test_probe_is_answered_though_its_credential_cannot_be_looked_up(store: FakeAccessStore) -> None:
     """An orchestrator would kill a service that lives, because its database is away."""
     access = Access(store).control
