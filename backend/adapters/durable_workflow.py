@@ -90,7 +90,7 @@ class DurableWorkflow:
     def launch(self) -> None:
         """Start DBOS, which recovers in the background the workflows that an earlier process left."""
         # The import takes as long as `wg` needs for thousands of peers, and nothing before this needs it.
-        from dbos import DBOS, DBOSPortableJSONSerializer  # noqa: PLC0415 - see above
+        from dbos import DBOS, DBOSPortableJSONSerializer  # noqa: PLC0415 - a slow import
 
         self._require_no_other_dbos()
         self._dbos = DBOS
@@ -122,7 +122,7 @@ class DurableWorkflow:
             raise StartRefusedError(f"DBOS can't start on the database: {said(exc)}") from exc
         # Otherwise DBOS would block the agent's thread while the database is away, and up to a minute longer.
         # DBOS has a public setting for this in its client only.
-        dbos._sys_db._retry_connection_errors = False  # noqa: SLF001 - see above
+        dbos._sys_db._retry_connection_errors = False  # noqa: SLF001 - no option sets it
 
     def run(self, work: Callable[[], None]) -> None:
         """Run a function, in this thread, as a workflow; raise what it raises."""
@@ -155,12 +155,12 @@ class DurableWorkflow:
         self._stack.close()
 
     def _require_no_other_dbos(self) -> None:
-        from dbos import _dbos  # noqa: PLC0415 - as in launch
+        from dbos import _dbos  # noqa: PLC0415 - a slow import
 
         alone = _ALONE.acquire(blocking=False)
         if alone:
             self._stack.callback(_ALONE.release)
-        if not alone or _dbos._dbos_global_instance is not None:  # noqa: SLF001 - has no other name
+        if not alone or _dbos._dbos_global_instance is not None:  # noqa: SLF001 - no function tells it
             raise StartRefusedError(
                 "DBOS runs once in a process, and this one runs it already; run the service in a process of "
                 "its own, or set ENABLE_DBOS=false for records in memory"
@@ -192,7 +192,7 @@ class DurableWorkflow:
 def _refuse_pickles() -> None:
     """Make every later attempt of DBOS to read a pickle in this process raise an error."""
     # The import takes long, and nothing before DBOS's launch needs it.
-    from dbos._serialization import DefaultSerializer  # noqa: PLC0415 - see above
+    from dbos._serialization import DefaultSerializer  # noqa: PLC0415 - a slow import
 
     # On the class: DBOS's own instance is used wherever a row names this decoder.
     setattr(DefaultSerializer, DefaultSerializer.deserialize.__name__, _refuse)

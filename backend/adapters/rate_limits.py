@@ -172,8 +172,8 @@ class _Redis:
     def at(cls, url: str) -> Self:
         try:
             # An extra that is only installed where it is used.
-            from redis.asyncio import BlockingConnectionPool  # noqa: PLC0415 - see above
-            from redis.exceptions import RedisError  # noqa: PLC0415 - see above
+            from redis.asyncio import BlockingConnectionPool  # noqa: PLC0415 - an extra
+            from redis.exceptions import RedisError  # noqa: PLC0415 - an extra
         except ImportError:
             raise StartRefusedError(
                 "WIREGUARD_RATE_LIMIT_STORAGE names Redis, whose client isn't installed; run "

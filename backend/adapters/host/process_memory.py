@@ -18,7 +18,7 @@ def keep_private() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # ImportError: a Python without libffi. MemoryError: a libffi that needs memory to write and to execute.
     with suppress(ImportError, MemoryError, OSError, AttributeError):
-        import ctypes  # noqa: PLC0415 - see above
+        import ctypes  # noqa: PLC0415 - some Pythons lack it
 
         # From now on /proc/PID belongs to root, and needs CAP_SYS_PTRACE to be looked into from outside.
         ctypes.CDLL(None).prctl(_SET_DUMPABLE, 0, 0, 0, 0)

@@ -119,10 +119,10 @@ class TlsServer(uvicorn.Server):
         self._handshakes: set[asyncio.Task[None]] = set()
         self._paused: asyncio.TimerHandle | None = None
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn passes it
         """Start uvicorn without a socket of its own, and accept from the listener."""
         await super().startup(sockets=[])
-        self._listener.setblocking(False)  # noqa: FBT003 - the library's
+        self._listener.setblocking(False)  # noqa: FBT003 - socket takes no keyword
         self._listener.listen(self.config.backlog)
         asyncio.get_running_loop().add_reader(self._listener, self._accept)
 

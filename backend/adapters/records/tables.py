@@ -25,7 +25,7 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
         """Store UTC."""
         return None if value is None else value.astimezone(UTC)
 
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 - see above
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 - the base class's
         """Return UTC."""
         if value is None:
             return None

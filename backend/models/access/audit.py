@@ -34,7 +34,7 @@ class AuditAction(StrEnum):
     AUTHENTICATE = "authenticate"
     CHALLENGE = "challenge"
     TOKEN_MADE = "token_made"  # noqa: S105 - no secret
-    TOKEN_REVOKED = "token_revoked"  # noqa: S105 - see above
+    TOKEN_REVOKED = "token_revoked"  # noqa: S105 - an act
     KEY_MADE = "key_made"
     KEY_REVOKED = "key_revoked"
     # An operator's edit of the config file was noticed.

@@ -24,7 +24,7 @@ class CallerKind(StrEnum):
     KEY = "key"
     # The program that runs the service, or the command line beside it.
     SERVICE = "service"
-    # Authentication failed.
+    # Authentication failed. The value is the actor in rows of the audit log, which are never rewritten.
     UNAUTHENTICATED = "nobody"
 
 

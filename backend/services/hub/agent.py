@@ -170,7 +170,7 @@ class Agent:
             self._end(self._untouched(changes), exc)
         except Exception as exc:  # noqa: BLE001 - the workflow's own: its work ends its changes itself
             # Without the traceback: a driver's message may quote a row.
-            log.error("burst_failed", extra={"reason": type(exc).__name__})  # noqa: TRY400 - see above
+            log.error("burst_failed", extra={"reason": type(exc).__name__})  # noqa: TRY400 - no traceback
             self._end(
                 self._untouched(changes),
                 RecordsUnavailableError("the records can't be written; nothing was changed"),
@@ -253,7 +253,7 @@ class Agent:
             # An outage of the records is logged once by Availability.
             if not isinstance(exc, RecordsUnavailableError):
                 # Without the traceback: a driver's message may quote a row.
-                log.error("batch_failed", extra={"reason": type(exc).__name__})  # noqa: TRY400 - see above
+                log.error("batch_failed", extra={"reason": type(exc).__name__})  # noqa: TRY400 - no traceback
             self._writer.doubtful = changes
             with suppress(ProvisioningError):
                 self._resolve_doubt()
