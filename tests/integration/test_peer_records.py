@@ -37,19 +37,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return database_url(request, tmp_path)
 
 
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    database = Database(url)
-    database.migrate()
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def records(database: Database) -> SqlRecords:
-    return SqlRecords(database)
-
-
 def rows(database: Database) -> list[dict[str, object]]:
     with database.engine.connect() as connection:
         found = connection.execute(sa.select(tables.peers).order_by(tables.peers.c.sequence))

@@ -1,8 +1,6 @@
 """The states of a peer's row, from its commit until the hub is known to have reached it."""
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -21,22 +19,9 @@ from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.models.wireguard.peer import Change, Peer, PeerState
 from backend.models.wireguard.records import NewGeneration
-from tests.harness.records import adding, altering, database_url, removing, states
+from tests.harness.records import adding, altering, removing, states
 
 PENDING, ACTIVE, REMOVING = PeerState.PENDING, PeerState.ACTIVE, PeerState.REMOVING
-
-
-@pytest.fixture(params=["file", "memory", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    database = Database(database_url(request, tmp_path))
-    database.migrate()
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def records(database: Database) -> SqlRecords:
-    return SqlRecords(database)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +21,7 @@ from backend.models.access.credentials import TokenRequest
 from backend.models.access.idempotency import Answer
 from backend.models.access.proof import Nonce
 from backend.models.wireguard.peer import Change
-from tests.harness.records import adding, database_url, removing
+from tests.harness.records import adding, removing
 from tests.harness.requests import AUDIT, KEYS, PEERS, PROVISION, TOKENS, bearer, provision_body
 from tests.harness.service import StartService
 from tests.harness.three_places import assert_in_step, listed, settings_for
@@ -31,24 +30,6 @@ from tests.harness.wireguard import HubInterface
 ROOT = Path(__file__).parents[2]
 # Where the functions are that a test makes fail.
 MODULES = (audit, credentials, idempotency)
-
-
-@pytest.fixture(params=["file", "memory", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return database_url(request, tmp_path)
-
-
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    database = Database(url)
-    database.migrate()
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def records(database: Database) -> SqlRecords:
-    return SqlRecords(database)
 
 
 @pytest.fixture
