@@ -1,0 +1,37 @@
+"""What the hub has seen of a peer: its state, and the figures behind it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class HealthState(StrEnum):
+    """Whether a peer shows signs of life: data that arrives from it, or a handshake."""
+
+    # The peer has made no handshake yet.
+    NEVER = "never"
+    ONLINE = "online"
+    # No sign of life for a while that is too short to call the peer offline.
+    SUSPECT = "suspect"
+    OFFLINE = "offline"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHealth:
+    """One of our peers as the last look at the interface showed it.
+
+    Ages are in seconds, measured by the service's monotonic clock, and None for a peer that was never seen.
+    `allowed_ips` are in CIDR notation, `persistent_keepalive` is in seconds, 0 for off.
+    """
+
+    node_id: str
+    public_key: str
+    state: HealthState
+    allowed_ips: tuple[str, ...]
+    endpoint: str | None = None
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    persistent_keepalive: int = 0
+    handshake_age: float | None = None
+    silent_seconds: float | None = None
+    # Whether the key's endpoint goes back and forth, as when two nodes have the same key.
+    endpoint_flapping: bool = False
