@@ -17,7 +17,8 @@ from backend.adapters.records.unit_of_work import SqlRecords
 from backend.adapters.wireguard.host_link import WIREGUARD_GO_PEERS, most_peers
 from backend.adapters.wireguard.wg import FileOnly, WgInterface
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
-from backend.loops import Loops, list_access_loops, list_hub_loops
+from backend.loops import Loops, list_access_loops, list_health_loops, list_hub_loops
+from backend.models.access.audit import AuditAction
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
 from backend.models.operator_commands import command
@@ -32,7 +33,11 @@ from backend.services.access.credential_service import CredentialService
 from backend.services.access.token_uses import TokenUses
 from backend.services.configurations import Configurations
 from backend.services.hub.agent import Agent
+from backend.services.hub.endpoint_keeper import EndpointKeeper
+from backend.services.hub.health import HealthMonitor
 from backend.services.hub.history import HubHistory
+from backend.services.hub.hub_health import HubHealth
+from backend.services.hub.interface_observer import InterfaceObserver
 from backend.services.hub.mark import HubMark
 from backend.services.hub.operator_peers import OperatorPeers, PeerLimit
 from backend.services.hub.reconciler import Reconciler
@@ -92,11 +97,23 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         stopping.callback(access.limited.report)
 
         removals = RemovalGuard(records.removed_keys)
+        directory = PeerDirectory(pool, operator_peers)
+        health = _health(settings, directory, config, audit)
+        observer = stopping.enter_context(closing(InterfaceObserver(hub, health)))
         reconciler = stopping.enter_context(
-            closing(Reconciler(config, hub, operator_peers, notice=audit.notice, guard=removals))
+            closing(
+                Reconciler(
+                    config,
+                    hub,
+                    operator_peers,
+                    notice=audit.notice,
+                    observer=observer,
+                    lost_endpoints=health.lost_endpoints,
+                    guard=removals,
+                )
+            )
         )
         history = HubHistory(records, reconciler, removals, HubMark(config.path))
-        directory = PeerDirectory(pool, operator_peers)
         writer = Writer(records, removals)
         run = _at_once if workflow is None else workflow.run
         agent = Agent(writer, reconciler, directory, operator_peers, history, run)
@@ -125,14 +142,21 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
             token_uses=uses,
             answers=store,
             readiness=readiness,
+            health=HubHealth(settings.interface, health, observer, live=hub.live),
         )
         cache.refresh()
+        keeper = EndpointKeeper(records, health)
+        keeper.load()
+        stopping.callback(keeper.close)
         # Registered before the start, which may fail halfway.
         stopping.callback(agent.stop)
         agent.start((lambda: None) if workflow is None else workflow.launch)
         loops = Loops(
             [
                 *list_hub_loops(agent, records, workflow),
+                *list_health_loops(
+                    observer, keeper, agent, settings.wireguard_health_interval if hub.live else 0
+                ),
                 *list_access_loops(access, cache, store, settings.audit_keep),
             ]
         )
@@ -159,6 +183,23 @@ def _config(settings: Settings, hub: Hub, guard: ConfigGuard) -> WireGuardConfig
     except ConfigFileError as exc:
         raise StartRefusedError(str(exc)) from exc
     return config
+
+
+def _health(
+    settings: Settings, directory: PeerDirectory, config: WireGuardConfigManager, audit: AuditWriter
+) -> HealthMonitor:
+    return HealthMonitor(
+        directory,
+        lambda: config.parsed.hub_public_key,
+        suspect_after=settings.wireguard_suspect_after,
+        offline_after=settings.wireguard_offline_after,
+        on_flapping=partial(_note_flapping, audit),
+    )
+
+
+def _note_flapping(audit: AuditWriter, node_id: str) -> None:
+    log.warning("endpoint_flapping", extra={"node_id": node_id})
+    audit.notice(AuditAction.ENDPOINT_FLAPPING, "two nodes may have the same key", node_id)
 
 
 def _warn_of_unknown_settings() -> None:

@@ -96,6 +96,16 @@ class PeerNotFoundError(ProvisioningError):
 
 
 @dataclass(eq=False, repr=False)
+class InterfaceNotFoundError(ProvisioningError):
+    """The request names another interface than the hub's, which is `interface`."""
+
+    audit_reason = "not_found"
+    message = "This hub has no such interface; its interface is {}"
+
+    interface: str
+
+
+@dataclass(eq=False, repr=False)
 class IPPoolExhaustedError(ProvisioningError):
     """No free address is left."""
 

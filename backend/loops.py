@@ -12,10 +12,12 @@ from typing import Final
 
 from backend.adapters.durable_workflow import DurableWorkflow
 from backend.adapters.records.unit_of_work import SqlRecords
-from backend.errors import RecordsUnavailableError
+from backend.errors import HubUpdateError, RecordsUnavailableError
 from backend.services.access.access_control import AccessControl
 from backend.services.access.credential_cache import CredentialCache
 from backend.services.hub.agent import Agent
+from backend.services.hub.endpoint_keeper import EndpointKeeper
+from backend.services.hub.interface_observer import InterfaceObserver
 from backend.services.ports import AccessStore
 
 log = logging.getLogger(__name__)
@@ -56,8 +58,8 @@ class Loop:
         began = time.monotonic()
         try:
             has_more = self.run()
-        except RecordsUnavailableError:
-            # The database's availability is logged where it changes.
+        except (RecordsUnavailableError, HubUpdateError):
+            # Whether the database and the interface are there is logged where it changes.
             return False
         except Exception as exc:
             # Logged once for each cause, and never the end of the loop.
@@ -109,6 +111,19 @@ def list_access_loops(
         Loop("answers_and_nonces", 60.0, store.tidy),
         # First after a second: a service that is restarted within each hour would otherwise never prune.
         Loop("audit_pruning", 3600.0, partial(access.audit.prune, audit_keep), first_seconds=1.0),
+    ]
+
+
+def list_health_loops(
+    observer: InterfaceObserver, keeper: EndpointKeeper, agent: Agent, interval_seconds: float
+) -> list[Loop]:
+    """Return the loops that watch the peers: none for an interval of 0."""
+    if interval_seconds == 0:
+        return []
+    return [
+        Loop("health", interval_seconds, observer.look_regularly),
+        # In the agent's thread, between two batches: SQLite lets one thread write at a time.
+        Loop("endpoints", 60.0, partial(keeper.save, agent.call)),
     ]
 
 

@@ -13,6 +13,7 @@ from backend.api.health import router as health_router
 from backend.api.routes import unrouted
 from backend.api.security import require_declared
 from backend.api.v1.endpoints.wireguard_access import router as access_router
+from backend.api.v1.endpoints.wireguard_health import router as peer_health_router
 from backend.api.v1.endpoints.wireguard_provisioning import router as provisioning_router
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 from backend.settings import Settings
@@ -51,6 +52,7 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
         app.state.provisioning_service = service
     app.include_router(provisioning_router, prefix="/api/v1")
     app.include_router(access_router, prefix="/api/v1")
+    app.include_router(peer_health_router, prefix="/api/v1")
     app.include_router(health_router)
     app.include_router(documentation(app))
     require_declared(app.routes)

@@ -32,6 +32,7 @@ from backend.models.setting_values import (
     RateLimitStorage,
     Reload,
     ReloadMode,
+    Seconds,
     StateDirectory,
 )
 from backend.models.trusted_paths import require_trusted
@@ -80,6 +81,9 @@ class Settings(BaseSettings):
     wireguard_trusted_proxies: Proxies = TrustedProxies()
     wireguard_require_proof: bool = False
     wireguard_audit_keep: Days = 365
+    wireguard_health_interval: Seconds = 5
+    wireguard_suspect_after: Count = 75
+    wireguard_offline_after: Count = 180
     log_level: Level = LogLevel.INFO
     access_log: bool = False
 
@@ -121,6 +125,14 @@ class Settings(BaseSettings):
             kind = "network" if address == pool.network_address else "broadcast"
             raise ValueError(f"({address}) is the {kind} address of {pool}; set it to {first}")
         return address
+
+    @field_validator("wireguard_offline_after")
+    @classmethod
+    def _offline_comes_after_suspect(cls, seconds: int, info: ValidationInfo) -> int:
+        suspect: int | None = info.data.get("wireguard_suspect_after")
+        if suspect is not None and seconds <= suspect:
+            raise ValueError(f"({seconds}) is not more than WIREGUARD_SUSPECT_AFTER ({suspect})")
+        return seconds
 
     @field_validator("database_url")
     @classmethod

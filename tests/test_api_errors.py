@@ -20,6 +20,7 @@ EXPECTED: list[tuple[errors.ProvisioningError, int, str | None]] = [
     (errors.DuplicatePeerError("node-1", {}), 409, None),
     (errors.KeyTakenError("node-1"), 409, None),
     (errors.PeerNotFoundError("node-1"), 404, None),
+    (errors.InterfaceNotFoundError("wg0"), 404, None),
     (POOL_FULL, 503, "60"),
     (errors.PeerLimitError("wg0", 65536), 503, "60"),
     (errors.AddressTakenError("10.0.0.2"), 503, "1"),

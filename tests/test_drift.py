@@ -6,7 +6,7 @@ from ipaddress import IPv4Network, IPv6Network
 
 import pytest
 
-from backend.models.wireguard.interface import InterfacePeer, InterfaceState
+from backend.models.wireguard.interface import InterfacePeer, InterfaceState, preshared_key_digest
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.services.hub.config_text import OperatorPeer, ParsedConfig, PeerBlock
 from backend.services.hub.drift import compare
@@ -41,7 +41,9 @@ def actual() -> InterfaceState:
         {
             FIRST: InterfacePeer(frozenset({"10.0.0.2/32"})),
             SECOND: InterfacePeer(
-                frozenset({"10.0.0.200/32", "fd00::/64", "::ffff:1.2.3.4/128"}), SECRET, 21
+                frozenset({"10.0.0.200/32", "fd00::/64", "::ffff:1.2.3.4/128"}),
+                preshared_key_digest(SECRET),
+                21,
             ),
         },
     )
@@ -69,7 +71,7 @@ def test_each_difference_is_named(change: dict[str, object], said: str) -> None:
 
 def test_what_a_sync_does_not_clear_is_told_apart() -> None:
     state = actual()
-    state.peers[FIRST] = InterfacePeer(frozenset({"10.0.0.2/32"}), SECRET, 25)
+    state.peers[FIRST] = InterfacePeer(frozenset({"10.0.0.2/32"}), preshared_key_digest(SECRET), 25)
     drift = compare(state, replace(DESIRED, fwmark=0))
     assert (drift.fwmark, drift.preshared_keys, drift.keepalives) == (True, {FIRST}, {FIRST})
 

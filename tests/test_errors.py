@@ -15,6 +15,7 @@ SAMPLES: Final = [
     (errors.DuplicatePeerError("node-1", {"assigned_ip": "10.0.0.2"}), "duplicate"),
     (errors.KeyTakenError("node-1"), "duplicate"),
     (errors.PeerNotFoundError("node-1"), "not_found"),
+    (errors.InterfaceNotFoundError("wg0"), "not_found"),
     (errors.IPPoolExhaustedError("10.0.0.0/24", 253), "pool_exhausted"),
     (errors.PeerLimitError("wg0", 65536), "pool_exhausted"),
     (errors.AddressTakenError("10.0.0.2"), "address_taken"),

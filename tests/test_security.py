@@ -37,6 +37,8 @@ PERMISSIONS: Final = {
     "GET /wireguard/peers": "read",
     "GET /wireguard/peers/{node_id}": "read",
     "GET /wireguard/pool/stats": "read",
+    "GET /wireguard/health": "read",
+    "GET /wireguard/peers/{node_id}/health": "read",
     "GET /wireguard/audit": "read",
     "DELETE /wireguard/peers/{node_id}": "operate",
     "POST /wireguard/tokens": "administer",

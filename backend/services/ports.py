@@ -8,6 +8,7 @@ from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
 from backend.models.access.idempotency import Answer
 from backend.models.access.sources import LimitKind
+from backend.models.wireguard.health import LostEndpoint, RecordedEndpoint
 from backend.models.wireguard.interface import InterfaceState
 from backend.models.wireguard.peer import Change, Peer
 from backend.models.wireguard.records import HubStatus, NewGeneration, RecordedState
@@ -49,6 +50,12 @@ class Records(Protocol):
 
     def dismiss_decision(self) -> None:
         """Delete an operator's decision that doesn't apply any more."""
+
+    def load_endpoints(self) -> Mapping[str, RecordedEndpoint]:
+        """Return the endpoints that peers were seen at last, by their WireGuard keys."""
+
+    def save_endpoints(self, seen: Mapping[str, RecordedEndpoint]) -> None:
+        """Write endpoints, by WireGuard key, in one transaction. Those of unknown peers are passed over."""
 
     def removed_keys(self, keys: Collection[str]) -> set[str]:
         """Return those of the given WireGuard keys that have a tombstone or a `removing` row."""
@@ -125,6 +132,9 @@ class Hub(Protocol):
 
         Raises HubUpdateError.
         """
+
+    def restore(self, peers: Sequence[LostEndpoint]) -> None:
+        """Give peers an endpoint, and make each send one keepalive there; raise HubUpdateError."""
 
     def state(self) -> InterfaceState:
         """Return what the interface has; raise HubUpdateError."""

@@ -28,6 +28,7 @@ from backend.models.wireguard.provisioning import PeerConfiguration, Provisionin
 from backend.services.access.access_control import AccessControl
 from backend.services.access.token_uses import TokenUses
 from backend.services.configurations import Configurations
+from backend.services.hub.hub_health import HubHealth
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.writer import Writer
 from backend.services.ip_pool_manager import IPPoolManager
@@ -64,9 +65,11 @@ class WireGuardProvisioningService:
         token_uses: TokenUses,
         answers: AccessStore,
         readiness: Readiness,
+        health: HubHealth,
     ) -> None:
-        """Put the parts together; `access` and `readiness` are for the endpoints, which find them here."""
+        """Put the parts together; the endpoints find `access`, `readiness` and `health` here."""
         self.access: Final = access
+        self.health: Final = health
         self.readiness: Final = readiness
         self._pool = pool
         self._operator_peers = operator_peers

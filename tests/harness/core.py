@@ -15,12 +15,17 @@ from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE, Caller, CallerKind
 from backend.models.access.credentials import TokenRequest
 from backend.models.access.idempotency import IdempotencyKey
+from backend.models.wireguard.interface import InterfaceName
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.peer import Change, ChangeUnderWayError, Peer
 from backend.models.wireguard.provisioning import PeerConfiguration, ProvisioningRequest
 from backend.services.configurations import Configurations
 from backend.services.hub.agent import Agent, Run
+from backend.services.hub.endpoint_keeper import EndpointKeeper
+from backend.services.hub.health import HealthMonitor
 from backend.services.hub.history import HubHistory
+from backend.services.hub.hub_health import HubHealth
+from backend.services.hub.interface_observer import InterfaceObserver
 from backend.services.hub.mark import HubMark
 from backend.services.hub.operator_peers import OperatorPeers, PeerLimit
 from backend.services.hub.reconciler import Reconciler
@@ -80,8 +85,18 @@ class World:
         self.operator_peers = OperatorPeers(self.pool, limit)
         self.config = WireGuardConfigManager(self.path)
         guard = RemovalGuard(self.records.removed_keys)
-        self.reconciler = Reconciler(self.config, self.hub, self.operator_peers, guard=guard)
         self.directory = PeerDirectory(self.pool, self.operator_peers)
+        self.health = HealthMonitor(self.directory, lambda: self.config.parsed.hub_public_key)
+        self.observer = InterfaceObserver(self.hub, self.health)
+        self.keeper = EndpointKeeper(self.records, self.health)
+        self.reconciler = Reconciler(
+            self.config,
+            self.hub,
+            self.operator_peers,
+            observer=self.observer,
+            lost_endpoints=self.health.lost_endpoints,
+            guard=guard,
+        )
         self.writer = Writer(self.records, guard)
         history = HubHistory(self.records, self.reconciler, guard, HubMark(self.config.path))
         self.agent = Agent(self.writer, self.reconciler, self.directory, self.operator_peers, history, run)
@@ -106,12 +121,14 @@ class World:
                 ],
                 live=self.hub.live,
             ),
+            health=HubHealth(InterfaceName.parse("wg0"), self.health, self.observer, live=self.hub.live),
         )
         self._loops = Loops([Loop("hub", look_every, self.agent.maintain)])
         self._stopped = False
 
     def start(self) -> None:
         """Bring the hub up to the records, and begin to take changes."""
+        self.keeper.load()
         self.agent.start()
         self._loops.start()
 
@@ -121,7 +138,9 @@ class World:
             self._stopped = True
             self._loops.stop()
             self.agent.stop()
+            self.keeper.close()
             self.reconciler.close()
+            self.observer.close()
 
     def provision(self, node_id: str, key: str | None = None, **over: object) -> PeerConfiguration:
         """Provision a peer and wait for it."""

@@ -18,6 +18,7 @@ from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
 from backend.models.access.idempotency import Answer
 from backend.models.access.sources import LimitKind
+from backend.models.wireguard.health import LostEndpoint
 from backend.models.wireguard.interface import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.peer import Change, Peer, PeerState
@@ -46,14 +47,17 @@ class FakeHub:
         # The public half of the key that it was given last, or that it has from another program.
         self.key: str | None = None
         self.port = 0
+        # What `restore` has given back, and what each look shows of a peer beside its AllowedIPs.
+        self.restored: list[LostEndpoint] = []
+        self.seen: dict[str, InterfacePeer] = {}
 
     def vanish(self) -> None:
         """Delete the interface."""
-        self._up, self.table, self.key = False, {}, None
+        self._up, self.table, self.key, self.seen = False, {}, None, {}
 
     def come_back(self) -> None:
         """Make the interface anew, without peers."""
-        self._up, self.table, self._index = True, {}, self._index + 1
+        self._up, self.table, self._index, self.seen = True, {}, self._index + 1, {}
 
     def change(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], None]:
         self.changes += 1
@@ -105,10 +109,20 @@ class FakeHub:
     def clear(self, drift: Drift) -> None:
         self._fail_if_it_must()
 
+    def restore(self, peers: Sequence[LostEndpoint]) -> None:
+        self._fail_if_it_must()
+        self.restored += peers
+        for peer in peers:
+            seen = self.seen.get(peer.public_key, InterfacePeer(frozenset()))
+            self.seen[peer.public_key] = replace(seen, endpoint=peer.endpoint)
+
     def state(self) -> InterfaceState:
         if not self._up:
             raise HubUpdateError("no such device")
-        peers = {key: InterfacePeer(allowed) for key, allowed in self.table.items()}
+        peers = {
+            key: replace(self.seen.get(key, InterfacePeer(allowed)), allowed_ips=allowed)
+            for key, allowed in self.table.items()
+        }
         return InterfaceState(self.key, self.port, 0, peers)
 
     def link_problem(self) -> str | None:

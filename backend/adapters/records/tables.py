@@ -94,6 +94,22 @@ removed_peers: Final = sa.Table(
     sa.Index("ix_removed_peers_removed_at", "removed_at"),
 )
 
+# At which address and port a peer was seen last, so that a new interface can reach it.
+peer_endpoints: Final = sa.Table(
+    "peer_endpoints",
+    metadata,
+    sa.Column(
+        "peer",
+        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+        sa.ForeignKey("peers.sequence", ondelete="CASCADE"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    # As `wg` prints it: [address%interface]:port is the longest.
+    sa.Column("endpoint", sa.String(64), nullable=False),
+    sa.Column("seen_at", UtcDateTime(), nullable=False),
+)
+
 # What `/readyz` says until an operator has acknowledged it.
 notices: Final = sa.Table(
     "notices",

@@ -1,13 +1,13 @@
 """The unit of work: implements `Records` for one hub. Each method is one transaction."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import sqlalchemy as sa
 
-from backend.adapters.records import audit, credentials, idempotency, peers
+from backend.adapters.records import audit, credentials, endpoints, idempotency, peers
 from backend.adapters.records.database import Database
 from backend.adapters.records.tables import hubs, notices, removed_peers
 from backend.adapters.records.tables import peers as peer_table
@@ -15,6 +15,7 @@ from backend.errors import IdempotencyKeyError, NonceError, RecordsUnavailableEr
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.models.access.idempotency import ANSWERS_KEPT, KEY_OF_ANOTHER_REQUEST
+from backend.models.wireguard.health import RecordedEndpoint
 from backend.models.wireguard.peer import Change, PeerState, accepted
 from backend.models.wireguard.records import Decision, HubStatus, NewGeneration, RecordedState
 
@@ -172,6 +173,16 @@ class SqlRecords:
                 part = wanted[start : start + _KEYS_AT_A_TIME]
                 found.update(connection.scalars(_REMOVED_KEYS, {"keys": part}))
         return found
+
+    def load_endpoints(self) -> Mapping[str, RecordedEndpoint]:
+        """Return the endpoints that peers were seen at last, by their WireGuard keys."""
+        with self._database.reading() as connection:
+            return endpoints.load(connection, self._hub)
+
+    def save_endpoints(self, seen: Mapping[str, RecordedEndpoint]) -> None:
+        """Write endpoints, by WireGuard key, in one transaction. Those of unknown peers are passed over."""
+        with self._database.transaction() as connection:
+            endpoints.save(connection, self._hub, seen)
 
     def audit_hash(self, sequence: int) -> str | None:
         """Return the hash of a row of the audit log, PRUNED for a pruned one, None where there is none."""

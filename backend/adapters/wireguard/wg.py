@@ -8,6 +8,7 @@ from typing import Final
 from backend.adapters.host import programs
 from backend.adapters.wireguard.host_link import HostLinks
 from backend.errors import HubUpdateError
+from backend.models.wireguard.health import LostEndpoint
 from backend.models.wireguard.interface import InterfaceName, InterfaceState
 from backend.models.wireguard.peer import Peer, cidr
 from backend.services.hub.drift import Drift
@@ -101,6 +102,17 @@ class WgInterface:
         if arguments:
             self._run("set", self._name, *arguments)
 
+    def restore(self, peers: Sequence[LostEndpoint]) -> None:
+        """Run two `wg set`: a keepalive that is turned on sends a packet at once, then it is as it was."""
+        given, kept = [], []
+        for peer in peers:
+            given += ["peer", peer.public_key, "endpoint", peer.endpoint, "persistent-keepalive", "1"]
+            kept += ["peer", peer.public_key, "persistent-keepalive", str(peer.persistent_keepalive)]
+        try:
+            self._run("set", self._name, *given)
+        finally:
+            self._run("set", self._name, *kept)
+
     def state(self) -> InterfaceState:
         """Run `wg show NAME dump`."""
         try:
@@ -145,6 +157,9 @@ class FileOnly:
         """Do nothing."""
 
     def clear(self, drift: Drift) -> None:
+        """Do nothing."""
+
+    def restore(self, peers: Sequence[LostEndpoint]) -> None:
         """Do nothing."""
 
     def state(self) -> InterfaceState:

@@ -43,6 +43,8 @@ class AuditAction(StrEnum):
     HUB_FAILED = "hub_failed"
     # The interface wasn't what the file says, and was mended.
     DRIFT_FOUND = "drift_found"
+    # A peer's endpoint goes back and forth: two nodes may have the same key.
+    ENDPOINT_FLAPPING = "endpoint_flapping"
     # The records didn't fit the hub, so that nothing is changed until an operator decides.
     HUB_PAUSED = "hub_paused"
     # What the operator decided: to take the hub's peers into the records, or off the hub.

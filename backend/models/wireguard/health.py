@@ -1,6 +1,7 @@
 """What the hub has seen of a peer: its state, and the figures behind it."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 
@@ -35,3 +36,20 @@ class PeerHealth:
     silent_seconds: float | None = None
     # Whether the key's endpoint goes back and forth, as when two nodes have the same key.
     endpoint_flapping: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedEndpoint:
+    """The address and port, as `wg` prints them, at which a peer was seen last, and when that was, in UTC."""
+
+    endpoint: str
+    seen_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class LostEndpoint:
+    """A peer that gets its endpoint back. It has this `persistent_keepalive`, in seconds, 0 for off."""
+
+    public_key: str
+    endpoint: str
+    persistent_keepalive: int

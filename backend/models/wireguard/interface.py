@@ -1,5 +1,6 @@
 """A WireGuard interface: its name, and its state as `wg show NAME dump` prints it (wg(8))."""
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from typing import Final, Self
@@ -38,14 +39,20 @@ class InterfaceName(str):
 
 @dataclass(slots=True)
 class InterfacePeer:
-    """One peer, without timers and counters.
+    """One peer. `allowed_ips` are in CIDR notation, `persistent_keepalive` is in seconds, 0 for off.
 
-    `allowed_ips` are in CIDR notation, `persistent_keepalive` is in seconds, 0 for off.
+    Two are equal if their settings are. Endpoint and counters change by themselves: `latest_handshake` is in
+    seconds since the epoch by the kernel's clock, 0 for a peer that has made none.
     """
 
     allowed_ips: frozenset[str]
-    preshared_key: str | None = field(default=None, repr=False)
+    # A digest: the key itself is kept by `wg` and the file alone.
+    preshared_key_digest: bytes | None = field(default=None, repr=False)
     persistent_keepalive: int = 0
+    endpoint: str | None = field(default=None, compare=False, repr=False)
+    latest_handshake: int = field(default=0, compare=False)
+    received_bytes: int = field(default=0, compare=False)
+    sent_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)
@@ -67,11 +74,15 @@ class InterfaceState:
         _, public_key, listen_port, fwmark = first.split("\t")
         peers = {}
         for line in lines:
-            key, preshared_key, _, allowed, _, _, _, keepalive, *_ = line.split("\t")
+            key, preshared_key, endpoint, allowed, handshake, received, sent, keepalive, *_ = line.split("\t")
             peers[key] = InterfacePeer(
                 frozenset(() if allowed == _NONE else allowed.split(",")),
-                None if preshared_key == _NONE else preshared_key,
+                None if preshared_key == _NONE else preshared_key_digest(preshared_key),
                 0 if keepalive == _OFF else int(keepalive),
+                None if endpoint == _NONE else endpoint,
+                int(handshake),
+                int(received),
+                int(sent),
             )
         return cls(
             None if public_key == _NONE else public_key,
@@ -79,3 +90,8 @@ class InterfaceState:
             0 if fwmark == _OFF else int(fwmark, 0),
             peers,
         )
+
+
+def preshared_key_digest(key: str) -> bytes:
+    """Return the SHA-256 of a preshared key, which is enough to compare two."""
+    return hashlib.sha256(key.encode()).digest()

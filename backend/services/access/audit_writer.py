@@ -38,9 +38,9 @@ class AuditWriter:
         with self._lock:
             self._rows.add(event, credential)
 
-    def notice(self, action: AuditAction, reason: str | None) -> None:
+    def notice(self, action: AuditAction, reason: str | None, subject: str | None = None) -> None:
         """Log an event that the service found by itself, such as drift."""
-        self.note(SERVICE.event(datetime.now(UTC), action, AuditOutcome.NOTED, reason=reason))
+        self.note(SERVICE.event(datetime.now(UTC), action, AuditOutcome.NOTED, subject, reason))
 
     def note_used(self, credential_id: str, at: datetime) -> None:
         """Record the moment of a credential's last use at the next flush."""

@@ -332,6 +332,7 @@ class Agent:
             self._follow_decision()
         if self._reconciler.reconcile_if_needed(idle=idle):
             self._observe()
+        self._reconciler.restore_endpoints()
         with suppress(RecordsUnavailableError):
             self._writer.note_observed()
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from backend.models.wireguard.interface import InterfacePeer, InterfaceState
+from backend.models.wireguard.interface import InterfacePeer, InterfaceState, preshared_key_digest
 from backend.models.wireguard.peer import cidr
 from backend.services.hub.config_text import ParsedConfig
 
@@ -40,7 +40,7 @@ def compare(actual: InterfaceState, desired: ParsedConfig) -> Drift:
             missing += 1
         elif present != peer:
             changed += 1
-            if peer.preshared_key is None and present.preshared_key is not None:
+            if peer.preshared_key_digest is None and present.preshared_key_digest is not None:
                 drift.preshared_keys.add(key)
             if peer.persistent_keepalive == 0 and present.persistent_keepalive != 0:
                 drift.keepalives.add(key)
@@ -80,7 +80,7 @@ def _wanted(desired: ParsedConfig) -> dict[str, InterfacePeer]:
             continue
         peers[key] = InterfacePeer(
             frozenset(text for text in map(cidr, operators.allowed_ips) if owners[text] == key),
-            operators.preshared_key,
+            None if operators.preshared_key is None else preshared_key_digest(operators.preshared_key),
             operators.persistent_keepalive,
         )
     return peers

@@ -2,15 +2,18 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from backend.errors import HubUpdateError
 from backend.models.operator_commands import bring_up, command, put_key_back
+from backend.models.wireguard.health import LostEndpoint
 from backend.models.wireguard.interface import InterfaceState
 from backend.models.wireguard.peer import Peer
 from backend.services.hub.drift import Drift, compare
+from backend.services.hub.interface_observer import InterfaceObserver
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.ports import Hub
 from backend.services.wireguard_config_manager import WireGuardConfigManager
@@ -22,23 +25,38 @@ log = logging.getLogger(__name__)
 _VERIFY_INTERVAL_SECONDS: Final = 8.0
 # A comparison takes at most this share of the time.
 _VERIFY_SHARE: Final = 0.1
+# The most endpoints that are given back at once, which is each second.
+_MAX_ENDPOINTS: Final = 500
+
+FindLostEndpoints = Callable[[InterfaceState], Mapping[str, str]]
 
 
 class InterfaceSync:
     """`wg set` for a few changes, `wg syncconf` for everything else. Used by one thread at a time."""
 
-    def __init__(self, config: WireGuardConfigManager, hub: Hub, operator_peers: OperatorPeers) -> None:
+    def __init__(
+        self,
+        config: WireGuardConfigManager,
+        hub: Hub,
+        operator_peers: OperatorPeers,
+        observer: InterfaceObserver,
+        lost_endpoints: FindLostEndpoints,
+    ) -> None:
         self._config = config
         self._hub = hub
+        self._observer = observer
+        self._lost_endpoints = lost_endpoints
         self._operator_peers = operator_peers
         # The index of the interface that is known to equal the file, and the operator's part of the file that
         # it was told; None while there is none.
         self._confirmed: tuple[int | None, bytes] | None = None
-        # When the whole interface was last compared with the whole file, how long that took, and whether the
-        # interface was changed since.
+        # When the whole interface was last compared with the whole file, how long that took, and when the
+        # interface was changed last.
         self._verified_at = float("-inf")
         self._verify_seconds = 0.0
-        self._changed_since = False
+        self._changed_at = float("-inf")
+        # Whether peers may have lost their endpoints, because `wg syncconf` may have added them anew.
+        self._endpoints_lost = False
 
     def require_full_sync(self) -> None:
         """Make the next `finish` run `wg syncconf` with the whole file."""
@@ -62,19 +80,7 @@ class InterfaceSync:
         """Return what the interface has, None where there is none; raise HubUpdateError for another's."""
         if not self._hub.live or self._hub.ifindex() is None:
             return None
-        state = self._hub.state()
-        new = state.public_key is None and not state.peers
-        key = self._config.parsed.hub_public_key
-        if state.public_key != key and not new:
-            name = self._config.interface
-            raise HubUpdateError(
-                f"interface {name} has another private key (its public key is {state.public_key}) than "
-                f"{self._config.path} ({key}), so it may belong to another program "
-                "and was left alone. If it does, give this hub another name with WIREGUARD_CONFIG_PATH. If "
-                f"it is this hub's: {put_key_back(name)}. Where the key was changed on purpose, run "
-                f"{command('hub up --replace-key')}"
-            )
-        return state
+        return self._require_ours(self._observer.look())
 
     def start(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], bool]:
         """Start `wg set` for these changes, unless a full sync is needed anyway.
@@ -87,7 +93,7 @@ class InterfaceSync:
             return lambda: False
         if not (added or removed):
             return lambda: True
-        self._changed_since = True
+        self._changed_at = time.monotonic()
         try:
             end = self._hub.change(added, removed)
         except HubUpdateError as exc:
@@ -104,6 +110,8 @@ class InterfaceSync:
         ifindex = self._hub.ifindex()
         if ifindex is None:
             raise self._no_interface()
+        # Later looks alone show what `start` has changed.
+        self._changed_at = time.monotonic()
         present = (ifindex, self._config.parsed.operator_stripped)
         if told and self._confirmed == present:
             return
@@ -117,19 +125,64 @@ class InterfaceSync:
         """Return how the interface differs from the file; None where a full sync is needed anyway.
 
         That is a new interface, or an edit of the operator's part. The comparison is made when it is due,
-        sooner when the service is `idle`; an empty Drift is returned in between.
+        sooner when the service is `idle` or the interface was looked at meanwhile; an empty Drift is returned
+        in between.
         """
         if not self._hub.live:
             return Drift()
         if self._confirmed != (self._hub.ifindex(), self._config.parsed.operator_stripped):
             return None
-        if not self._verification_is_due(idle=idle):
+        since = time.monotonic() - self._verified_at
+        if since < self._verify_seconds / _VERIFY_SHARE:
             return Drift()
-        return self._verify()
+        state = self._observer.take(self._changed_at)
+        changed = self._changed_at > self._verified_at
+        if state is None and since < _VERIFY_INTERVAL_SECONDS and not (changed and idle):
+            return Drift()
+        return self._verify(state)
+
+    def restore_endpoints(self) -> int:
+        """Give peers that have lost their endpoint the last one again, after `wg syncconf` has run.
+
+        That is after a restart of the hub, or where the interface was made anew. An idle peer would stay
+        unreachable for minutes until it makes a handshake by itself. At most 500 at each call; returns how
+        many. Raises HubUpdateError.
+        """
+        if not self._endpoints_lost:
+            return 0
+        state = self.inspect()
+        if state is None:
+            return 0
+        ours = {block.public_key for block in self._config.parsed.blocks}
+        lost = {key: endpoint for key, endpoint in self._lost_endpoints(state).items() if key in ours}
+        part = [
+            LostEndpoint(key, lost[key], state.peers[key].persistent_keepalive)
+            for key in islice(lost, _MAX_ENDPOINTS)
+        ]
+        if part:
+            self._hub.restore(part)
+            self._changed_at = time.monotonic()
+        self._endpoints_lost = len(part) < len(lost)
+        return len(part)
+
+    def _require_ours(self, state: InterfaceState) -> InterfaceState:
+        new = state.public_key is None and not state.peers
+        key = self._config.parsed.hub_public_key
+        if state.public_key != key and not new:
+            name = self._config.interface
+            raise HubUpdateError(
+                f"interface {name} has another private key (its public key is {state.public_key}) than "
+                f"{self._config.path} ({key}), so it may belong to another program "
+                "and was left alone. If it does, give this hub another name with WIREGUARD_CONFIG_PATH. If "
+                f"it is this hub's: {put_key_back(name)}. Where the key was changed on purpose, run "
+                f"{command('hub up --replace-key')}"
+            )
+        return state
 
     def _sync(self) -> None:
         """Run `wg syncconf` with the whole file, and compare afterwards; raise HubUpdateError."""
         self._hub.sync(self._config.parsed.stripped)
+        self._endpoints_lost = True
         drift = self._verify()
         if drift:
             self._hub.clear(drift)
@@ -137,24 +190,19 @@ class InterfaceSync:
         if drift:
             raise HubUpdateError(f"interface {self._config.interface} did not take the config: {drift}")
 
-    def _verify(self) -> Drift:
-        """Compare the interface with the file: `wg` answers 0 to several things that it doesn't do."""
+    def _verify(self, state: InterfaceState | None = None) -> Drift:
+        """Compare the interface with the file: `wg` answers 0 to several things that it doesn't do.
+
+        `state` is a look that was made since the last change; without it one is made.
+        """
         began = time.monotonic()
-        actual = self.inspect()
+        actual = self.inspect() if state is None else self._require_ours(state)
         if actual is None:
             raise self._no_interface()
         drift = compare(actual, self._config.parsed)
         self._verified_at = time.monotonic()
         self._verify_seconds = self._verified_at - began
-        self._changed_since = False
         return drift
-
-    def _verification_is_due(self, *, idle: bool) -> bool:
-        since = time.monotonic() - self._verified_at
-        shortest = self._verify_seconds / _VERIFY_SHARE
-        if self._changed_since and idle:
-            return since >= shortest
-        return since >= max(shortest, _VERIFY_INTERVAL_SECONDS)
 
     def _is_known(self) -> bool:
         """Say whether the interface is the one that was made equal to the file last."""

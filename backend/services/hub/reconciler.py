@@ -13,7 +13,8 @@ from backend.models.access.audit import AuditAction
 from backend.models.wireguard.interface import InterfaceState
 from backend.models.wireguard.peer import Change, Peer
 from backend.services.hub.config_text import PeerBlock
-from backend.services.hub.interface_sync import InterfaceSync
+from backend.services.hub.interface_observer import InterfaceObserver
+from backend.services.hub.interface_sync import FindLostEndpoints, InterfaceSync
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.removal_guard import HubPeer, RemovalGuard, find_peers
 from backend.services.ports import Hub
@@ -41,23 +42,32 @@ class Reconciler:
     File and interface may lag behind the records; they never lead.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that it brings together
         self,
         config: WireGuardConfigManager,
         hub: Hub,
         operator_peers: OperatorPeers,
         *,
         notice: Callable[[AuditAction, str | None], None] = lambda _action, _reason: None,
+        observer: InterfaceObserver | None = None,
+        lost_endpoints: FindLostEndpoints = lambda _state: {},
         guard: RemovalGuard | None = None,
     ) -> None:
-        """Read nothing yet. `notice` writes a row of the audit log."""
+        """Read nothing yet. `notice` writes a row of the audit log.
+
+        `lost_endpoints` returns the last endpoints of the peers that have none on the interface.
+        """
         self._notice = notice
         self._config = config
         self._operator_peers = operator_peers
-        self._interface = InterfaceSync(config, hub, operator_peers)
+        self._interface = InterfaceSync(
+            config, hub, operator_peers, observer or InterfaceObserver(hub), lost_endpoints
+        )
         self._guard = guard or RemovalGuard(lambda keys: keys)
         # Syncs a new file while the records are written.
         self._executor = ThreadPoolExecutor(1, "hub-file")
+        # Why endpoints could not be given back the last time, or None.
+        self._restore_problem: str | None = None
         # The operator's part of the file as it was last read.
         self._noted_text: bytes | None = None
         # Guards _desired and orders everything that is done to file and interface. Held across their I/O.
@@ -162,6 +172,23 @@ class Reconciler:
         if self.problem is None and self._is_reconciled(idle=idle):
             return False
         return self.reconcile() is None
+
+    def restore_endpoints(self) -> None:
+        """Give peers their endpoints back where the interface has lost them; see InterfaceSync."""
+        if self.problem is not None:
+            return
+        with self._lock:
+            try:
+                restored = self._interface.restore_endpoints()
+            except HubUpdateError as exc:
+                # Tried again each second, and logged once.
+                if str(exc) != self._restore_problem:
+                    log.warning("endpoints_not_restored", extra={"reason": str(exc)})
+                self._restore_problem = str(exc)
+                return
+        self._restore_problem = None
+        if restored:
+            log.info("endpoints_restored", extra={"peers": restored})
 
     def check(self) -> None:
         """Raise HubUpdateError unless a change could be applied now, and a peer be reached."""

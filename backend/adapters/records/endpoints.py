@@ -1,0 +1,47 @@
+"""The SQL of the endpoints that peers were seen at last. Each function runs in the given transaction."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from backend.adapters.records.tables import UtcDateTime, peer_endpoints, peers
+from backend.models.wireguard.health import RecordedEndpoint
+
+# An endpoint is written only while its peer is there: it may be removed meanwhile.
+_ROW: Final = sa.select(
+    peers.c.sequence,
+    sa.bindparam("endpoint", type_=sa.String()),
+    sa.bindparam("seen", type_=UtcDateTime()),
+).where(peers.c.hub == sa.bindparam("on"), peers.c.wireguard_public_key == sa.bindparam("key"))
+_INSERT: Final[dict[str, sqlite.Insert | postgresql.Insert]] = {
+    "sqlite": sqlite.insert(peer_endpoints),
+    "postgresql": postgresql.insert(peer_endpoints),
+}
+_SAVE: Final = {
+    dialect: insert.from_select(["peer", "endpoint", "seen_at"], _ROW).on_conflict_do_update(
+        index_elements=["peer"], set_={name: insert.excluded[name] for name in ("endpoint", "seen_at")}
+    )
+    for dialect, insert in _INSERT.items()
+}
+_LOAD: Final = (
+    sa.select(peers.c.wireguard_public_key, peer_endpoints.c.endpoint, peer_endpoints.c.seen_at)
+    .join(peers, peers.c.sequence == peer_endpoints.c.peer)
+    .where(peers.c.hub == sa.bindparam("on"))
+)
+
+
+def load(connection: sa.Connection, hub: int) -> dict[str, RecordedEndpoint]:
+    """Return a hub's endpoints by WireGuard key."""
+    rows = connection.execute(_LOAD, {"on": hub})
+    return {key: RecordedEndpoint(endpoint, seen_at) for key, endpoint, seen_at in rows}
+
+
+def save(connection: sa.Connection, hub: int, endpoints: Mapping[str, RecordedEndpoint]) -> None:
+    """Write endpoints by WireGuard key; pass over those of unknown peers."""
+    rows = [
+        {"on": hub, "key": key, "endpoint": recorded.endpoint, "seen": recorded.seen_at}
+        for key, recorded in endpoints.items()
+    ]
+    connection.execute(_SAVE[connection.dialect.name], rows)

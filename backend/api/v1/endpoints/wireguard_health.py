@@ -1,0 +1,184 @@
+"""The endpoints for the peers' health."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from backend.api.dependencies import Service
+from backend.api.errors import problem
+from backend.api.security import REFUSALS, Reader, SecuredRoute
+from backend.models.fields import StrictModel
+from backend.models.wireguard.health import HealthState, PeerHealth
+from backend.services.hub.hub_health import HealthReport, HealthStatus, HubHealth
+
+router = APIRouter(prefix="/wireguard", tags=["WireGuard"], route_class=SecuredRoute, responses=REFUSALS)
+
+# A request waits so long for a look at the interface, and then tells what the last one has shown: seconds.
+_PATIENCE_SECONDS: Final = 2.0
+# Other requests go on after so many peers.
+_PEERS_AT_ONCE: Final = 500
+
+
+class PeerHealthAnswer(BaseModel):
+    """One peer as the hub sees it."""
+
+    node_id: str = Field(examples=["swarm-node-001"])
+    public_key: str = Field(examples=["vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="])
+    state: HealthState = Field(
+        description="never: no handshake yet. online. suspect: no sign of life for 75 s "
+        "(WIREGUARD_SUSPECT_AFTER). offline: for 180 s (WIREGUARD_OFFLINE_AFTER); a node that sends no "
+        "keepalive is silent when it is idle."
+    )
+    endpoint: str | None = Field(description="Where it was seen last.", examples=["198.51.100.7:51820"])
+    allowed_ips: list[str] = Field(examples=[["10.0.0.2/32"]])
+    latest_handshake_seconds: int | None = Field(
+        default=None,
+        description="Seconds since its last handshake; absent if it has made none.",
+        examples=[41],
+    )
+    received_bytes: int = Field(description="What the hub has received from it.", examples=[52428800])
+    sent_bytes: int = Field(examples=[126353408])
+    persistent_keepalive: int = Field(description="The hub's own, in seconds; 0: off.", examples=[0])
+    is_stale: bool = Field(description="No sign of life within `stale_threshold`.")
+    endpoint_flapping: bool = Field(
+        description="Its endpoint goes back and forth: two nodes may have the same key."
+    )
+
+
+class HubHealthAnswer(BaseModel):
+    """The hub's peers in sum. A peer that was never seen counts in peer_count alone."""
+
+    status: HealthStatus = Field(
+        description="healthy: no peer is stale. degraded: some are. unhealthy: all that were ever seen are, "
+        "or the interface is away."
+    )
+    interface: str = Field(examples=["wg0"])
+    public_key: str = Field(
+        description="The hub's.", examples=["HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw="]
+    )
+    listening_port: int | None = Field(description="UDP; null before the first look.", examples=[51820])
+    peer_count: int = Field(examples=[3])
+    healthy_peers: int = Field(examples=[2])
+    stale_peers: int = Field(examples=[0])
+    stale_peer_list: list[str] = Field(description="The stale peers' keys.", examples=[[]])
+    total_received_bytes: int = Field(examples=[1073741824])
+    total_sent_bytes: int = Field(examples=[536870912])
+    timestamp: datetime = Field(description="When the hub has looked at its interface last.")
+    reason: str | None = Field(
+        default=None, description="Why there is no newer look; absent if there is none."
+    )
+    peers: list[PeerHealthAnswer] | None = Field(default=None, description="With include_peers=true.")
+
+
+class StaleQuery(StrictModel):
+    """When a peer counts as stale."""
+
+    # All of a URL's query is text.
+    model_config = ConfigDict(strict=False)
+
+    stale_threshold: int = Field(
+        default=300, ge=60, le=3600, description="Seconds without a sign of life after which a peer is stale."
+    )
+
+
+class HealthQuery(StaleQuery):
+    """What to tell."""
+
+    interface: str | None = Field(default=None, max_length=256, description="The hub's; a 404 for another.")
+    include_peers: bool = Field(default=False, description="Tell of each peer, too.")
+
+
+@router.get(
+    "/health",
+    operation_id="get_health",
+    summary="Show the peers' health in sum",
+    response_model=HubHealthAnswer,
+    responses={404: problem("Another interface.", "This hub has no such interface; its interface is wg0")},
+)
+async def get_health(query: Annotated[HealthQuery, Query()], _: Reader, service: Service) -> Response:
+    """Return how many of the peers show signs of life, and how many don't any more."""
+    health = service.health
+    health.require_interface(query.interface)
+    await _look(health)
+    report = health.report(query.stale_threshold)
+    parts: list[str] = []
+    async for piece in _in_pieces(health.monitor.peers()):
+        for peer in piece:
+            report.add(peer)
+        if query.include_peers:
+            parts.append(", ".join(json.dumps(_peer(peer, report)) for peer in piece))
+    text = json.dumps(_sum(health, service.hub_key, report))
+    if query.include_peers:
+        text = f'{text[:-1]}, "peers": [{", ".join(parts)}]}}'
+    return Response(text, media_type="application/json")
+
+
+@router.get(
+    "/peers/{node_id}/health",
+    operation_id="get_peer_health",
+    summary="Show a peer's health",
+    response_model=PeerHealthAnswer,
+    responses={404: problem("No such peer.", "Peer swarm-node-001 not found")},
+)
+async def get_peer_health(
+    node_id: str, query: Annotated[StaleQuery, Query()], _: Reader, service: Service
+) -> Response:
+    """Return what the hub sees of one peer."""
+    await _look(service.health)
+    peer = service.health.monitor.peer(node_id)
+    text = json.dumps(_peer(peer, service.health.report(query.stale_threshold)))
+    return Response(text, media_type="application/json")
+
+
+async def _look(health: HubHealth) -> None:
+    """Wait for a look that is at most a second old, unless it takes too long."""
+    await asyncio.wait([asyncio.wrap_future(health.refresh())], timeout=_PATIENCE_SECONDS)
+
+
+async def _in_pieces(peers: Iterator[PeerHealth]) -> AsyncIterator[list[PeerHealth]]:
+    while piece := list(islice(peers, _PEERS_AT_ONCE)):
+        yield piece
+        await asyncio.sleep(0)
+
+
+def _sum(health: HubHealth, hub_key: str, report: HealthReport) -> dict[str, Any]:
+    looked_at = health.monitor.looked_at
+    looked = datetime.now(UTC) if looked_at is None else datetime.fromtimestamp(looked_at, UTC)
+    fields = {
+        "status": report.status,
+        "interface": health.interface,
+        "public_key": hub_key,
+        "listening_port": health.monitor.listen_port,
+        "peer_count": report.peer_count,
+        "healthy_peers": report.healthy_peers,
+        "stale_peers": len(report.stale_keys),
+        "stale_peer_list": report.stale_keys,
+        "total_received_bytes": report.received_bytes,
+        "total_sent_bytes": report.sent_bytes,
+        "timestamp": looked.isoformat(timespec="seconds").replace("+00:00", "Z"),
+    }
+    return fields if health.problem is None else fields | {"reason": health.problem}
+
+
+def _peer(peer: PeerHealth, report: HealthReport) -> dict[str, Any]:
+    fields = {
+        "node_id": peer.node_id,
+        "public_key": peer.public_key,
+        "state": peer.state,
+        "endpoint": peer.endpoint,
+        "allowed_ips": peer.allowed_ips,
+        "received_bytes": peer.received_bytes,
+        "sent_bytes": peer.sent_bytes,
+        "persistent_keepalive": peer.persistent_keepalive,
+        "is_stale": report.is_stale(peer),
+        "endpoint_flapping": peer.endpoint_flapping,
+    }
+    if peer.handshake_age is None:
+        return fields
+    return fields | {"latest_handshake_seconds": int(peer.handshake_age)}

@@ -1,0 +1,86 @@
+"""The health of the whole hub, as the sum of its peers'."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from backend.errors import InterfaceNotFoundError
+from backend.models.wireguard.health import PeerHealth
+from backend.models.wireguard.interface import InterfaceName
+from backend.services.hub.health import HealthMonitor
+from backend.services.hub.interface_observer import InterfaceObserver
+
+
+class HealthStatus(StrEnum):
+    """How many of the peers that were ever seen have shown a sign of life lately."""
+
+    # All of them, or there are none.
+    HEALTHY = "healthy"
+    DEGRADED = "degraded"
+    # None of them, or there is no interface.
+    UNHEALTHY = "unhealthy"
+
+
+@dataclass(slots=True)
+class HealthReport:
+    """Sums up peers. A peer is stale after `stale_threshold` seconds without a sign of life."""
+
+    stale_threshold: float
+    is_away: bool
+    peer_count: int = 0
+    healthy_peers: int = 0
+    stale_keys: list[str] = field(default_factory=list)
+    received_bytes: int = 0
+    sent_bytes: int = 0
+
+    def is_stale(self, peer: PeerHealth) -> bool:
+        """Say whether a peer was seen once, and not lately."""
+        return peer.silent_seconds is not None and peer.silent_seconds > self.stale_threshold
+
+    def add(self, peer: PeerHealth) -> None:
+        """Count a peer. One that was never seen is neither healthy nor stale."""
+        self.peer_count += 1
+        self.received_bytes += peer.received_bytes
+        self.sent_bytes += peer.sent_bytes
+        if self.is_stale(peer):
+            self.stale_keys.append(peer.public_key)
+        elif peer.silent_seconds is not None:
+            self.healthy_peers += 1
+
+    @property
+    def status(self) -> HealthStatus:
+        """The status of the hub with these peers."""
+        if self.is_away or (self.stale_keys and not self.healthy_peers):
+            return HealthStatus.UNHEALTHY
+        return HealthStatus.DEGRADED if self.stale_keys else HealthStatus.HEALTHY
+
+
+class HubHealth:
+    """What the endpoints tell about the peers' health."""
+
+    def __init__(
+        self, interface: InterfaceName, monitor: HealthMonitor, observer: InterfaceObserver, *, live: bool
+    ) -> None:
+        """`live` is False where only the file is kept."""
+        self.interface = interface
+        self.monitor = monitor
+        self._observer = observer
+        self._live = live
+
+    def require_interface(self, name: str | None) -> None:
+        """Raise InterfaceNotFoundError for the name of another interface than this hub's."""
+        if name is not None and name != self.interface:
+            raise InterfaceNotFoundError(self.interface)
+
+    def refresh(self) -> "Future[None]":
+        """Have a look made, at most one a second; return its end."""
+        return self._observer.ask()
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing newer is known of the peers, or None."""
+        return self.monitor.problem if self._live else "WIREGUARD_RELOAD=off: no interface is looked at"
+
+    def report(self, stale_threshold: float) -> HealthReport:
+        """Return an empty report, to which the caller adds the peers."""
+        return HealthReport(stale_threshold, is_away=self.monitor.is_away)
