@@ -1,0 +1,166 @@
+"""Endpoints: kept in the records, and given back to an interface that has lost them."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from backend.errors import HubUpdateError
+from backend.models.wireguard.health import LostEndpoint, RecordedEndpoint
+from backend.models.wireguard.interface import InterfacePeer
+from backend.services.hub import endpoint_keeper, interface_sync
+from tests.harness.core import NEVER, World, Worlds
+from tests.harness.fakes import FakeHub, FlakyRecords
+from tests.harness.peers import NOON
+from tests.harness.requests import new_key
+
+HOME, AWAY = "198.51.100.7:51820", "[2001:db8::1]:7"
+
+
+def talk(world: World, hub: FakeHub, key: str, endpoint: str, keepalive: int = 0) -> None:
+    """Have a peer make a handshake from an endpoint, and the hub notice it."""
+    seen = InterfacePeer(frozenset(), None, keepalive, endpoint, int(time.time()), 180, 92)
+    hub.seen[key] = seen
+    world.observer.look()
+
+
+@pytest.fixture
+def quiet(make_world: Worlds) -> World:
+    """Start a service that looks where a test says so."""
+    return make_world(look_every=NEVER)
+
+
+def test_a_new_interface_gets_the_endpoints_back_and_nudges_each_peer_once(
+    quiet: World, fake_hub: FakeHub
+) -> None:
+    keys = [new_key() for _ in range(3)]
+    for number, key in enumerate(keys):
+        quiet.provision(f"node-{number}", key)
+    talk(quiet, fake_hub, keys[0], HOME)
+    talk(quiet, fake_hub, keys[1], AWAY)
+    fake_hub.vanish()
+    fake_hub.come_back()
+    for _ in range(3):
+        quiet.look()
+    # The third was never there.
+    assert fake_hub.restored == [LostEndpoint(keys[0], HOME, 0), LostEndpoint(keys[1], AWAY, 0)]
+
+
+def test_an_endpoint_that_is_newer_than_ours_stays(quiet: World, fake_hub: FakeHub) -> None:
+    key = new_key()
+    quiet.provision("node-1", key)
+    talk(quiet, fake_hub, key, HOME)
+    fake_hub.vanish()
+    fake_hub.come_back()
+    fake_hub.seen[key] = InterfacePeer(frozenset(), endpoint=AWAY)
+    quiet.look()
+    assert fake_hub.restored == []
+
+
+def test_a_start_gives_endpoints_back_that_an_earlier_process_has_kept(
+    make_world: Worlds, fake_hub: FakeHub
+) -> None:
+    first = make_world(records := FlakyRecords(is_durable=True), look_every=NEVER)
+    key = new_key()
+    first.provision("node-1", key)
+    talk(first, fake_hub, key, HOME)
+    first.stop()
+    fake_hub.vanish()
+    fake_hub.come_back()
+    second = make_world(records, look_every=NEVER)
+    second.look()
+    assert fake_hub.restored == [LostEndpoint(key, HOME, 0)]
+
+
+def test_an_operators_peer_is_left_alone(quiet: World, fake_hub: FakeHub) -> None:
+    key = new_key()
+    quiet.append(key, "10.0.0.200/32")
+    quiet.look()
+    talk(quiet, fake_hub, key, HOME)
+    fake_hub.vanish()
+    fake_hub.come_back()
+    quiet.look()
+    assert (fake_hub.restored, quiet.health.unrecorded_endpoints()) == ([], {})
+
+
+def test_at_most_so_many_endpoints_are_given_back_at_once(
+    quiet: World, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interface_sync, "_MAX_ENDPOINTS", 2)
+    keys = [new_key() for _ in range(5)]
+    for number, key in enumerate(keys):
+        quiet.provision(f"node-{number}", key)
+        talk(quiet, fake_hub, key, HOME)
+    fake_hub.vanish()
+    fake_hub.come_back()
+    given = []
+    for _ in range(4):
+        quiet.look()
+        given.append(len(fake_hub.restored))
+    assert given == [2, 4, 5, 5]
+
+
+def test_a_restoration_that_fails_is_tried_again(
+    quiet: World, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = new_key()
+    quiet.provision("node-1", key)
+    talk(quiet, fake_hub, key, HOME)
+    fake_hub.vanish()
+    fake_hub.come_back()
+
+    def refuse(_peers: object) -> None:
+        raise HubUpdateError("`wg` gave up")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(fake_hub, "restore", refuse)
+        quiet.look()
+        # It is no reason to refuse requests.
+        assert quiet.reconciler.problem is None
+    quiet.look()
+    assert fake_hub.restored == [LostEndpoint(key, HOME, 0)]
+
+
+def test_endpoints_are_written_some_at_a_time(
+    quiet: World, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_keeper, "_AT_ONCE", 2)
+    keys = [new_key() for _ in range(5)]
+    for number, key in enumerate(keys):
+        quiet.provision(f"node-{number}", key)
+        talk(quiet, fake_hub, key, HOME)
+    calls = 0
+
+    def call(write: object) -> None:
+        nonlocal calls
+        calls += 1
+        quiet.agent.call(write)  # type: ignore[arg-type] # a function
+
+    quiet.keeper.save(call)
+    assert calls == 3
+    kept = quiet.records.load_endpoints()
+    assert {key: recorded.endpoint for key, recorded in kept.items()} == dict.fromkeys(keys, HOME)
+    quiet.keeper.save(call)
+    assert calls == 3
+
+
+def test_the_records_forget_the_endpoint_of_a_removed_peer(quiet: World, fake_hub: FakeHub) -> None:
+    key = new_key()
+    quiet.provision("node-1", key)
+    talk(quiet, fake_hub, key, HOME)
+    quiet.keeper.save(lambda write: write())
+    assert key in quiet.records.load_endpoints()
+    quiet.deprovision("node-1")
+    quiet.records.note_observed(2)
+    assert quiet.records.load_endpoints() == {}
+
+
+def test_endpoints_wait_for_records_that_are_away(quiet: World, fake_hub: FakeHub) -> None:
+    key = new_key()
+    quiet.provision("node-1", key)
+    talk(quiet, fake_hub, key, HOME)
+    unrecorded = quiet.health.unrecorded_endpoints()
+    assert replace(unrecorded[key], seen_at=NOON) == RecordedEndpoint(HOME, NOON)
+    quiet.records.database.close()
+    quiet.keeper.close()
+    assert key in quiet.health.unrecorded_endpoints()
