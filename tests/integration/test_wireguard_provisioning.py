@@ -276,6 +276,8 @@ def test_openapi_shows_an_example_and_every_error(service: ServiceProcess) -> No
         ("/peers/{node_id}", "get"): ["200", *refusals[:2], "404", "422", "429"],
         ("/peers/{node_id}", "delete"): ["200", *refusals[:2], "404", "422", "429", "503"],
         ("/pool/stats", "get"): ["200", *refusals],
+        ("/health", "get"): ["200", *refusals[:2], "404", "422", "429"],
+        ("/peers/{node_id}/health", "get"): ["200", *refusals[:2], "404", "422", "429"],
         ("/challenge", "post"): ["200", *refusals[:2], "404", "422", "429"],
         ("/tokens", "get"): ["200", *refusals],
         ("/tokens", "post"): ["201", *refusals[:2], "422", "429"],
