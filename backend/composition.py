@@ -10,6 +10,8 @@ from functools import partial
 from backend.adapters.durable_workflow import DurableWorkflow
 from backend.adapters.host.locks import ConfigGuard, lock_interface
 from backend.adapters.host.private_files import ADMIN_HEADER, admin_header
+from backend.adapters.metrics.prometheus import PrometheusMetrics
+from backend.adapters.metrics.state import State
 from backend.adapters.rate_limits import RateLimits
 from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import IN_MEMORY, Database, open_beside
@@ -45,8 +47,9 @@ from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.hub.review import HubReview
 from backend.services.hub.writer import Writer
 from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.no_metrics import NO_METRICS
 from backend.services.peer_directory import PeerDirectory
-from backend.services.ports import Hub
+from backend.services.ports import Hub, Metrics
 from backend.services.readiness import Readiness
 from backend.services.wireguard_config_manager import WireGuardConfigManager, require_address
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
@@ -56,7 +59,9 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService]:
+def running_service(  # noqa: PLR0915 - one list of all parts
+    settings: Settings,
+) -> Iterator[WireGuardProvisioningService]:
     """Start the service that the settings describe, and stop it at the end; raise StartRefusedError.
 
     The one list of all parts: started in this order, stopped in reverse. Over 40 lines, so that it is one.
@@ -72,11 +77,13 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         guard = stopping.enter_context(ConfigGuard(settings.wireguard_config_path))
         if hub.live:
             stopping.enter_context(lock_interface(settings.interface))
+        prometheus = _prometheus(settings)
+        metrics: Metrics = prometheus or NO_METRICS
         config = _config(settings, hub, guard)
         pool = _pool(settings)
         operator_peers = OperatorPeers(pool, _peer_limit(settings, pool))
 
-        database = stopping.enter_context(_database(settings))
+        database = stopping.enter_context(_database(settings, metrics))
         records, store = SqlRecords(database), SqlAccessStore(database)
         records.name_hub(settings.interface)
         workflow = None
@@ -88,7 +95,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
         audit = stopping.enter_context(closing(AuditWriter(store)))
         local, secret = KeyRequest(role=Role.ADMIN).make(SERVICE.name, datetime.now(UTC))
         access = AccessControl(
-            _authenticator(settings, cache, uses, audit, local),
+            _authenticator(settings, cache, uses, audit, metrics, local),
             CredentialService(store, cache),
             audit,
             proofs=ProofVerifier(WireGuardChallenges()) if settings.wireguard_require_proof else None,
@@ -98,25 +105,15 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
 
         removals = RemovalGuard(records.removed_keys)
         directory = PeerDirectory(pool, operator_peers)
-        health = _health(settings, directory, config, audit)
-        observer = stopping.enter_context(closing(InterfaceObserver(hub, health)))
+        health = _health(settings, directory, config, audit, metrics)
+        observer = stopping.enter_context(closing(InterfaceObserver(hub, health, metrics)))
         reconciler = stopping.enter_context(
-            closing(
-                Reconciler(
-                    config,
-                    hub,
-                    operator_peers,
-                    notice=audit.notice,
-                    observer=observer,
-                    lost_endpoints=health.lost_endpoints,
-                    guard=removals,
-                )
-            )
+            closing(Reconciler(config, hub, operator_peers, observer, notice=audit.notice, guard=removals))
         )
         history = HubHistory(records, reconciler, removals, HubMark(config.path))
         writer = Writer(records, removals)
         run = _at_once if workflow is None else workflow.run
-        agent = Agent(writer, reconciler, directory, operator_peers, history, run)
+        agent = Agent(writer, reconciler, directory, operator_peers, history, run, metrics)
         readiness = Readiness(
             [
                 ("an earlier change", agent.check),
@@ -143,6 +140,7 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
             answers=store,
             readiness=readiness,
             health=HubHealth(settings.interface, health, observer, live=hub.live),
+            metrics=metrics,
         )
         cache.refresh()
         keeper = EndpointKeeper(records, health)
@@ -160,6 +158,18 @@ def running_service(settings: Settings) -> Iterator[WireGuardProvisioningService
                 *list_access_loops(access, cache, store, settings.audit_keep),
             ]
         )
+        if prometheus is not None:
+            prometheus.watch(
+                State(
+                    pool=pool,
+                    writer=writer,
+                    reconciler=reconciler,
+                    cache=cache,
+                    uses=uses,
+                    loops=loops.rows,
+                    health=health,
+                )
+            )
         stopping.callback(loops.stop)
         loops.start()
         if access.authenticator.required:
@@ -186,18 +196,24 @@ def _config(settings: Settings, hub: Hub, guard: ConfigGuard) -> WireGuardConfig
 
 
 def _health(
-    settings: Settings, directory: PeerDirectory, config: WireGuardConfigManager, audit: AuditWriter
+    settings: Settings,
+    directory: PeerDirectory,
+    config: WireGuardConfigManager,
+    audit: AuditWriter,
+    metrics: Metrics,
 ) -> HealthMonitor:
     return HealthMonitor(
         directory,
         lambda: config.parsed.hub_public_key,
         suspect_after=settings.wireguard_suspect_after,
         offline_after=settings.wireguard_offline_after,
-        on_flapping=partial(_note_flapping, audit),
+        on_flapping=partial(_note_flapping, audit, metrics),
+        on_first_handshake=metrics.first_handshake,
     )
 
 
-def _note_flapping(audit: AuditWriter, node_id: str) -> None:
+def _note_flapping(audit: AuditWriter, metrics: Metrics, node_id: str) -> None:
+    metrics.endpoint_flapped()
     log.warning("endpoint_flapping", extra={"node_id": node_id})
     audit.notice(AuditAction.ENDPOINT_FLAPPING, "two nodes may have the same key", node_id)
 
@@ -216,8 +232,19 @@ def _hub(settings: Settings) -> Hub:
         raise StartRefusedError(f"{exc}, or set WIREGUARD_RELOAD=off for the file alone") from exc
 
 
-def _authenticator(
-    settings: Settings, cache: CredentialCache, uses: TokenUses, audit: AuditWriter, local: Credential
+def _prometheus(settings: Settings) -> PrometheusMetrics | None:
+    if not settings.wireguard_metrics:
+        return None
+    return PrometheusMetrics(hub=settings.interface, per_peer=settings.wireguard_metrics_per_peer)
+
+
+def _authenticator(  # noqa: PLR0913, PLR0917 - its parts
+    settings: Settings,
+    cache: CredentialCache,
+    uses: TokenUses,
+    audit: AuditWriter,
+    metrics: Metrics,
+    local: Credential,
 ) -> Authenticator:
     return Authenticator(
         cache,
@@ -226,6 +253,7 @@ def _authenticator(
         RateLimits(settings.rate_limits, settings.wireguard_rate_limit_storage),
         local=local,
         required=settings.wireguard_auth is AuthMode.REQUIRED,
+        metrics=metrics,
     )
 
 
@@ -267,11 +295,11 @@ def _peer_limit(settings: Settings, pool: IPPoolManager) -> PeerLimit:
 
 
 @contextmanager
-def _database(settings: Settings) -> Iterator[Database]:
+def _database(settings: Settings, metrics: Metrics) -> Iterator[Database]:
     if not settings.enable_dbos:
         log.warning("records_in_memory", extra={"consequence": "a restart forgets all but the file"})
     url = settings.database_url if settings.enable_dbos else IN_MEMORY
-    with closing(Database(url, copies=settings.state_directory)) as database:
+    with closing(Database(url, copies=settings.state_directory, metrics=metrics)) as database:
         database.migrate()
         yield database
 
@@ -303,7 +331,8 @@ def open_hub_decisions(settings: Settings) -> Iterator[HubDecisions]:
     with (
         closing(open_beside(settings.database_url, settings.state_directory)) as database,
         closing(_hub(settings)) as hub,
-        closing(Reconciler(config, hub, OperatorPeers(_pool(settings)))) as reconciler,
+        closing(InterfaceObserver(hub)) as observer,
+        closing(Reconciler(config, hub, OperatorPeers(_pool(settings)), observer)) as reconciler,
     ):
         yield HubDecisions(SqlRecords(database), reconciler, HubMark(config.path))
 

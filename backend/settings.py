@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     wireguard_health_interval: Seconds = 5
     wireguard_suspect_after: Count = 75
     wireguard_offline_after: Count = 180
+    wireguard_metrics: bool = True
+    wireguard_metrics_public: bool = False
+    wireguard_metrics_per_peer: bool = False
     log_level: Level = LogLevel.INFO
     access_log: bool = False
 

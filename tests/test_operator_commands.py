@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from backend.models.operator_commands import VARIABLE, bring_up, command, put_key_back
+from backend.services.hub.interface_observer import InterfaceObserver
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.reconciler import Reconciler
 from backend.services.ip_pool_manager import IPPoolManager
@@ -24,7 +25,8 @@ def missing(tmp_path: Path) -> Reconciler:
     path.write_text(CONFIG)
     hub = FakeHub()
     hub.vanish()
-    return Reconciler(WireGuardConfigManager(path), hub, OperatorPeers(IPPoolManager("10.0.0.0/24")))
+    operator_peers = OperatorPeers(IPPoolManager("10.0.0.0/24"))
+    return Reconciler(WireGuardConfigManager(path), hub, operator_peers, InterfaceObserver(hub))
 
 
 def test_missing_interface_is_brought_up_by_the_program_that_made_it(missing: Reconciler) -> None:

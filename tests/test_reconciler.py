@@ -11,6 +11,7 @@ import pytest
 from backend import errors
 from backend.models.wireguard.keys import WireGuardPrivateKey
 from backend.models.wireguard.peer import Change
+from backend.services.hub.interface_observer import InterfaceObserver
 from backend.services.hub.mark import HubMark
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.reconciler import Reconciler
@@ -157,7 +158,10 @@ def test_records_that_cannot_be_read_for_removed_keys_stop_the_reconciliation(
     config.add_peer(keys[1].public_key(), ["10.0.0.2/32"])
     before = path.read_bytes()
     operator_peers = OperatorPeers(IPPoolManager("10.0.0.0/24"))
-    reconciler = Reconciler(config, FakeHub(), operator_peers, guard=RemovalGuard(removed_keys))
+    hub = FakeHub()
+    reconciler = Reconciler(
+        config, hub, operator_peers, InterfaceObserver(hub), guard=RemovalGuard(removed_keys)
+    )
     reconciler.set_desired(())
     assert reconciler.reconcile() == "the records can't be read"
     assert reconciler.problem == "the records can't be read"

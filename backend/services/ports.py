@@ -1,8 +1,8 @@
 """What the domain needs from outside, as Protocols."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Protocol
+from typing import Literal, Protocol
 
 from backend.models.access.audit import AuditEvent, AuditQuery, AuditRecord
 from backend.models.access.credentials import Credential
@@ -12,7 +12,21 @@ from backend.models.wireguard.health import LostEndpoint, RecordedEndpoint
 from backend.models.wireguard.interface import InterfaceState
 from backend.models.wireguard.peer import Change, Peer
 from backend.models.wireguard.records import HubStatus, NewGeneration, RecordedState
-from backend.services.hub.drift import Drift
+from backend.services.hub.drift import Drift, DriftKind
+
+Stage = Literal["prepare", "commit", "apply"]
+DatabaseOperation = Literal["read", "write"]
+# How a request to provision or to deprovision ended.
+Outcome = Literal[
+    "provisioned",
+    "deprovisioned",
+    "duplicate",
+    "pool_exhausted",
+    "not_found",
+    "refused",
+    "unavailable",
+    "unknown",
+]
 
 
 class Records(Protocol):
@@ -158,3 +172,58 @@ class RateLimiter(Protocol):
 
     async def close(self) -> None:
         """Close the connections of the event loop that has used them."""
+
+
+class Metrics(Protocol):
+    """Counts events for Prometheus. Any thread may call it; it never fails, and takes a few microseconds.
+
+    What can be read when Prometheus asks is read then, and is no event: see adapters/metrics/state.py.
+    """
+
+    def render(self) -> Iterator[bytes]:
+        """Return all metrics in Prometheus's text format 0.0.4, in pieces of at most 500 peers each.
+
+        A piece may be empty: it then marks a moment at which other work may go on.
+        """
+
+    def request_answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request over HTTP. `route` is the route's template and never a path that a caller sent."""
+
+    def provision_ended(self, outcome: Outcome) -> None:
+        """Count a request to provision, by how it ended."""
+
+    def deprovision_ended(self, outcome: Outcome) -> None:
+        """Count a request to deprovision, by how it ended."""
+
+    def authentication_failed(self, reason: str) -> None:
+        """Count a failed authentication. `reason` is its word in the audit log."""
+
+    def batch_begun(self, changes: int) -> None:
+        """Note how many changes a batch has."""
+
+    def stage_ended(self, stage: Stage, seconds: float) -> None:
+        """Note how long a stage of a batch took, whether it succeeded or not."""
+
+    def database_used(self, operation: DatabaseOperation, seconds: float) -> None:
+        """Note how long a transaction of the records took, whether it succeeded or not."""
+
+    def drift_found(self, kinds: Iterable[DriftKind]) -> None:
+        """Count one comparison with these kinds of drift."""
+
+    def drift_mended(self, kinds: Iterable[DriftKind]) -> None:
+        """Count one reconciliation that mended these kinds of drift."""
+
+    def reloaded(self, *, succeeded: bool) -> None:
+        """Count one `wg syncconf` of the whole file, with the comparison after it."""
+
+    def look_failed(self) -> None:
+        """Count one `wg show dump` that failed."""
+
+    def first_handshake(self, seconds: float) -> None:
+        """Note how long a peer took from its provision to its first handshake."""
+
+    def endpoints_restored(self, count: int) -> None:
+        """Count endpoints that were given back to an interface that had lost them."""
+
+    def endpoint_flapped(self) -> None:
+        """Count one key that was flagged because its endpoint goes back and forth."""

@@ -33,8 +33,9 @@ from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.writer import Writer
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.known_peers import is_same, may_know_address
+from backend.services.no_metrics import NO_METRICS
 from backend.services.peer_directory import PeerDirectory
-from backend.services.ports import AccessStore
+from backend.services.ports import AccessStore, Metrics
 from backend.services.readiness import Readiness
 
 __all__ = [
@@ -66,10 +67,12 @@ class WireGuardProvisioningService:
         answers: AccessStore,
         readiness: Readiness,
         health: HubHealth,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
-        """Put the parts together; the endpoints find `access`, `readiness` and `health` here."""
+        """Put the parts together; the endpoints find `access`, `readiness`, `health` and `metrics` here."""
         self.access: Final = access
         self.health: Final = health
+        self.metrics: Final = metrics
         self.readiness: Final = readiness
         self._pool = pool
         self._operator_peers = operator_peers

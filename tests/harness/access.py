@@ -17,7 +17,8 @@ from backend.services.access.authenticator import Authenticator
 from backend.services.access.credential_cache import CredentialCache
 from backend.services.access.credential_service import CredentialService
 from backend.services.access.token_uses import TokenUses
-from backend.services.ports import AccessStore
+from backend.services.no_metrics import NO_METRICS
+from backend.services.ports import AccessStore, Metrics
 from tests.harness.fakes import FakeAccessStore, NoLimits
 
 SOMEWHERE = "192.0.2.1"
@@ -55,14 +56,14 @@ class NotedLimits(NoLimits):
 class Access:
     """All parts over one store; `local` is the secret of this host's admin."""
 
-    def __init__(self, store: AccessStore, *, required: bool = True) -> None:
+    def __init__(self, store: AccessStore, *, required: bool = True, metrics: Metrics = NO_METRICS) -> None:
         self.limits = NotedLimits()
         self.uses = TokenUses()
         self.cache = CredentialCache(store, self.uses)
         self.audit = AuditWriter(store)
         admin, self.local = KeyRequest(role=Role.ADMIN).make("service", datetime.now(UTC))
         self.authenticator = Authenticator(
-            self.cache, self.uses, self.audit, self.limits, local=admin, required=required
+            self.cache, self.uses, self.audit, self.limits, local=admin, required=required, metrics=metrics
         )
         self.credentials = CredentialService(store, self.cache)
         self.control = AccessControl(self.authenticator, self.credentials, self.audit)

@@ -32,8 +32,9 @@ from backend.services.hub.reconciler import Reconciler
 from backend.services.hub.removal_guard import RemovalGuard
 from backend.services.hub.writer import Writer
 from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.no_metrics import NO_METRICS
 from backend.services.peer_directory import PeerDirectory
-from backend.services.ports import Hub
+from backend.services.ports import Hub, Metrics
 from backend.services.readiness import Readiness
 from backend.services.wireguard_config_manager import WireGuardConfigManager
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
@@ -70,6 +71,7 @@ class World:
         limit: PeerLimit | None = None,
         look_every: float = OFTEN,
         run: Run = at_once,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         """Start nothing yet."""
         self.path = directory / "wg0.conf"
@@ -80,26 +82,21 @@ class World:
         self.records = records or FlakyRecords()
         self.hub: Hub = hub or FakeHub()
         self.store = SqlAccessStore(self.records.database)
-        self.access = Access(self.store)
+        self.access = Access(self.store, metrics=metrics)
         self.pool = IPPoolManager(network, ["10.0.0.1"])
         self.operator_peers = OperatorPeers(self.pool, limit)
         self.config = WireGuardConfigManager(self.path)
         guard = RemovalGuard(self.records.removed_keys)
         self.directory = PeerDirectory(self.pool, self.operator_peers)
         self.health = HealthMonitor(self.directory, lambda: self.config.parsed.hub_public_key)
-        self.observer = InterfaceObserver(self.hub, self.health)
+        self.observer = InterfaceObserver(self.hub, self.health, metrics)
         self.keeper = EndpointKeeper(self.records, self.health)
-        self.reconciler = Reconciler(
-            self.config,
-            self.hub,
-            self.operator_peers,
-            observer=self.observer,
-            lost_endpoints=self.health.lost_endpoints,
-            guard=guard,
-        )
+        self.reconciler = Reconciler(self.config, self.hub, self.operator_peers, self.observer, guard=guard)
         self.writer = Writer(self.records, guard)
         history = HubHistory(self.records, self.reconciler, guard, HubMark(self.config.path))
-        self.agent = Agent(self.writer, self.reconciler, self.directory, self.operator_peers, history, run)
+        self.agent = Agent(
+            self.writer, self.reconciler, self.directory, self.operator_peers, history, run, metrics
+        )
         self.configurations = Configurations(
             self.pool.network, "hub.example.com:51820", IPv4Address("10.0.0.1"), self.operator_peers
         )
@@ -122,6 +119,7 @@ class World:
                 live=self.hub.live,
             ),
             health=HubHealth(InterfaceName.parse("wg0"), self.health, self.observer, live=self.hub.live),
+            metrics=metrics,
         )
         self._loops = Loops([Loop("hub", look_every, self.agent.maintain)])
         self._stopped = False

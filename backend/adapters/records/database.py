@@ -3,7 +3,8 @@
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,9 @@ from backend.adapters.records.availability import Availability
 from backend.adapters.records.postgresql import NOTHING_CHANGED, PostgreSQL, said, without_timeouts
 from backend.adapters.records.sqlite import SqliteFile
 from backend.errors import InUseError, RecordsUnavailableError, StartRefusedError
+from backend.services.no_metrics import NO_METRICS
+from backend.services.ports import DatabaseOperation, Metrics
+from backend.services.stopwatch import measured
 
 # The database is away, locked, full or read-only.
 _NOT_WRITTEN: Final = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
@@ -42,7 +46,14 @@ class Database:
     The service has it for itself (`exclusive`); the command line works beside it, in short transactions.
     """
 
-    def __init__(self, url: str, *, exclusive: bool = True, copies: Path | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        exclusive: bool = True,
+        copies: Path | None = None,
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
         """Open it. `copies` is where a SQLite file is copied to before a migration; by default, beside it."""
         self.url = sa.make_url(url)
         # Without the query, too: a password may stand there.
@@ -50,6 +61,7 @@ class Database:
         # False where it lives as long as the process.
         self.durable = url != IN_MEMORY
         self._copies = copies
+        self._metrics = metrics
         self._exclusive = exclusive
         self.availability = Availability(self.name)
         self.writability = Availability(self.name, "database_not_writable", "database_writable")
@@ -86,12 +98,16 @@ class Database:
             self.note_not_written(exc)
             raise RecordsUnavailableError("the records can't be written; check the database") from None
 
+    def timing(self, operation: DatabaseOperation) -> AbstractContextManager[None]:
+        """Measure a transaction for the metrics."""
+        return measured(partial(self._metrics.database_used, operation))
+
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """Yield a connection to read by; raise RecordsUnavailableError where the database can't be read."""
         self.require()
         try:
-            with self.engine.connect() as connection:
+            with self.timing("read"), self.engine.connect() as connection:
                 yield connection
         except SQLAlchemyError as exc:
             raise RecordsUnavailableError("the records can't be read; check the database") from exc
@@ -102,7 +118,7 @@ class Database:
         self.require()
         self.check_file()
         try:
-            with self.engine.begin() as connection:
+            with self.timing("write"), self.engine.begin() as connection:
                 yield connection
         except SQLAlchemyError as exc:
             raise RecordsUnavailableError("the records can't be written; check the database") from exc

@@ -70,7 +70,8 @@ class SqlRecords:
         """
         # True until the commit has succeeded: after a lost answer the rows may be there.
         removing, self._removing = self._removing, True
-        with self._database.writing(), self._database.engine.begin() as connection:
+        database = self._database
+        with database.writing(), database.timing("write"), database.engine.begin() as connection:
             peers.advance(connection, self._hub, generation, observed)
             if removing:
                 peers.end_removals(connection, self._hub, observed)

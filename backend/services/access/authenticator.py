@@ -16,7 +16,8 @@ from backend.models.access.sources import LimitKind
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.credential_cache import CredentialCache
 from backend.services.access.token_uses import TokenUses
-from backend.services.ports import RateLimiter
+from backend.services.no_metrics import NO_METRICS
+from backend.services.ports import Metrics, RateLimiter
 
 _SCHEME: Final = "bearer"
 
@@ -33,6 +34,7 @@ class Authenticator:
         *,
         local: Credential | None = None,
         required: bool = True,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         """`local` is the key in `admin.header`, which is never recorded. `required` is WIREGUARD_AUTH."""
         self._cache = cache
@@ -41,6 +43,7 @@ class Authenticator:
         self._limiter = limiter
         self._local: Final = local
         self.required: Final = required
+        self._metrics = metrics
 
     async def authenticate(self, authorization: str | None, source: str | None, request_id: str) -> Caller:
         """Return the caller; raise UnauthenticatedError, RateLimitedError or RecordsUnavailableError."""
@@ -91,8 +94,13 @@ class Authenticator:
         self, error: UnauthenticatedError, source: str | None
     ) -> UnauthenticatedError | RateLimitedError:
         """Count a failed attempt; return the error, or RateLimitedError for a source over its limit."""
+        self.note_failure(error)
         seconds = await self._limiter.hit(LimitKind.FAILED_AUTHENTICATION, source or "unix")
         return error if seconds is None else RateLimitedError(seconds, error.credential_id)
+
+    def note_failure(self, error: UnauthenticatedError) -> None:
+        """Count a failed attempt for the metrics alone."""
+        self._metrics.authentication_failed(error.audit_reason)
 
     async def close(self) -> None:
         """Close the rate limiter's connections, in the event loop that has used them."""

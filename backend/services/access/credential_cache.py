@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from threading import Lock
 from typing import Final
 
@@ -32,6 +32,10 @@ class CredentialCache:
     def get(self, credential_id: str) -> Credential | None:
         """Return a credential as memory has it."""
         return self._credentials.get(credential_id)
+
+    def all(self) -> Collection[Credential]:
+        """Return every credential as memory has it. What is returned doesn't change later."""
+        return self._credentials.values()
 
     async def find(self, credential_id: str) -> Credential | None:
         """Return a credential, from the records if memory hasn't got it; raise RecordsUnavailableError."""

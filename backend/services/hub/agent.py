@@ -27,7 +27,10 @@ from backend.services.hub.history import HubHistory
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.reconciler import PreparedChanges, Reconciler
 from backend.services.hub.writer import Writer
+from backend.services.no_metrics import NO_METRICS
 from backend.services.peer_directory import PeerDirectory
+from backend.services.ports import Metrics
+from backend.services.stopwatch import measured
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Agent:
         operator_peers: OperatorPeers,
         history: HubHistory,
         run: Run,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         """`run` runs a function in this thread; a durable service makes a workflow of it."""
         self._writer = writer
@@ -65,6 +69,7 @@ class Agent:
         self._operator_peers = operator_peers
         self._history = history
         self._run = run
+        self._metrics = metrics
         self._thread = Thread(target=self._work, name="hub-agent", daemon=True)
         # Work that loops.py hands over by `call`, with the future that the caller waits for.
         self._tasks: deque[tuple[Callable[[], object], Future[object]]] = deque()
@@ -206,8 +211,10 @@ class Agent:
         """Commit one batch and apply it; each of its changes ends here, unless the records don't answer."""
         self._batch_since = time.monotonic()
         self._busy = True
+        self._metrics.batch_begun(len(changes))
         try:
-            prepared = self._prepare(changes)
+            with measured(partial(self._metrics.stage_ended, "prepare")):
+                prepared = self._prepare(changes)
             if prepared is None:
                 self._end(changes, None)
             else:
@@ -240,8 +247,10 @@ class Agent:
 
     def _commit_and_apply(self, changes: list[Change], prepared: PreparedChanges) -> None:
         try:
-            self._writer.commit(accepted(changes))
-            failure = self._apply(accepted(changes), prepared)
+            with measured(partial(self._metrics.stage_ended, "commit")):
+                self._writer.commit(accepted(changes))
+            with measured(partial(self._metrics.stage_ended, "apply")):
+                failure = self._apply(accepted(changes), prepared)
             self._cautious = failure is not None
             if failure is not None:
                 self._writer.compensate(accepted(changes), failure)

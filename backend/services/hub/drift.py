@@ -2,10 +2,24 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from backend.models.wireguard.interface import InterfacePeer, InterfaceState, preshared_key_digest
 from backend.models.wireguard.peer import cidr
 from backend.services.hub.config_text import ParsedConfig
+
+
+class DriftKind(StrEnum):
+    """What differs from the records."""
+
+    # Peers of the file that the interface doesn't have, has with other values, or has beyond the file.
+    MISSING = "missing"
+    CHANGED = "changed"
+    SURPLUS = "surplus"
+    # The interface's port or mark.
+    SETTINGS = "settings"
+    # Our own blocks in wg0.conf.
+    FILE = "file"
 
 
 @dataclass(slots=True)
@@ -13,6 +27,7 @@ class Drift:
     """The differences: in words for the log, and those that `wg syncconf` may leave as they are."""
 
     found: list[str] = field(default_factory=list)
+    kinds: set[DriftKind] = field(default_factory=set)
     fwmark: bool = False
     preshared_keys: set[str] = field(default_factory=set)
     keepalives: set[str] = field(default_factory=set)
@@ -28,9 +43,11 @@ def compare(actual: InterfaceState, desired: ParsedConfig) -> Drift:
     """Compare the whole interface with the whole file, except private key and endpoints, which roam."""
     drift = Drift()
     if desired.listen_port is not None and actual.listen_port != desired.listen_port:
+        drift.kinds.add(DriftKind.SETTINGS)
         drift.found.append(f"ListenPort {actual.listen_port} instead of {desired.listen_port}")
     if actual.fwmark != desired.fwmark:
         drift.fwmark = desired.fwmark == 0
+        drift.kinds.add(DriftKind.SETTINGS)
         drift.found.append(f"FwMark {actual.fwmark:#x} instead of {desired.fwmark:#x}")
     missing = changed = 0
     wanted = _wanted(desired)
@@ -47,8 +64,13 @@ def compare(actual: InterfaceState, desired: ParsedConfig) -> Drift:
     # Those that `wanted` leaves out are in the file all the same.
     named = {peer.public_key for peer in desired.operator_peers}
     surplus = len(actual.peers.keys() - wanted.keys() - named)
-    for number, what in ((missing, "missing"), (changed, "changed"), (surplus, "not in the file")):
+    for number, what, kind in (
+        (missing, "missing", DriftKind.MISSING),
+        (changed, "changed", DriftKind.CHANGED),
+        (surplus, "not in the file", DriftKind.SURPLUS),
+    ):
         if number:
+            drift.kinds.add(kind)
             drift.found.append(f"{number} peer(s) {what}")
     return drift
 

@@ -4,6 +4,7 @@ At 10,000 peers a look takes some 0.1 s, so there is never more than one at a ti
 """
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from threading import Lock
@@ -12,7 +13,8 @@ from typing import Final
 from backend.errors import HubUpdateError
 from backend.models.wireguard.interface import InterfaceState
 from backend.services.hub.health import HealthMonitor
-from backend.services.ports import Hub
+from backend.services.no_metrics import NO_METRICS
+from backend.services.ports import Hub, Metrics
 
 # The shortest time from one look to the next that isn't needed to apply a change: seconds.
 _SHORTEST_SECONDS: Final = 1.0
@@ -21,8 +23,9 @@ _SHORTEST_SECONDS: Final = 1.0
 class InterfaceObserver:
     """Looks at the interface, and hands what it sees to the health monitor. Any thread may call it."""
 
-    def __init__(self, hub: Hub, health: HealthMonitor | None = None) -> None:
-        """Look at nothing yet."""
+    def __init__(self, hub: Hub, health: HealthMonitor | None = None, metrics: Metrics = NO_METRICS) -> None:
+        """Look at nothing yet. Without `health` the looks serve the search for drift alone."""
+        self.metrics: Final = metrics
         self._hub = hub
         self._health = health
         # Held during a look.
@@ -48,6 +51,7 @@ class InterfaceObserver:
             try:
                 state = self._hub.state()
             except HubUpdateError as exc:
+                self.metrics.look_failed()
                 if self._health is not None:
                     self._health.note_failure(str(exc), is_away=ifindex is None)
                 raise
@@ -65,6 +69,10 @@ class InterfaceObserver:
         """Return the last look if it began after `since`, by time.monotonic(), once; or else None."""
         last, self._last = self._last, None
         return None if last is None or last[0] < since else last[1]
+
+    def lost_endpoints(self, state: InterfaceState) -> Mapping[str, str]:
+        """Return the last endpoint of each peer that has none on the interface; see HealthMonitor."""
+        return {} if self._health is None else self._health.lost_endpoints(state)
 
     def ask(self) -> Future[None]:
         """Have a look made in another thread, unless there was one within the last second.

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Final
@@ -28,8 +28,6 @@ _VERIFY_SHARE: Final = 0.1
 # The most endpoints that are given back at once, which is each second.
 _MAX_ENDPOINTS: Final = 500
 
-FindLostEndpoints = Callable[[InterfaceState], Mapping[str, str]]
-
 
 class InterfaceSync:
     """`wg set` for a few changes, `wg syncconf` for everything else. Used by one thread at a time."""
@@ -40,12 +38,11 @@ class InterfaceSync:
         hub: Hub,
         operator_peers: OperatorPeers,
         observer: InterfaceObserver,
-        lost_endpoints: FindLostEndpoints,
     ) -> None:
         self._config = config
         self._hub = hub
         self._observer = observer
-        self._lost_endpoints = lost_endpoints
+        self._metrics = observer.metrics
         self._operator_peers = operator_peers
         # The index of the interface that is known to equal the file, and the operator's part of the file that
         # it was told; None while there is none.
@@ -118,7 +115,12 @@ class InterfaceSync:
         self._confirmed = None
         if not inspected:
             self.inspect()
-        self._sync()
+        try:
+            self._sync()
+        except HubUpdateError:
+            self._metrics.reloaded(succeeded=False)
+            raise
+        self._metrics.reloaded(succeeded=True)
         self._confirmed = present
 
     def find_drift(self, *, idle: bool) -> Drift | None:
@@ -154,7 +156,8 @@ class InterfaceSync:
         if state is None:
             return 0
         ours = {block.public_key for block in self._config.parsed.blocks}
-        lost = {key: endpoint for key, endpoint in self._lost_endpoints(state).items() if key in ours}
+        known = self._observer.lost_endpoints(state)
+        lost = {key: endpoint for key, endpoint in known.items() if key in ours}
         part = [
             LostEndpoint(key, lost[key], state.peers[key].persistent_keepalive)
             for key in islice(lost, _MAX_ENDPOINTS)
@@ -162,6 +165,7 @@ class InterfaceSync:
         if part:
             self._hub.restore(part)
             self._changed_at = time.monotonic()
+            self._metrics.endpoints_restored(len(part))
         self._endpoints_lost = len(part) < len(lost)
         return len(part)
 

@@ -13,8 +13,9 @@ from backend.models.access.audit import AuditAction
 from backend.models.wireguard.interface import InterfaceState
 from backend.models.wireguard.peer import Change, Peer
 from backend.services.hub.config_text import PeerBlock
+from backend.services.hub.drift import DriftKind
 from backend.services.hub.interface_observer import InterfaceObserver
-from backend.services.hub.interface_sync import FindLostEndpoints, InterfaceSync
+from backend.services.hub.interface_sync import InterfaceSync
 from backend.services.hub.operator_peers import OperatorPeers
 from backend.services.hub.removal_guard import HubPeer, RemovalGuard, find_peers
 from backend.services.ports import Hub
@@ -47,22 +48,17 @@ class Reconciler:
         config: WireGuardConfigManager,
         hub: Hub,
         operator_peers: OperatorPeers,
+        observer: InterfaceObserver,
         *,
         notice: Callable[[AuditAction, str | None], None] = lambda _action, _reason: None,
-        observer: InterfaceObserver | None = None,
-        lost_endpoints: FindLostEndpoints = lambda _state: {},
         guard: RemovalGuard | None = None,
     ) -> None:
-        """Read nothing yet. `notice` writes a row of the audit log.
-
-        `lost_endpoints` returns the last endpoints of the peers that have none on the interface.
-        """
+        """Read nothing yet. `notice` writes a row of the audit log."""
         self._notice = notice
+        self._metrics = observer.metrics
         self._config = config
         self._operator_peers = operator_peers
-        self._interface = InterfaceSync(
-            config, hub, operator_peers, observer or InterfaceObserver(hub), lost_endpoints
-        )
+        self._interface = InterfaceSync(config, hub, operator_peers, observer)
         self._guard = guard or RemovalGuard(lambda keys: keys)
         # Syncs a new file while the records are written.
         self._executor = ThreadPoolExecutor(1, "hub-file")
@@ -70,6 +66,8 @@ class Reconciler:
         self._restore_problem: str | None = None
         # The operator's part of the file as it was last read.
         self._noted_text: bytes | None = None
+        # The kinds of drift that were found and not mended yet.
+        self._drifted: set[DriftKind] = set()
         # Guards _desired and orders everything that is done to file and interface. Held across their I/O.
         self._lock = Lock()
         self._desired: dict[str, PeerBlock] = {}
@@ -105,6 +103,8 @@ class Reconciler:
                 self._note_problem(str(exc))
                 return str(exc)
             self._note_problem(None)
+            self._metrics.drift_mended(self._drifted)
+            self._drifted = set()
             return None
 
     def find_peers(self, *, in_file: bool = False) -> list[HubPeer]:
@@ -210,6 +210,7 @@ class Reconciler:
                 self._config.refresh()
                 if self._config.parsed.blocks != tuple(self._desired.values()):
                     self._notice(AuditAction.CONFIG_EDITED, "our own blocks")
+                    self._note_drift({DriftKind.FILE})
                     return False
                 drift = self._interface.find_drift(idle=idle)
             except HubUpdateError:
@@ -219,7 +220,12 @@ class Reconciler:
                     "interface_drifted", extra={"interface": self._config.interface, "found": str(drift)}
                 )
                 self._notice(AuditAction.DRIFT_FOUND, str(drift))
+                self._note_drift(drift.kinds)
             return drift is not None and not drift
+
+    def _note_drift(self, kinds: set[DriftKind]) -> None:
+        self._metrics.drift_found(kinds)
+        self._drifted |= kinds
 
     def _reconcile(self) -> None:
         self._interface.require_full_sync()

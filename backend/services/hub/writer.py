@@ -89,6 +89,11 @@ class Writer:
         self._queue.put(None)
 
     @property
+    def queued(self) -> int:
+        """About how many changes wait to be taken: a call of `wake` counts until `take` has seen it."""
+        return self._queue.qsize()
+
+    @property
     def is_drained(self) -> bool:
         """Whether nothing is queued, and nothing will be."""
         return not self._open and self._queue.empty()

@@ -1,0 +1,1 @@
+"""The service's metrics for Prometheus, by prometheus_client."""
