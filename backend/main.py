@@ -10,6 +10,7 @@ from backend import __version__
 from backend.api.documentation import documentation
 from backend.api.embedding import provide_service
 from backend.api.health import router as health_router
+from backend.api.metrics import metrics_router
 from backend.api.routes import unrouted
 from backend.api.security import require_declared
 from backend.api.v1.endpoints.wireguard_access import router as access_router
@@ -54,6 +55,8 @@ def create_app(settings: Settings, service: WireGuardProvisioningService | None 
     app.include_router(access_router, prefix="/api/v1")
     app.include_router(peer_health_router, prefix="/api/v1")
     app.include_router(health_router)
+    if settings.wireguard_metrics:
+        app.include_router(metrics_router(public=settings.wireguard_metrics_public))
     app.include_router(documentation(app))
     require_declared(app.routes)
     return app

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import pytest
@@ -27,6 +27,7 @@ PERMISSIONS: Final = {
     "HEAD /healthz": OPEN,
     "GET /readyz": OPEN,
     "HEAD /readyz": OPEN,
+    "GET /metrics": "read",
     "GET /openapi.json": OPEN,
     "GET /docs": OPEN,
     "GET /docs/start.js": OPEN,
@@ -95,10 +96,25 @@ def test_every_route_of_the_app_has_the_permission_that_is_written_down_here(app
     assert found == PERMISSIONS
 
 
+@pytest.mark.parametrize(
+    ("settings", "permission"),
+    [({"wireguard_metrics_public": True}, OPEN), ({"wireguard_metrics": False}, None)],
+)
+def test_settings_open_the_metrics_or_take_them_away(
+    settings: dict[str, Any], permission: str | None
+) -> None:
+    app = create_app(Settings(_env_file=None, **settings))
+    found = [
+        permission_of(route) for route in all_routes(app.routes) if getattr(route, "path", "") == "/metrics"
+    ]
+    assert found == ([] if permission is None else [permission])
+
+
 @pytest.mark.parametrize("call", [call for call, permission in PERMISSIONS.items() if permission != OPEN])
 def test_secured_route_refuses_callers_without_a_valid_credential(app: FastAPI, call: str) -> None:
     method, _, path = call.partition(" ")
-    url = "http://hub/api/v1" + path.replace("{", "").replace("}", "")
+    prefix = "/api/v1" if path.startswith("/wireguard/") else ""
+    url = f"http://hub{prefix}" + path.replace("{", "").replace("}", "")
 
     async def answers() -> list[httpx.Response]:
         shown = [{}, *({"Authorization": f"Bearer {text}"} for text in ("x", Secret.generate().reveal()))]

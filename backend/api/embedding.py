@@ -19,6 +19,8 @@ from fastapi import FastAPI, HTTPException, Request
 
 from backend.composition import running_service
 from backend.errors import StartRefusedError
+from backend.services.no_metrics import NO_METRICS
+from backend.services.ports import Metrics
 from backend.services.wireguard_provisioning_service import WireGuardProvisioningService
 from backend.settings import Settings, load_settings
 
@@ -54,8 +56,7 @@ async def provisioning_service(request: Request) -> WireGuardProvisioningService
         return service
     app = request.app
     if not hasattr(app.state, "provisioning_service"):
-        # The outermost app, where this one is mounted in it.
-        outer = getattr(request.scope["router"], "dependency_overrides_provider", None) or app
+        outer = _outer_app(request)
         if hasattr(outer.state, "provisioning_service"):
             app = outer
         else:
@@ -68,6 +69,21 @@ async def provisioning_service(request: Request) -> WireGuardProvisioningService
             headers={"Retry-After": str(RETRY_SECONDS)},
         )
     return service
+
+
+def metrics_of(request: Request) -> Metrics:
+    """Return the metrics of the app's service; where none runs, those that count nothing."""
+    for app in (request.app, _outer_app(request)):
+        service = getattr(app.state, "provisioning_service", None)
+        if isinstance(service, WireGuardProvisioningService):
+            return service.metrics
+    return NO_METRICS
+
+
+def _outer_app(request: Request) -> FastAPI:
+    """Return the outermost app, where the request's app is mounted in another one."""
+    outer: FastAPI | None = getattr(request.scope["router"], "dependency_overrides_provider", None)
+    return outer or request.app
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ unknown path or method.
 
 import re
 import secrets
+import time
 from collections.abc import Callable, Coroutine, MutableMapping
 from http import HTTPStatus
 from typing import Any, Final
@@ -19,13 +20,13 @@ from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
 from backend.api.errors import MAX_BODY_BYTES, BodyTooLargeError, answer, unreadable
+from backend.api.request_metrics import METHODS, count_request
 from backend.api.strict_json import StrictJSONError, loads
 from backend.errors import ProvisioningError
 
 _MAX_LENGTH_DIGITS: Final = 20
 # A caller's own ID has to have this form: it goes into logs, records and headers as it is.
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class StrictRequest(Request):
@@ -53,17 +54,25 @@ class DomainErrorRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
+            began, failure = time.perf_counter(), None
             request_id = _identify(request.scope)
             try:
                 bounded = StrictRequest(request.scope, _bounded(request))
                 await self.authenticate(bounded)
                 response = await handle(bounded)
             except (ProvisioningError, RequestValidationError) as error:
-                response = answer(await self.refuse(request, error))
+                failure = await self.refuse(request, error)
+                response = answer(failure)
             except HTTPException as error:
+                failure = error
                 await self.refuse(request, error)
                 # The same as the app's own handler would answer, but with the headers below.
                 response = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+            except Exception as error:
+                # The app answers it.
+                count_request(request, HTTPStatus.INTERNAL_SERVER_ERROR, began, self, error)
+                raise
+            count_request(request, response.status_code, began, self, failure)
             _mark(response.raw_headers, request_id)
             return response
 
@@ -109,6 +118,7 @@ async def unrouted(request: Request, error: Exception) -> Response:
     """Answer as Starlette does, with the request's ID, and with every method of the path in a 405."""
     if not isinstance(error, HTTPException):
         raise error
+    count_request(request, error.status_code, time.perf_counter())
     headers = dict(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_methods(request.scope))
@@ -123,7 +133,7 @@ def _methods(scope: Scope) -> list[str]:
     asked["root_path"] = scope.get("root_path", "")
     return [
         method
-        for method in _METHODS
+        for method in METHODS
         if any(route.matches({**asked, "method": method})[0] is Match.FULL for route in scope["app"].routes)
     ]
 

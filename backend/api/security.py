@@ -141,7 +141,11 @@ class SecuredRoute(DomainErrorRoute):
         caller = known or Caller(CallerKind.UNAUTHENTICATED, None, state.source, state.request_id)
         subject = getattr(state, "subject", None) or request.path_params.get("node_id")
         log_refusal(access, caller, getattr(self.endpoint, "audit_action", None), subject, error)
-        if known is None or known.may_only_repeat or not isinstance(error, UnauthenticatedError):
+        if known is None or not isinstance(error, UnauthenticatedError):
+            return error
+        if known.may_only_repeat:
+            # It was counted against the limit before its body was read.
+            access.authenticator.note_failure(error)
             return error
         counted = await access.authenticator.count_failure(error, caller.source)
         if isinstance(counted, RateLimitedError):
