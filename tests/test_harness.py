@@ -183,6 +183,7 @@ def apt_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("tests.harness.requirements._NO_CLUSTER", no_cluster)
+    monkeypatch.setattr("tests.harness.requirements._UNITS", tmp_path / "units")
     return log
 
 
@@ -198,6 +199,21 @@ def test_missing_packages_are_installed_without_a_cluster_of_postgresql(
         f"{asked} {no_cluster}",
     ]
     assert [path.name for path in (tmp_path / "postgresql-common").iterdir()] == []
+
+
+def test_prometheus_is_installed_without_a_server_that_runs_now_or_after_a_boot(
+    apt_get: Path, tmp_path: Path
+) -> None:
+    units, wants = tmp_path / "units", tmp_path / "units" / "multi-user.target.wants"
+    wants.mkdir(parents=True)
+    # As the package does.
+    apt_get.with_name("apt-get").write_text(
+        f"#!/bin/sh\nreadlink {units}/prometheus.service >{apt_get}\n"
+        f"ln -s /lib/systemd/system/prometheus.service {wants}\n"
+    )
+    install(["promtool"])
+    assert apt_get.read_text() == "/dev/null\n"
+    assert list(units.rglob("prometheus.service")) == []
 
 
 def test_what_will_be_skipped_is_said_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from backend.services.hub.drift import DriftKind
 from tests.harness.core import NEVER, World
 from tests.harness.fakes import FakeHub
 from tests.harness.requests import new_key
-from tests.harness.scrapes import FakeHealth, Scrape
+from tests.harness.scrapes import FakeHealth, Scrape, promtool
 
 
 def peer(number: int, state: HealthState = HealthState.ONLINE, age: float | None = 10.0) -> PeerHealth:
@@ -312,3 +312,14 @@ def test_failed_batch_counts_its_stages_too(metrics: PrometheusMetrics, world: W
     found = Scrape.of(metrics)
     assert found.value("stage_duration_seconds_count", stage="prepare") == 1
     assert found.value("stage_duration_seconds_count", stage="commit") == 0
+
+
+def test_promtool_has_nothing_to_say_about_every_metric_at_once(
+    metrics: PrometheusMetrics, world: World
+) -> None:
+    loop = Loop("hub", 1.0, lambda: None)
+    loop._call()
+    watched(metrics, world, FakeHealth([peer(number) for number in range(3)]), loop)
+    metrics.request_answered("GET", "/x/{node_id}", 200, 0.1)
+    metrics.authentication_failed("unknown")
+    assert promtool(Scrape.of(metrics).text) == ("", 0)

@@ -31,6 +31,8 @@ PACKAGES: Final = {
     "wireguard-go": "wireguard-go",
     "initdb": "postgresql",
     "postgres": "postgresql",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
     # The server's program, see tests/harness/redis.py. The package redis-server would start a service.
     "redis-check-rdb": "redis-tools",
     "systemd-analyze": "systemd",
@@ -39,6 +41,10 @@ PACKAGES: Final = {
 }
 
 _NO_CLUSTER: Final = Path("/etc/postgresql-common/createcluster.d/wireguard-provisioning-tests.conf")
+# Debian's package of Prometheus starts a server on port 9090, and at each boot again. systemd starts no unit
+# whose file here is a link to /dev/null, systemctl(1) `mask`.
+_UNITS: Final = Path("/etc/systemd/system")
+_SERVER: Final = "prometheus.service"
 
 
 def find_tool(name: str) -> Path | None:
@@ -103,7 +109,7 @@ def install(tools: Iterable[str]) -> None:
     command = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends"]
     command += sorted({PACKAGES[tool] for tool in tools})
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    with _no_postgresql_cluster():
+    with _no_postgresql_cluster(), _no_prometheus_server():
         if subprocess.run(command, env=environment, check=False).returncode != 0:
             # The lists of packages may be missing, or too old.
             subprocess.run(["apt-get", "update", "--quiet"], env=environment, check=False)
@@ -121,6 +127,24 @@ def _no_postgresql_cluster() -> Iterator[None]:
         _NO_CLUSTER.unlink()
         with suppress(OSError):  # it may have been there before
             _NO_CLUSTER.parent.rmdir()
+
+
+@contextmanager
+def _no_prometheus_server() -> Iterator[None]:
+    """Keep Debian's package of Prometheus from starting a server, now or at a boot."""
+    unit = _UNITS / _SERVER
+    if unit.is_symlink() or unit.exists():
+        yield
+        return
+    _UNITS.mkdir(mode=0o755, parents=True, exist_ok=True)
+    unit.symlink_to("/dev/null")
+    try:
+        yield
+    finally:
+        unit.unlink(missing_ok=True)
+        # The package enables it, masked or not.
+        for link in _UNITS.glob(f"*.wants/{_SERVER}"):
+            link.unlink()
 
 
 def _main() -> None:

@@ -1,5 +1,6 @@
 """What Prometheus would read."""
 
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -7,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from backend.models.wireguard.health import HealthState, PeerHealth
 from backend.services.ports import Metrics
+from tests.harness.requirements import find_tool, require
 
 Series = tuple[str, frozenset[tuple[str, str]]]
 
@@ -63,3 +65,11 @@ class FakeHealth:
 
     def peers(self) -> Iterator[PeerHealth]:
         return iter(self.seen)
+
+
+def promtool(text: str) -> tuple[str, int]:
+    """Return what `promtool check metrics` says about a scrape, and its status."""
+    require("promtool")
+    command = [str(find_tool("promtool")), "check", "metrics"]
+    checked = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    return checked.stdout + checked.stderr, checked.returncode

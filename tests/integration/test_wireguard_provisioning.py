@@ -288,6 +288,7 @@ def test_openapi_shows_an_example_and_every_error(service: ServiceProcess) -> No
         ("/audit", "get"): ["200", *refusals[:2], "422", "429"],
         ("/healthz", "get"): ["200", "429"],
         ("/readyz", "get"): ["200", "429", "503"],
+        ("/metrics", "get"): ["200", "401", "403", "429"],
     }
     for operations in paths.values():
         for operation in operations.values():

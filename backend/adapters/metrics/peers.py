@@ -7,10 +7,14 @@ from backend.adapters.metrics.state import Health, in_pieces
 from backend.models.wireguard.health import HealthState
 
 _FAMILIES: Final = (
-    ("receive_bytes_total", "counter", "Bytes that the hub has received from the peer."),
-    ("transmit_bytes_total", "counter", "Bytes that the hub has sent to the peer."),
-    ("latest_handshake_timestamp_seconds", "gauge", "When the peer made its last handshake, in Unix time."),
-    ("online", "gauge", "0 once the peer is offline, and 1 before."),
+    ("wireguard_peer_receive_bytes_total", "counter", "Bytes that the hub has received from the peer."),
+    ("wireguard_peer_transmit_bytes_total", "counter", "Bytes that the hub has sent to the peer."),
+    (
+        "wireguard_peer_latest_handshake_timestamp_seconds",
+        "gauge",
+        "When the peer made its last handshake, in Unix time.",
+    ),
+    ("wireguard_peer_online", "gauge", "0 once the peer is offline, and 1 before."),
 )
 
 
@@ -22,8 +26,7 @@ def render_peers(health: Health, hub: str) -> Iterator[bytes]:
     """
     # The lines of a family have to stand together, and each peer is read once.
     lines: tuple[list[bytes], ...] = tuple([] for _ in _FAMILIES)
-    names = [f"wireguard_peer_{name}" for name, _, _ in _FAMILIES]
-    received, sent, handshake, online = [f'{name}{{hub="{hub}",node_id="' for name in names]
+    received, sent, handshake, online = [f'{name}{{hub="{hub}",node_id="' for name, _, _ in _FAMILIES]
     looked_at = health.looked_at or 0.0
     for piece in in_pieces(health.peers()):
         text: tuple[list[str], ...] = tuple([] for _ in _FAMILIES)
@@ -39,6 +42,6 @@ def render_peers(health: Health, hub: str) -> Iterator[bytes]:
         for family, part in zip(lines, text, strict=True):
             family.append("".join(part).encode())
         yield b""
-    for name, (_, kind, help_text), family in zip(names, _FAMILIES, lines, strict=True):
+    for (name, kind, help_text), family in zip(_FAMILIES, lines, strict=True):
         yield f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n".encode()
         yield from family

@@ -44,59 +44,69 @@ class _Instruments:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"wireguard_{name}", text, labels, registry=registry)
+            return Counter(name, text, labels, registry=registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"wireguard_{name}", text, labels, registry=registry, buckets=buckets)
+            return Histogram(name, text, labels, registry=registry, buckets=buckets)
 
         self.requests = counter(
-            "http_requests_total",
+            "wireguard_http_requests_total",
             "Requests over HTTP; the route is its template, unmatched where there is none.",
             *("method", "route", "status"),
         )
         self.request_seconds = histogram(
-            "http_request_duration_seconds",
+            "wireguard_http_request_duration_seconds",
             "Time from a request's head to its answer.",
             _REQUEST,
             *("method", "route"),
         )
-        self.provisions = counter("provisions_total", "Requests to provision, by how they ended.", "outcome")
+        self.provisions = counter(
+            "wireguard_provisions_total", "Requests to provision, by how they ended.", "outcome"
+        )
         self.deprovisions = counter(
-            "deprovisions_total", "Requests to deprovision, by how they ended.", "outcome"
+            "wireguard_deprovisions_total", "Requests to deprovision, by how they ended.", "outcome"
         )
         self.failed_authentications = counter(
-            "failed_authentications_total",
+            "wireguard_failed_authentications_total",
             "Attempts to authenticate that failed, by the audit log's word for the reason.",
             "reason",
         )
-        self.batch_changes = histogram("batch_changes", "Changes in a batch.", _BATCH_CHANGES)
+        self.batch_changes = histogram("wireguard_batch_changes", "Changes in a batch.", _BATCH_CHANGES)
         self.stage_seconds = histogram(
-            "stage_duration_seconds", "Time of each stage of a batch.", _STAGE, "stage"
+            "wireguard_stage_duration_seconds", "Time of each stage of a batch.", _STAGE, "stage"
         )
         self.database_seconds = histogram(
-            "database_duration_seconds", "Time of each transaction of the records.", _DATABASE, "operation"
+            "wireguard_database_duration_seconds",
+            "Time of each transaction of the records.",
+            _DATABASE,
+            "operation",
         )
         self.drift_found = counter(
-            "drift_found_total", "Comparisons that found a difference from the records, by its kind.", "kind"
+            "wireguard_drift_found_total",
+            "Comparisons that found a difference from the records, by its kind.",
+            "kind",
         )
         self.drift_mended = counter(
-            "drift_mended_total", "Reconciliations that mended such a difference, by its kind.", "kind"
+            "wireguard_drift_mended_total",
+            "Reconciliations that mended such a difference, by its kind.",
+            "kind",
         )
-        self.reloads = counter("reloads_total", "Runs of `wg syncconf` with the whole file.")
+        self.reloads = counter("wireguard_reloads_total", "Runs of `wg syncconf` with the whole file.")
         self.reload_failures = counter(
-            "reload_failures_total", "Runs of `wg syncconf` that failed, or left a difference."
+            "wireguard_reload_failures_total", "Runs of `wg syncconf` that failed, or left a difference."
         )
-        self.look_failures = counter("look_failures_total", "Runs of `wg show dump` that failed.")
+        self.look_failures = counter("wireguard_look_failures_total", "Runs of `wg show dump` that failed.")
         self.first_handshake_seconds = histogram(
-            "first_handshake_seconds",
+            "wireguard_first_handshake_seconds",
             "Time from a peer's provision to its first handshake.",
             _FIRST_HANDSHAKE,
         )
         self.restored_endpoints = counter(
-            "restored_endpoints_total", "Endpoints given back to an interface that had lost them."
+            "wireguard_restored_endpoints_total", "Endpoints given back to an interface that had lost them."
         )
         self.endpoint_flapping = counter(
-            "endpoint_flapping_total", "Times a key was flagged because its endpoint goes back and forth."
+            "wireguard_endpoint_flapping_total",
+            "Times a key was flagged because its endpoint goes back and forth.",
         )
         self.start_time = Gauge(
             "wireguard_start_time_seconds", "When the service started, in Unix time.", registry=registry

@@ -90,44 +90,48 @@ class State:
         yield from self._read_credentials()
         taken_at = self.last_backup_at()
         yield _gauge(
-            "backup_last_success_timestamp_seconds", "When the last verified backup was made.", taken_at
+            "wireguard_backup_last_success_timestamp_seconds",
+            "When the last verified backup was made.",
+            taken_at,
         )
 
     def _read_pool(self) -> Iterator[Metric]:
         stats = self.pool.get_pool_stats()
-        yield _gauge("pool_capacity", "Usable addresses of the pool.", stats["total_addresses"])
+        yield _gauge("wireguard_pool_capacity", "Usable addresses of the pool.", stats["total_addresses"])
         by_state = {state: stats[f"{state}_addresses"] for state in ("allocated", "reserved", "available")}
-        yield _gauges("pool_addresses", "Usable addresses by state.", "state", by_state)
+        yield _gauges("wireguard_pool_addresses", "Usable addresses by state.", "state", by_state)
 
     def _read_hub(self) -> Iterator[Metric]:
         writer, reconciler = self.writer, self.reconciler
-        yield _gauge("queue_changes", "Changes that wait for the agent.", writer.queued)
-        yield _gauge("generation", "The newest generation of the desired state.", writer.generation)
+        yield _gauge("wireguard_queue_changes", "Changes that wait for the agent.", writer.queued)
+        yield _gauge("wireguard_generation", "The newest generation of the desired state.", writer.generation)
         yield _gauge(
-            "observed_generation", "The last generation that the hub is known to have.", writer.observed
+            "wireguard_observed_generation",
+            "The last generation that the hub is known to have.",
+            writer.observed,
         )
-        yield _gauge("hub_paused", "1 while an operator has to decide.", int(reconciler.paused))
+        yield _gauge("wireguard_hub_paused", "1 while an operator has to decide.", int(reconciler.paused))
         yield _gauge(
-            "hub_reconciled",
+            "wireguard_hub_reconciled",
             "1 while file and interface are known to equal the records.",
             int(reconciler.problem is None),
         )
 
     def _read_loops(self) -> Iterator[Metric]:
         yield _gauges(
-            "loop_interval_seconds",
+            "wireguard_loop_interval_seconds",
             "Time between two runs of a loop.",
             "loop",
             {row.name: row.interval_seconds for row in self.loops},
         )
         yield _gauges(
-            "loop_last_success_timestamp_seconds",
+            "wireguard_loop_last_success_timestamp_seconds",
             "When a loop last succeeded, in Unix time.",
             "loop",
             {row.name: row.succeeded_at for row in self.loops},
         )
         yield _gauges(
-            "loop_last_duration_seconds",
+            "wireguard_loop_last_duration_seconds",
             "How long a loop took when it last succeeded.",
             "loop",
             {row.name: row.duration_seconds for row in self.loops},
@@ -136,9 +140,9 @@ class State:
     def _read_peers(self) -> Iterator[Metric | None]:
         states = self.health.states()
         by_state = {state.value: states.get(state, 0) for state in HealthState}
-        yield _gauges("peers", "Peers by what the hub has seen of them.", "state", by_state)
+        yield _gauges("wireguard_peers", "Peers by what the hub has seen of them.", "state", by_state)
         yield _gauge(
-            "peers_endpoint_flapping",
+            "wireguard_peers_endpoint_flapping",
             "Peers whose endpoint goes back and forth, as when two nodes have one key.",
             self.health.flapping,
         )
@@ -188,14 +192,14 @@ def in_pieces(items: Iterable[_Item]) -> Iterator[list[_Item]]:
 
 
 def _gauge(name: str, text: str, value: float | None) -> Metric:
-    family = GaugeMetricFamily(f"wireguard_{name}", text)
+    family = GaugeMetricFamily(name, text)
     if value is not None:
         family.add_metric((), value)
     return family
 
 
 def _gauges(name: str, text: str, label: str, values: Mapping[str, float | None]) -> Metric:
-    family = GaugeMetricFamily(f"wireguard_{name}", text, labels=(label,))
+    family = GaugeMetricFamily(name, text, labels=(label,))
     for value_of, value in values.items():
         if value is not None:
             family.add_metric((value_of,), value)
