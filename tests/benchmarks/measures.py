@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from tests.benchmarks.load import Job
 from tests.benchmarks.parts import Bench, Floor, adding, load, noop_server
+from tests.benchmarks.watching import cpu_of_watching, scrapes
 from tests.harness.hosts import LocalHost
 from tests.harness.requests import PEERS, provision_body
 from tests.harness.service import ServiceProcess
@@ -31,11 +32,12 @@ class Scale:
     load_turns: int
     batch: int
     repeats: int
+    pairs: int
     quick: bool = False
 
 
-FULL: Final = Scale((100, 1000, 5000, 10000), 60, (1000, 5000), 5, 1500, 3)
-QUICK: Final = Scale((100, 1000, 10000), 20, (1000,), 2, 800, 1, quick=True)
+FULL: Final = Scale((100, 1000, 5000, 10000), 60, (1000, 5000), 5, 1500, 3, 10)
+QUICK: Final = Scale((100, 1000, 10000), 20, (1000,), 2, 800, 1, 3, quick=True)
 
 
 def timed(act: Callable[[], object]) -> float:
@@ -290,6 +292,9 @@ def measure(scale: Scale, say: Callable[[str], object]) -> dict[str, Any]:
             floor.close()
         say("with and without access control")
         figures["access control"] = access_control(directory, scale)
+        say("with and without metrics and health")
+        figures["watching"] = cpu_of_watching(directory, scale.load_sizes[0], scale.pairs)
+        figures["scrape"] = scrapes(directory / "scrapes", scale.sizes[-1])
         say("where the time goes")
         for size in (scale.sizes[0], scale.sizes[-1]) if not scale.quick else scale.sizes[:1]:
             figures["breakdown"][size] = breakdown(directory / f"breakdown-{size}", size, scale.turns * 2)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -158,14 +158,16 @@ class Floor:
 class Bench:
     """The service beside its hub, with a chosen number of peers."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what the benches vary
         self,
         directory: Path,
         module: str = "backend",
         interface: str = "wgbench",
         port: int = 38000,
         tree: Path = ROOT,
+        over: Mapping[str, object] | None = None,
     ) -> None:
+        """`over` has settings that are put over the usual ones."""
         directory.mkdir(exist_ok=True)
         self.directory = directory
         self._authorization: str | None = None
@@ -175,6 +177,7 @@ class Bench:
         # The service's speed is measured, not its rate limits.
         for kind in ("SOURCE", "TOKEN", "KEY"):
             settings[f"WIREGUARD_RATE_LIMIT_{kind}"] = "1000000000/minute"
+        settings |= over or {}
         self.service = ServiceProcess(directory, settings, module=(module,), tree=tree)
         self.service.start()
         self.names: list[str] = []

@@ -63,6 +63,16 @@ def verdict(figures: dict[str, Any], scale: Scale) -> list[Goal]:
     goals.append(Goal("6 memory, KiB a peer", per_peer, 2.0))
     with_token, without = figures["access control"]["token"], figures["access control"]["without"]
     goals.append(Goal("7 access control: with / without", with_token / without, 0.9, at_most=False))
+    goals += [
+        Goal(f"8 watching: {name}, with / without", ratio, 1.05)
+        for name, ratio in figures["watching"].items()
+    ]
+    scrape = figures["scrape"]
+    goals += [
+        Goal(f"8 scrape at {last} / one pass", scrape["scrape ms"] / scrape["pass ms"], 10.0),
+        Goal("8 the same with each peer / one pass", scrape["each peer ms"] / scrape["pass ms"], 30.0),
+        Goal("8 its longest piece, ms", scrape["longest piece ms"], 10 * scrape["pass ms"]),
+    ]
     return goals
 
 
@@ -77,8 +87,8 @@ def table(figures: dict[str, Any], goals: list[Goal]) -> str:
     for size, found in figures["shared"].items():
         rates = "  ".join(f"{name} {found[name]:.0f}" for name in ("add", "delete", "noop"))
         lines.append(f"{size:>9}  {rates}  (generator's CPU {found['generator']:.2f})")
-    for part in ("storm", "access control", "start", "resident KiB"):
-        lines += ["", part, "  ".join(f"{name}: {value:.1f}" for name, value in figures[part].items())]
+    for part in ("storm", "access control", "start", "resident KiB", "watching", "scrape"):
+        lines += ["", part, "  ".join(f"{name}: {value:.2f}" for name, value in figures[part].items())]
     for size, found in figures["breakdown"].items():
         lines += ["", f"one request at {size} peers, ms"]
         lines += [f"{value:>9.2f}  {name}" for name, value in found.items()]
