@@ -49,7 +49,7 @@ class InterfaceObserver:
             self._began = began = time.monotonic()
             ifindex = self._hub.ifindex()
             try:
-                state = self._hub.state()
+                state = self._read(ifindex)
             except HubUpdateError as exc:
                 self.metrics.look_failed()
                 if self._health is not None:
@@ -83,6 +83,11 @@ class InterfaceObserver:
             if self._asked is None or self._asked.done():
                 self._asked = self._executor.submit(self._look_quietly)
             return self._asked
+
+    def _read(self, ifindex: int | None) -> InterfaceState:
+        if ifindex is None:
+            raise HubUpdateError("the interface does not exist")
+        return self._hub.state()
 
     def _look_quietly(self) -> None:
         with suppress(HubUpdateError):  # the health monitor has it

@@ -112,10 +112,10 @@ async def get_health(query: Annotated[HealthQuery, Query()], _: Reader, service:
         for peer in piece:
             report.add(peer)
         if query.include_peers:
-            parts.append(", ".join(json.dumps(_peer(peer, report)) for peer in piece))
-    text = json.dumps(_sum(health, service.hub_key, report))
+            parts.append(",".join(_json(_peer(peer, report)) for peer in piece))
+    text = _json(_sum(health, service.hub_key, report))
     if query.include_peers:
-        text = f'{text[:-1]}, "peers": [{", ".join(parts)}]}}'
+        text = f'{text[:-1]},"peers":[{",".join(parts)}]}}'
     return Response(text, media_type="application/json")
 
 
@@ -132,8 +132,12 @@ async def get_peer_health(
     """Return what the hub sees of one peer."""
     await _look(service.health)
     peer = service.health.monitor.peer(node_id)
-    text = json.dumps(_peer(peer, service.health.report(query.stale_threshold)))
+    text = _json(_peer(peer, service.health.report(query.stale_threshold)))
     return Response(text, media_type="application/json")
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, separators=(",", ":"))
 
 
 async def _look(health: HubHealth) -> None:
