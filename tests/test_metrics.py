@@ -323,3 +323,24 @@ def test_promtool_has_nothing_to_say_about_every_metric_at_once(
     metrics.request_answered("GET", "/x/{node_id}", 200, 0.1)
     metrics.authentication_failed("unknown")
     assert promtool(Scrape.of(metrics).text) == ("", 0)
+
+
+def test_look_that_fails_is_counted(metrics: PrometheusMetrics, world: World) -> None:
+    world.start()
+    hub = world.hub
+    assert isinstance(hub, FakeHub)
+    hub.vanish()
+    with pytest.raises(HubUpdateError):
+        world.observer.look()
+    assert Scrape.of(metrics).value("look_failures_total") == 1
+
+
+def test_health_of_the_service_is_what_the_metrics_need(metrics: PrometheusMetrics, world: World) -> None:
+    watched(metrics, world, world.health)
+    world.start()
+    world.provision("node-1")
+    world.observer.look()
+    found = Scrape.of(metrics)
+    assert found.by("peers", "state") == {"never": 1, "online": 0, "suspect": 0, "offline": 0}
+    assert found.value("handshake_age_seconds_count") == 0
+    assert "node-1" not in found.text
