@@ -1,15 +1,21 @@
 """The health of the hub is the sum of its peers'."""
 
+from ipaddress import IPv4Address
+
 import pytest
 
 from backend.models.wireguard.health import HealthState, PeerHealth
+from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import Peer
 from backend.services.hub.hub_health import HealthReport, HealthStatus
+from tests.harness.peers import NOON
+from tests.harness.requests import new_key
+
+NODE = Peer("node-1", "libp2p", WireGuardKey(new_key()), IPv4Address("10.0.0.2"), NOON)
 
 
-def seen(silent_seconds: float | None, key: str = "key") -> PeerHealth:
-    return PeerHealth(
-        "node", key, HealthState.ONLINE, (), received_bytes=3, sent_bytes=5, silent_seconds=silent_seconds
-    )
+def seen(silent_seconds: float | None) -> PeerHealth:
+    return PeerHealth(NODE, HealthState.ONLINE, received_bytes=3, sent_bytes=5, silent_seconds=silent_seconds)
 
 
 def report(*silences: float | None, is_away: bool = False) -> HealthReport:

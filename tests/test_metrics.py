@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,24 @@ from backend.models.access.audit import AuditAction, AuditOutcome
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import KeyRequest, Role, TokenRequest
 from backend.models.wireguard.health import HealthState, PeerHealth
+from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import Peer
 from backend.services.hub.drift import DriftKind
 from tests.harness.core import NEVER, World
 from tests.harness.fakes import FakeHub
+from tests.harness.peers import NOON
 from tests.harness.requests import new_key
 from tests.harness.scrapes import FakeHealth, Scrape, promtool
+
+FIRST = IPv4Address("10.0.0.2")
 
 
 def peer(number: int, state: HealthState = HealthState.ONLINE, age: float | None = 10.0) -> PeerHealth:
     return PeerHealth(
-        node_id=f"node-{number}",
-        public_key=f"key-{number}",
+        peer=Peer(
+            f"node-{number}", "libp2p", WireGuardKey(new_key()), IPv4Address("10.0.0.2") + number, NOON
+        ),
         state=state,
-        allowed_ips=(f"10.0.0.{number}/32",),
         endpoint="192.0.2.7:51820",
         received_bytes=1000 + number,
         sent_bytes=2000 + number,

@@ -1,18 +1,24 @@
-"""What metrics and health cost: CPU time for each provision, and a scrape."""
+"""What metrics and health cost: CPU time for each provision, a scrape, and a look at the interface."""
 
+import base64
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
 from backend.adapters.metrics.prometheus import PrometheusMetrics
 from backend.adapters.metrics.state import State
-from backend.models.wireguard.health import HealthState, PeerHealth
+from backend.models.wireguard.interface import InterfaceState
+from backend.models.wireguard.keys import WireGuardKey
+from backend.models.wireguard.peer import Peer
+from backend.services.hub.health import HealthMonitor
 from tests.benchmarks.against import Ratio, Side, cpu_ms, in_turns
 from tests.benchmarks.parts import Bench
 from tests.harness.core import NEVER, World
-from tests.harness.scrapes import FakeHealth
+from tests.harness.peers import NOON
 
 # The settings of a service without metrics and health.
 _OFF: Final = {"WIREGUARD_METRICS": "false", "WIREGUARD_HEALTH_INTERVAL": "0"}
@@ -22,6 +28,8 @@ _CHUNKS: Final = 4
 _CHUNK: Final = 25
 _SCRAPES: Final = 15
 _ROUTES: Final = 20
+_HUB_KEY: Final = "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw="
+_FIRST: Final = IPv4Address("10.0.0.2")
 
 
 def cpu_of_watching(directory: Path, peers: int, pairs: int) -> dict[str, float]:
@@ -47,31 +55,29 @@ def cpu_of_watching(directory: Path, peers: int, pairs: int) -> dict[str, float]
     return {ratio.name: statistics.median(ratio.of_each_pair) for ratio in (alone, together)}
 
 
-class _SeenPeers(FakeHealth):
-    """Has counted its peers already, as the service's own has."""
-
-    flapping = 0
-
-    def states(self) -> dict[HealthState, int]:
-        return {HealthState.ONLINE: len(self.seen)}
-
-
 def scrapes(directory: Path, peers: int) -> dict[str, float]:
-    """Return what a scrape takes, and one plain pass that writes a line for each peer; medians in ms."""
+    """Return what a scrape and a look take, and one plain pass over the peers' lines; medians in ms."""
     directory.mkdir()
-    health = _SeenPeers([_seen(number) for number in range(peers)])
-    world = World(directory, look_every=NEVER)
+    world = World(directory, network="10.0.0.0/8", look_every=NEVER)
     values: dict[str, list[float]] = {}
     longest = []
     try:
+        nodes = [_node(number) for number in range(peers)]
+        world.directory.load(nodes)
+        monitor = HealthMonitor(world.directory, lambda: _HUB_KEY)
+        monitor.observe(InterfaceState.parse(_dump(nodes, 0)), 1)
         watched = {
-            name: _watched(world, health, per_peer=per_peer)
-            for name, per_peer in (("scrape", False), ("each peer", True))
+            name: _watched(world, monitor, per_peer=per_peer)
+            for name, per_peer in (("scrape", False), ("scrape with each peer", True))
         }
-        for _ in range(_SCRAPES):
+        for number in range(1, _SCRAPES + 1):
+            dump = _dump(nodes, number)
             began = time.perf_counter()
-            _one_pass(health)
-            values.setdefault("pass ms", []).append((time.perf_counter() - began) * 1000)
+            _one_pass(dump)
+            passed = time.perf_counter()
+            monitor.observe(InterfaceState.parse(dump), 1)
+            values.setdefault("pass ms", []).append((passed - began) * 1000)
+            values.setdefault("look ms", []).append((time.perf_counter() - passed) * 1000)
             for name, metrics in watched.items():
                 pieces = _pieces_ms(metrics)
                 values.setdefault(f"{name} ms", []).append(sum(pieces))
@@ -84,7 +90,7 @@ def scrapes(directory: Path, peers: int) -> dict[str, float]:
     }
 
 
-def _watched(world: World, health: _SeenPeers, *, per_peer: bool) -> PrometheusMetrics:
+def _watched(world: World, health: HealthMonitor, *, per_peer: bool) -> PrometheusMetrics:
     metrics = PrometheusMetrics(hub="wg0", per_peer=per_peer)
     for number in range(_ROUTES):
         metrics.request_answered("GET", f"/api/v1/wireguard/route-{number}", 200, 0.01)
@@ -102,25 +108,27 @@ def _watched(world: World, health: _SeenPeers, *, per_peer: bool) -> PrometheusM
     return metrics
 
 
-def _seen(number: int) -> PeerHealth:
-    address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}/32"
-    return PeerHealth(
-        node_id=f"swarm-node-{number}",
-        public_key=f"{number:043}=",
-        state=HealthState.ONLINE,
-        allowed_ips=(address,),
-        endpoint="192.0.2.7:51820",
-        received_bytes=123_456 + number,
-        sent_bytes=654_321 + number,
-        handshake_age=float(number % 300),
-    )
+def _node(number: int) -> Peer:
+    key = WireGuardKey(base64.b64encode(number.to_bytes(32, "big")).decode())
+    return Peer(f"swarm-node-{number}", "libp2p", key, _FIRST + number, NOON)
 
 
-def _one_pass(health: _SeenPeers) -> list[str]:
-    lines = []
-    for peer in health.peers():
-        lines.append(f"{peer.node_id} {peer.received_bytes}\n")  # noqa: PERF401 - a plain pass is a loop
-    return lines
+def _dump(nodes: Sequence[Peer], looks: int) -> str:
+    """Return what `wg show wg0 dump` prints of peers that have all sent a keepalive since the last look."""
+    lines = [f"(none)\t{_HUB_KEY}\t51820\toff\n"]
+    lines += [
+        f"{node.wireguard_public_key}\t(none)\t198.51.{number >> 8}.{number & 255}:51820\t{node.address}/32\t"
+        f"{1_780_000_000 + number}\t{123_456 + number + 32 * looks}\t{654_321 + number}\toff\n"
+        for number, node in enumerate(nodes)
+    ]
+    return "".join(lines)
+
+
+def _one_pass(dump: str) -> int:
+    fields = 0
+    for line in dump.split("\n"):
+        fields += len(line.split("\t"))
+    return fields
 
 
 def _pieces_ms(metrics: PrometheusMetrics) -> list[float]:

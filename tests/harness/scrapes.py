@@ -1,7 +1,7 @@
 """What Prometheus would read."""
 
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -57,8 +57,8 @@ class FakeHealth:
     def flapping(self) -> int:
         return sum(peer.endpoint_flapping for peer in self.seen)
 
-    def states(self) -> Mapping[HealthState, int]:
-        return {state: sum(peer.state is state for peer in self.seen) for state in HealthState}
+    def states(self) -> list[HealthState]:
+        return [peer.state for peer in self.seen]
 
     def handshake_ages(self) -> list[float]:
         return [peer.handshake_age for peer in self.seen if peer.handshake_age is not None]

@@ -11,6 +11,7 @@ import pytest
 from backend.adapters.records.peers import count_recorded_peers
 from tests.harness.command_line import ROOT
 from tests.harness.hosts import CommandFailedError, Host, LocalHost, connect
+from tests.harness.patience import eventually
 from tests.harness.requests import PEERS, PROVISION, provision_body
 from tests.harness.requirements import require
 from tests.harness.service import ServiceProcess
@@ -92,13 +93,13 @@ def test_readmes_script_lets_a_node_in_and_can_be_pasted_again(
     key = (node.etc / "swarm.key").read_text().strip()
     assert key not in json.dumps(peers)
 
-    who = elsewhere(
-        block("docs/operations.md", "latest-handshakes"),
-        state=service.directory / "var",
-        api=service.url,
-    ).replace("wg0", hub_interface.name)
-    assert re.fullmatch(
-        rf"{NODE} 10\.0\.0\.2/32 [0-9]+ s ago\n", hub_interface.host.run(["bash", "-c", who]).stdout
+    health = elsewhere(
+        block("docs/operations.md", "include_peers"), state=service.directory / "var", api=service.url
+    )
+    shown = rf'"status": "healthy".*\}}\n{NODE}\tonline\t10\.0\.0\.2/32\t[0-9]+\t[0-9.]+:[0-9]+\n'
+    # A look may be a second old.
+    eventually(
+        lambda: re.search(shown, hub_interface.host.run(["bash", "-c", health]).stdout, re.DOTALL) is not None
     )
 
     # The token is used up; the same request gets the same configuration.

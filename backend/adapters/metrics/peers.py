@@ -33,7 +33,7 @@ def render_peers(health: Health, hub: str) -> Iterator[bytes]:
         for peer in piece:
             if peer.state is HealthState.NEVER:
                 continue
-            node_id = peer.node_id
+            node_id = peer.peer.node_id
             text[0].append(f'{received}{node_id}"}} {peer.received_bytes}\n')
             text[1].append(f'{sent}{node_id}"}} {peer.sent_bytes}\n')
             if peer.handshake_age is not None:

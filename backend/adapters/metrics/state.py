@@ -38,10 +38,10 @@ class Health(Protocol):
     def looked_at(self) -> float | None:
         """When the interface was last looked at with success, by time.time()."""
 
-    def states(self) -> Mapping[HealthState, int]:
-        """Return how many peers are in each state."""
+    def states(self) -> Iterable[HealthState]:
+        """Return the state of each peer."""
 
-    def handshake_ages(self) -> list[float]:
+    def handshake_ages(self) -> Iterable[float]:
         """Return the seconds since the last handshake of each peer that ever made one."""
 
     def peers(self) -> Iterator[PeerHealth]:
@@ -138,8 +138,11 @@ class State:
         )
 
     def _read_peers(self) -> Iterator[Metric | None]:
-        states = self.health.states()
-        by_state = {state.value: states.get(state, 0) for state in HealthState}
+        states: Counter[HealthState] = Counter()
+        for found in in_pieces(self.health.states()):
+            states.update(found)
+            yield None
+        by_state = {state.value: states[state] for state in HealthState}
         yield _gauges("wireguard_peers", "Peers by what the hub has seen of them.", "state", by_state)
         yield _gauge(
             "wireguard_peers_endpoint_flapping",

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from backend.models.wireguard.peer import Peer
+
 
 class HealthState(StrEnum):
     """Whether a peer shows signs of life: data that arrives from it, or a handshake."""
@@ -21,13 +23,11 @@ class PeerHealth:
     """One of our peers as the last look at the interface showed it.
 
     Ages are in seconds, measured by the service's monotonic clock, and None for a peer that was never seen.
-    `allowed_ips` are in CIDR notation, `persistent_keepalive` is in seconds, 0 for off.
+    `persistent_keepalive` is in seconds, 0 for off.
     """
 
-    node_id: str
-    public_key: str
+    peer: Peer
     state: HealthState
-    allowed_ips: tuple[str, ...]
     endpoint: str | None = None
     received_bytes: int = 0
     sent_bytes: int = 0

@@ -15,7 +15,7 @@ from typing import Final
 from backend.models.wireguard.health import HealthState, PeerHealth, RecordedEndpoint
 from backend.models.wireguard.interface import InterfacePeer, InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
-from backend.models.wireguard.peer import Peer, cidr
+from backend.models.wireguard.peer import Peer
 from backend.services.hub.endpoint_flapping import EndpointFlapping
 from backend.services.peer_directory import PeerDirectory
 
@@ -134,20 +134,17 @@ class HealthMonitor:
         """Yield the health of each listed peer, in the order in which they were added."""
         return map(self._health, self._directory.list())
 
-    def states(self) -> dict[HealthState, int]:
-        """Count the listed peers in each state."""
-        counts = dict.fromkeys(HealthState, 0)
+    def states(self) -> Iterator[HealthState]:
+        """Yield the state of each listed peer."""
         for peer in self._directory.list():
-            counts[self._state(self._silence(self._sightings.get(peer.wireguard_public_key)))] += 1
-        return counts
+            yield self._state(self._silence(self._sightings.get(peer.wireguard_public_key)))
 
-    def handshake_ages(self) -> list[float]:
-        """Return the seconds since the last handshake of each peer that has made one."""
+    def handshake_ages(self) -> Iterator[float]:
+        """Yield the seconds since the last handshake of each peer that has made one."""
         looked = self._looked
-        if looked is None:
-            return []
-        times = [seen.handshake_at for seen in tuple(self._sightings.values())]
-        return [max(0.0, looked - at) for at in times if at is not None]
+        for seen in tuple(self._sightings.values()):
+            if looked is not None and seen.handshake_at is not None:
+                yield max(0.0, looked - seen.handshake_at)
 
     @property
     def flapping(self) -> int:
@@ -227,10 +224,8 @@ class HealthMonitor:
         silence = self._silence(seen)
         looked, handshake_at = self._looked, seen.handshake_at
         return PeerHealth(
-            node_id=peer.node_id,
-            public_key=peer.wireguard_public_key,
+            peer=peer,
             state=self._state(silence),
-            allowed_ips=tuple(map(cidr, peer.allowed_ips)),
             endpoint=seen.endpoint,
             received_bytes=seen.received_bytes,
             sent_bytes=seen.sent_bytes,

@@ -43,7 +43,7 @@ class HealthReport:
         self.received_bytes += peer.received_bytes
         self.sent_bytes += peer.sent_bytes
         if self.is_stale(peer):
-            self.stale_keys.append(peer.public_key)
+            self.stale_keys.append(peer.peer.wireguard_public_key)
         elif peer.silent_seconds is not None:
             self.healthy_peers += 1
 

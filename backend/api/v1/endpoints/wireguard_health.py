@@ -15,6 +15,7 @@ from backend.api.errors import problem
 from backend.api.security import REFUSALS, Reader, SecuredRoute
 from backend.models.fields import StrictModel
 from backend.models.wireguard.health import HealthState, PeerHealth
+from backend.models.wireguard.peer import cidr
 from backend.services.hub.hub_health import HealthReport, HealthStatus, HubHealth
 
 router = APIRouter(prefix="/wireguard", tags=["WireGuard"], route_class=SecuredRoute, responses=REFUSALS)
@@ -172,11 +173,11 @@ def _sum(health: HubHealth, hub_key: str, report: HealthReport) -> dict[str, Any
 
 def _peer(peer: PeerHealth, report: HealthReport) -> dict[str, Any]:
     fields = {
-        "node_id": peer.node_id,
-        "public_key": peer.public_key,
+        "node_id": peer.peer.node_id,
+        "public_key": peer.peer.wireguard_public_key,
         "state": peer.state,
         "endpoint": peer.endpoint,
-        "allowed_ips": peer.allowed_ips,
+        "allowed_ips": list(map(cidr, peer.peer.allowed_ips)),
         "received_bytes": peer.received_bytes,
         "sent_bytes": peer.sent_bytes,
         "persistent_keepalive": peer.persistent_keepalive,
