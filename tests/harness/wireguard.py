@@ -97,6 +97,14 @@ class Interface:
             self._process.wait()
         self._process = None
 
+    def kill(self) -> None:
+        """End its wireguard-go with SIGKILL; the kernel deletes the interface with it."""
+        if self._process is None:
+            raise RuntimeError(f"{self.name} has no wireguard-go of its own")
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+
     def close(self) -> None:
         """Delete the interface, even if another program made it."""
         self.down()
