@@ -331,6 +331,13 @@ def test_only_recent_endpoints_are_given_back_and_none_over_a_newer_one(online: 
     assert lost() == {}
 
 
+def test_a_link_local_endpoint_is_not_given_back(online: Watched) -> None:
+    online.look(endpoint="[fe80::1%eth0]:51820", received_bytes=10_000)
+    assert (
+        online.monitor.lost_endpoints(InterfaceState(HUB, 51820, 0, {KEY: InterfacePeer(frozenset())})) == {}
+    )
+
+
 def test_an_endpoint_whose_age_is_unknown_is_not_given_back(hub: Watched) -> None:
     future = datetime.fromtimestamp(hub.clock.time() + 60, UTC)
     hub.monitor.load({KEY: RecordedEndpoint(HOME, future)})

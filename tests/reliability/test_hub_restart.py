@@ -54,13 +54,17 @@ class Site:
 
     def age_record(self, node: Node, hours: int) -> None:
         """Have the records say that the node was seen so much earlier."""
+        self._update(node, "seen_at = strftime('%Y-%m-%d %H:%M:%f', seen_at, ?)", f"-{hours} hours")
+
+    def change_record(self, node: Node, endpoint: str) -> None:
+        """Have the records say that the node was seen elsewhere."""
+        self._update(node, "endpoint = ?", endpoint)
+
+    def _update(self, node: Node, assignment: str, value: str) -> None:
+        which = "peer = (SELECT sequence FROM peers WHERE node_id = ?)"
+        statement = f"UPDATE peer_endpoints SET {assignment} WHERE {which}"  # noqa: S608 - of this class
         with closing(sqlite3.connect(self.records)) as connection, connection:
-            changed = connection.execute(
-                "UPDATE peer_endpoints SET seen_at = strftime('%Y-%m-%d %H:%M:%f', seen_at, ?) "
-                "WHERE peer = (SELECT sequence FROM peers WHERE node_id = ?)",
-                (f"-{hours} hours", node.node_id),
-            )
-            assert changed.rowcount == 1
+            assert connection.execute(statement, (value, node.node_id)).rowcount == 1
 
     def up_by_command(self) -> None:
         """Make the interface from its wg0.conf, as a boot does."""
@@ -159,3 +163,18 @@ def test_no_endpoint_is_set_over_a_newer_one_and_none_that_is_older_than_a_day(s
     # The next clean stop leaves what is known now.
     site.service.restart()
     assert shown(site.hub, "endpoints")[moved.public_key] == new
+
+
+def test_a_link_local_endpoint_keeps_no_other_node_away(site: Site) -> None:
+    local, idle = site.join(2)
+    before = shown(site.hub, "endpoints")[idle.public_key]
+    site.service.terminate()
+    # Link-local, by an interface of the hub that has another name after a reboot.
+    site.change_record(local, "[fe80::1%gone0]:51820")
+    site.hub.down()
+    site.up_by_command()
+    site.service.start()
+    eventually(lambda: shown(site.hub, "latest-handshakes")[idle.public_key] != "0")
+    assert shown(site.hub, "endpoints") == {idle.public_key: before, local.public_key: "(none)"}
+    assert silent(site.hub, [idle]) == []
+    assert site.service.client.get("/readyz").status_code == 200

@@ -152,13 +152,19 @@ class HealthMonitor:
         return len(self._flapping)
 
     def lost_endpoints(self, state: InterfaceState) -> dict[str, str]:
-        """Return the last endpoint of each peer that has none on the interface, where it is recent enough."""
+        """Return the last endpoint of each peer that has none on the interface, where it is recent enough.
+
+        A link-local one isn't returned: it names a network interface of the hub, and `wg set` fails for all
+        peers if that has another name by now.
+        """
         since = time.monotonic() - ENDPOINT_KEPT_SECONDS
         lost = {}
         for key, present in state.peers.items():
             if present.endpoint is None:
                 seen = self._sightings.get(WireGuardKey(key))
-                if seen is not None and seen.endpoint is not None and seen.endpoint_at > since:
+                if seen is None or seen.endpoint is None or seen.endpoint_at <= since:
+                    continue
+                if "%" not in seen.endpoint:
                     lost[key] = seen.endpoint
         return lost
 
