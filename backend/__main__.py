@@ -9,6 +9,7 @@ from backend import __version__
 from backend.adapters.host.process_memory import keep_private
 from backend.cli.access import key, token
 from backend.cli.audit import audit
+from backend.cli.backup import backup
 from backend.cli.common import Commands
 from backend.cli.hub import hub
 from backend.cli.reconcile import reconcile
@@ -25,7 +26,7 @@ app = typer.Typer(
 )
 for command in (serve, run, reconcile):
     app.command()(command)
-for commands in (hub, token, key, audit):
+for commands in (hub, token, key, audit, backup):
     app.add_typer(commands)
 
 

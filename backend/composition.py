@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
+from backend.adapters.backups.automatic import AutomaticBackups
+from backend.adapters.backups.directory import BackupDirectory
+from backend.adapters.backups.maker import BackupMaker
 from backend.adapters.durable_workflow import DurableWorkflow
 from backend.adapters.host.locks import ConfigGuard, lock_interface
 from backend.adapters.host.private_files import ADMIN_HEADER, admin_header
@@ -19,7 +22,7 @@ from backend.adapters.records.unit_of_work import SqlRecords
 from backend.adapters.wireguard.host_link import WIREGUARD_GO_PEERS, most_peers
 from backend.adapters.wireguard.wg import FileOnly, WgInterface
 from backend.errors import ConfigFileError, HubUpdateError, StartRefusedError
-from backend.loops import Loops, list_access_loops, list_health_loops, list_hub_loops
+from backend.loops import Loops, list_access_loops, list_backup_loops, list_health_loops, list_hub_loops
 from backend.models.access.audit import AuditAction
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
@@ -35,6 +38,7 @@ from backend.services.access.credential_service import CredentialService
 from backend.services.access.token_uses import TokenUses
 from backend.services.configurations import Configurations
 from backend.services.hub.agent import Agent
+from backend.services.hub.backups import Keeping
 from backend.services.hub.endpoint_keeper import EndpointKeeper
 from backend.services.hub.health import HealthMonitor
 from backend.services.hub.history import HubHistory
@@ -71,6 +75,7 @@ def running_service(  # noqa: PLR0915 - one list of all parts
         # Checked before any file is made in these places.
         require_trusted(settings.state_directory, "STATE_DIRECTORY")
         require_trusted_file(settings.wireguard_config_path, "WIREGUARD_CONFIG_PATH")
+        require_trusted(settings.backup_directory, "WIREGUARD_BACKUP_DIRECTORY")
         _warn_of_unknown_settings()
 
         hub = stopping.enter_context(closing(_hub(settings)))
@@ -148,6 +153,7 @@ def running_service(  # noqa: PLR0915 - one list of all parts
         stopping.callback(keeper.close)
         # Registered before the start, which may fail halfway.
         stopping.callback(agent.stop)
+        backups = _automatic_backups(settings, database, config, writer)
         agent.start((lambda: None) if workflow is None else workflow.launch)
         loops = Loops(
             [
@@ -156,6 +162,7 @@ def running_service(  # noqa: PLR0915 - one list of all parts
                     observer, keeper, agent, settings.wireguard_health_interval if hub.live else 0
                 ),
                 *list_access_loops(access, cache, store, settings.audit_keep),
+                *list_backup_loops(backups),
             ]
         )
         if prometheus is not None:
@@ -168,6 +175,7 @@ def running_service(  # noqa: PLR0915 - one list of all parts
                     uses=uses,
                     loops=loops.rows,
                     health=health,
+                    last_backup_at=(lambda: None) if backups is None else backups.last_backup_at,
                 )
             )
         stopping.callback(loops.stop)
@@ -236,6 +244,24 @@ def _prometheus(settings: Settings) -> PrometheusMetrics | None:
     if not settings.wireguard_metrics:
         return None
     return PrometheusMetrics(hub=settings.interface, per_peer=settings.wireguard_metrics_per_peer)
+
+
+def _automatic_backups(
+    settings: Settings, database: Database, config: WireGuardConfigManager, writer: Writer
+) -> AutomaticBackups | None:
+    """Return what makes backups; None with records in memory, or where WIREGUARD_BACKUP_KEEP is 0."""
+    keep = settings.wireguard_backup_keep
+    if not database.durable or keep == 0:
+        return None
+    return AutomaticBackups(
+        BackupMaker(
+            _backup_directory(settings), database, settings.wireguard_config_path, settings.interface
+        ),
+        settings.wireguard_config_path,
+        lambda: config.parsed.hub_public_key,
+        lambda: writer.generation,
+        Keeping(keep, settings.wireguard_backup_keep_days),
+    )
 
 
 def _authenticator(  # noqa: PLR0913, PLR0917 - its parts
@@ -347,3 +373,27 @@ def open_access(settings: Settings) -> Iterator[SqlAccessStore]:
         )
     with closing(open_beside(settings.database_url, settings.state_directory)) as database:
         yield SqlAccessStore(database)
+
+
+@contextmanager
+def open_backups(settings: Settings) -> Iterator[BackupMaker]:
+    """Open what makes backups for a command, whether the service runs or not."""
+    directory = backup_directory(settings)
+    require_trusted_file(settings.wireguard_config_path, "WIREGUARD_CONFIG_PATH")
+    with closing(open_beside(settings.database_url, settings.state_directory)) as database:
+        yield BackupMaker(directory, database, settings.wireguard_config_path, settings.interface)
+
+
+def backup_directory(settings: Settings) -> BackupDirectory:
+    """Return the directory of the backups; raise StartRefusedError where there can be none."""
+    if not settings.enable_dbos:
+        raise StartRefusedError(
+            "with ENABLE_DBOS=false the records live in the service's memory, and nothing is to be backed "
+            "up or restored but the hub's config; copy that"
+        )
+    require_trusted(settings.backup_directory, "WIREGUARD_BACKUP_DIRECTORY")
+    return _backup_directory(settings)
+
+
+def _backup_directory(settings: Settings) -> BackupDirectory:
+    return BackupDirectory(settings.backup_directory, settings.state_directory)

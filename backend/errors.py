@@ -29,7 +29,8 @@
         └── ChallengeError          the WireGuard key's challenge isn't answered
 
     StartRefusedError               the process must not start; the message says what to do
-    └── InUseError                  another process holds the config, the interface or the database
+    ├── InUseError                  another process holds the config, the interface or the database
+    └── BackupError                 a backup can't be made, read or restored
 
 Every error survives ``pickle``, which makes it again from its positional arguments: give it no others.
 """
@@ -249,6 +250,10 @@ class StartRefusedError(Exception):
 
 class InUseError(StartRefusedError):
     """Another process holds the config, the interface or the database."""
+
+
+class BackupError(StartRefusedError):
+    """A backup can't be made, read or restored; nothing was changed."""
 
 
 class ProofError(ProvisioningError):

@@ -10,6 +10,7 @@ from random import uniform
 from threading import Event, Thread
 from typing import Final
 
+from backend.adapters.backups.automatic import AutomaticBackups
 from backend.adapters.durable_workflow import DurableWorkflow
 from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import HubUpdateError, RecordsUnavailableError
@@ -125,6 +126,11 @@ def list_health_loops(
         # In the agent's thread, between two batches: SQLite lets one thread write at a time.
         Loop("endpoints", 60.0, partial(keeper.save, agent.call)),
     ]
+
+
+def list_backup_loops(backups: AutomaticBackups | None) -> list[Loop]:
+    """Return the loop that makes backups, where the service makes any."""
+    return [] if backups is None else [Loop("backups", 60.0, backups.run)]
 
 
 def list_hub_loops(agent: Agent, records: SqlRecords, workflow: DurableWorkflow | None) -> list[Loop]:

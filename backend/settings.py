@@ -17,8 +17,10 @@ from backend.models.access.sources import LimitKind, TrustedProxies
 from backend.models.setting_values import (
     Auth,
     AuthMode,
+    BackupDirectory,
     ConfigPath,
     Count,
+    CountOrNone,
     DatabaseUrl,
     Days,
     Endpoint,
@@ -87,6 +89,9 @@ class Settings(BaseSettings):
     wireguard_metrics: bool = True
     wireguard_metrics_public: bool = False
     wireguard_metrics_per_peer: bool = False
+    wireguard_backup_directory: BackupDirectory = None
+    wireguard_backup_keep: CountOrNone = 14
+    wireguard_backup_keep_days: Days = 30
     log_level: Level = LogLevel.INFO
     access_log: bool = False
 
@@ -104,6 +109,11 @@ class Settings(BaseSettings):
     def audit_keep(self) -> timedelta:
         """How long rows of the audit log are kept."""
         return timedelta(days=self.wireguard_audit_keep)
+
+    @property
+    def backup_directory(self) -> Path:
+        """Where backups are kept."""
+        return self.wireguard_backup_directory or self.state_directory / "backups"
 
     @property
     def interface(self) -> InterfaceName:

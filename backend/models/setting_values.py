@@ -106,6 +106,10 @@ def _parse_state_directory(text: str) -> Path:
     return _absolute(Path(first))
 
 
+def _parse_backup_directory(text: str) -> Path | None:
+    return _absolute(Path(text)) if text else None
+
+
 def _absolute(path: Path) -> Path:
     if "\0" in str(path):
         raise ValueError("holds a NUL character, which no path can; write it without")
@@ -215,12 +219,20 @@ HubAddress = Annotated[
 ]
 ConfigPath = Annotated[Path, _read(_parse_config_path)]
 StateDirectory = Annotated[Path, _read(_parse_state_directory)]
+BackupDirectory = Annotated[Path | None, _read(_parse_backup_directory)]
 DatabaseUrl = Annotated[str, _read(_parse_database_url)]
 RateLimit = Annotated[str, _read(_parse_rate_limit)]
 RateLimitStorage = Annotated[str, _read(_parse_rate_limit_storage)]
 Proxies = Annotated[TrustedProxies, PlainValidator(_parse_proxies)]
 Count = Annotated[int, _read(_parse_number, "is not a number from 1 to 99999; write one like 1024")]
 Seconds = Annotated[int, _read(_parse_seconds, "is no number of seconds from 0 to 99999; write one like 60")]
+CountOrNone = Annotated[
+    int,
+    _read(
+        lambda text: 0 if text == "0" else _parse_number(text),
+        "is not a number from 0 to 99999; write one like 14",
+    ),
+]
 Days = Annotated[int, _read(_parse_number, "is no number of days from 1 to 99999; write one like 365")]
 Reload = Annotated[
     ReloadMode,

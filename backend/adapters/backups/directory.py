@@ -1,0 +1,140 @@
+"""The directory with the archives, and the scratch directory that they are made and verified in.
+
+One process at a time makes, verifies or restores a backup: whatever lies in the scratch directory before that
+is what a killed one has left.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from io import FileIO
+from pathlib import Path
+from typing import Final
+
+from backend.adapters.backups.archive import manifest_of
+from backend.adapters.host.locks import lock_file
+from backend.errors import BackupError, InUseError
+from backend.models.backups import Manifest, Origin
+from backend.models.trusted_paths import make_private_directory, require_trusted
+from backend.services.hub.backups import Backup
+from backend.services.hub.staged_file import sync_directory
+
+_SUFFIX: Final = ".tar.gz"
+# Origin, moment and generation. No other file in the directory is ever deleted.
+_NAME: Final = re.compile(
+    rf"({'|'.join(Origin)})-([0-9]{{8}}T[0-9]{{6}}\.[0-9]{{3}}Z)-g[0-9]+{re.escape(_SUFFIX)}"
+)
+_TEMPORARY: Final = re.compile(rf"\.{_NAME.pattern}\.tmp")
+# How long one waits for another process's backup: seconds.
+_PATIENCE_SECONDS: Final = 60.0
+_POLL_SECONDS: Final = 0.1
+
+
+def stamp(moment: datetime) -> str:
+    """Return a moment as it stands in names, to the millisecond."""
+    utc = moment.astimezone(UTC)
+    return f"{utc:%Y%m%dT%H%M%S}.{utc.microsecond // 1000:03d}Z"
+
+
+class BackupDirectory:
+    """The archives in a directory, by name. `state` takes the lock and the scratch directory."""
+
+    def __init__(self, path: Path, state: Path) -> None:
+        self.path: Final = path
+        self.state: Final = state
+
+    @contextmanager
+    def turn(self, patience_seconds: float = _PATIENCE_SECONDS) -> Iterator[Path]:
+        """Keep other processes out, and yield an empty scratch directory, which is deleted at the end.
+
+        Raises StartRefusedError where another process is at it for too long, OSError.
+        """
+        require_trusted(self.state, "STATE_DIRECTORY")
+        make_private_directory(self.state)
+        scratch = self.state / "backup.scratch"
+        with closing(self._lock(patience_seconds)):
+            self._sweep(scratch)
+            scratch.mkdir(mode=0o700)
+            try:
+                yield scratch
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def make(self) -> None:
+        """Make the directory, 0700; raise StartRefusedError, which says what to do."""
+        try:
+            make_private_directory(self.path)
+        except OSError as exc:
+            raise BackupError(
+                f"the directory {self.path} can't be made ({exc.strerror}); let this process make it, or set "
+                "WIREGUARD_BACKUP_DIRECTORY to another one"
+            ) from exc
+        require_trusted(self.path, "WIREGUARD_BACKUP_DIRECTORY")
+
+    def place_for(self, manifest: Manifest) -> tuple[Path, Path]:
+        """Return the path of a new archive, and the one under which it is written."""
+        name = f"{manifest.origin}-{stamp(manifest.made_at)}-g{manifest.generation}{_SUFFIX}"
+        return self.path / name, self.path / f".{name}.tmp"
+
+    def publish(self, temporary: Path, path: Path) -> None:
+        """Give a verified archive its name; raise OSError."""
+        temporary.replace(path)
+        sync_directory(self.path)
+
+    def names(self, until: datetime | None = None) -> list[str]:
+        """Return the archives' names, the newest first, without those from after a moment; raise OSError."""
+        last = "~" if until is None else stamp(until)
+        try:
+            found = [(_moment(entry.name), entry.name) for entry in self.path.iterdir()]
+        except FileNotFoundError:
+            return []
+        return [name for moment, name in sorted(found, reverse=True) if moment and moment <= last]
+
+    def backups(self) -> Sequence[Backup]:
+        """Return the archives, the newest first, each with its manifest or why it can't be read."""
+        return [backup for name in self.names() if (backup := self.read(name)) is not None]
+
+    def read(self, name: str) -> Backup | None:
+        """Return an archive of the directory, None where it has gone meanwhile."""
+        path = self.path / name
+        try:
+            size = path.lstat().st_size
+        except FileNotFoundError:
+            return None
+        try:
+            return Backup(path, size, manifest_of(path), None)
+        except BackupError as exc:
+            return Backup(path, size, None, str(exc))
+
+    def find(self, given: Path) -> Path:
+        """Return the archive at a path, or of that name in the directory."""
+        return self.path / given if _moment(str(given)) and not given.exists() else given
+
+    def _lock(self, patience_seconds: float) -> FileIO:
+        until = time.monotonic() + patience_seconds
+        while True:
+            try:
+                return lock_file(self.state / "backup.lock", f"A backup in {self.state}")
+            except InUseError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_POLL_SECONDS)
+
+    def _sweep(self, scratch: Path) -> None:
+        """Delete what a killed process has left."""
+        if scratch.is_symlink():
+            scratch.unlink()
+        elif scratch.exists():
+            shutil.rmtree(scratch)
+        if self.path.is_dir():
+            for entry in self.path.iterdir():
+                if _TEMPORARY.fullmatch(entry.name):
+                    entry.unlink(missing_ok=True)
+
+
+def _moment(name: str) -> str:
+    match = _NAME.fullmatch(name)
+    return "" if match is None else match[2]

@@ -1,0 +1,203 @@
+"""Makes backups and verifies them: each by restoring it into the scratch directory."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Final
+
+from backend import __version__
+from backend.adapters.backups.archive import member_of, unpack, write
+from backend.adapters.backups.directory import BackupDirectory
+from backend.adapters.records import copies
+from backend.adapters.records.database import Database
+from backend.errors import BackupError, ConfigFileError
+from backend.models.backups import CONFIG, RECORDS, Manifest, Origin
+from backend.models.trusted_paths import make_private_directory
+from backend.models.wireguard.records import RecordedState
+from backend.services.hub.backups import Backup
+from backend.services.hub.config_reader import ConfigReader
+from backend.services.hub.config_text import parse
+from backend.services.hub.config_values import InvalidConfigError
+
+# What `verify` leaves in the scratch directory.
+REBUILT: Final = "rebuilt.sqlite"
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A backup that could be restored: what it says, and what it holds. `config` is None without wg0.conf."""
+
+    manifest: Manifest
+    state: RecordedState
+    config: bytes | None
+    # The records as a database of this version's schema, in the scratch directory.
+    rebuilt: Path
+
+
+def verify(archive: IO[bytes], scratch: Path) -> Verified:
+    """Restore an archive into a directory without such files; raise BackupError or OSError."""
+    manifest = unpack(archive, scratch)
+    copy, rebuilt = scratch / RECORDS, scratch / REBUILT
+    if RECORDS not in manifest.files:
+        raise BackupError("this is no backup: it has no records")
+    copies.examine(copy)
+    copied = copies.rebuild(copy, rebuilt)
+    found = (
+        copied.state.generation,
+        copied.state.observed_generation,
+        len(copied.state.peers),
+        copied.revision,
+    )
+    said = (manifest.generation, manifest.observed_generation, manifest.peers, manifest.schema_revision)
+    if found != said:
+        raise BackupError("the backup is damaged: its records aren't those that the manifest describes")
+    copy.unlink()
+    config = None
+    if CONFIG in manifest.files:
+        config = (scratch / CONFIG).read_bytes()
+        if key_of(config, "the backup's wg0.conf") != manifest.hub_public_key:
+            raise BackupError("the backup is damaged: its wg0.conf has another key than the manifest says")
+    return Verified(manifest, copied.state, config, rebuilt)
+
+
+def key_of(config: bytes, what: str) -> str:
+    """Return the hub's public key of a config; raise BackupError where it can't be used."""
+    try:
+        return parse(config).hub_public_key
+    except InvalidConfigError as exc:
+        raise BackupError(f"{what} can't be used: {exc.problem}") from None
+
+
+class BackupMaker:
+    """Makes backups of one hub. Needs no lock of the service's: it reads as any other process may."""
+
+    def __init__(
+        self,
+        directory: BackupDirectory,
+        database: Database,
+        config_path: Path,
+        interface: str,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.directory: Final = directory
+        self._database = database
+        self._reader = ConfigReader(config_path)
+        self._interface = interface
+        self._now = now
+
+    def make(self, origin: Origin) -> Backup:
+        """Make a backup in the directory; raise BackupError or ProvisioningError."""
+        self.directory.make()
+        with explained(self.directory.path), self.directory.turn() as scratch:
+            return self.make_in(scratch, origin)
+
+    def make_in(self, scratch: Path, origin: Origin, *, config_needed: bool = True) -> Backup:
+        """Make a backup in the directory during a turn; raise OSError, too."""
+        manifest = self._collect(scratch, origin, config_needed=config_needed)
+        path, temporary = self.directory.place_for(manifest)
+        try:
+            self._write(temporary, manifest, scratch)
+            self.directory.publish(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return Backup(path, path.stat().st_size, manifest, None)
+
+    @contextmanager
+    def making(self) -> Iterator[tuple[IO[bytes], Manifest]]:
+        """Make a backup for another place: an open file without a name.
+
+        Raises as `make` does. The turn is over by then: the other place may be slow.
+        """
+        with ExitStack() as stack:
+            with explained(self.directory.path), self.directory.turn() as scratch:
+                manifest = self._collect(scratch, Origin.COMMAND)
+                self._write(scratch / "archive", manifest, scratch)
+                file = stack.enter_context((scratch / "archive").open("rb"))
+            yield file, manifest
+
+    def _collect(self, scratch: Path, origin: Origin, *, config_needed: bool = True) -> Manifest:
+        """Write the members into a directory, and describe them."""
+        made_at = self._now()
+        # Before the records: peers that they have and the file hasn't come to it at the next start, while it
+        # would be the other way round with peers that an operator has to decide about.
+        config = self._read_config(needed=config_needed)
+        files = {}
+        if config is not None:
+            (scratch / CONFIG).write_bytes(config)
+            files[CONFIG] = member_of(scratch / CONFIG)
+        copied = copies.save(self._database, scratch / RECORDS)
+        files[RECORDS] = member_of(scratch / RECORDS)
+        kind = "sqlite" if self._database.engine.dialect.name == "sqlite" else "postgresql"
+        return Manifest(
+            made_at=made_at,
+            origin=origin,
+            service_version=__version__,
+            interface=self._interface,
+            hub_public_key=None if config is None else key_of(config, str(self._reader.path)),
+            generation=copied.state.generation,
+            observed_generation=copied.state.observed_generation,
+            database=kind,
+            schema_revision=copied.revision,
+            peers=len(copied.state.peers),
+            files=files,
+        )
+
+    def _read_config(self, *, needed: bool) -> bytes | None:
+        try:
+            config, *_ = self._reader.read()
+            key_of(config, str(self._reader.path))
+        except (ConfigFileError, BackupError):
+            if needed:
+                raise
+            return None
+        return config
+
+    def _write(self, path: Path, manifest: Manifest, scratch: Path) -> None:
+        """Write the archive durably, and verify it: nothing else is used of what it was made from."""
+        with path.open("xb") as file:
+            path.chmod(0o600)
+            write(file, manifest, scratch)
+            file.flush()
+            os.fsync(file.fileno())
+        for name in manifest.files:
+            (scratch / name).unlink()
+        trial = scratch / "trial"
+        trial.mkdir(mode=0o700)
+        with path.open("rb") as file:
+            verify(file, trial)
+        shutil.rmtree(trial)
+
+
+@contextmanager
+def opened(archive: Path, scratch: Path) -> Iterator[IO[bytes]]:
+    """Open an archive; `-` is the standard input, copied to a file without a name in a private directory."""
+    if archive == Path("-"):
+        make_private_directory(scratch)
+        with TemporaryFile(dir=scratch) as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+            yield copy
+        return
+    if not archive.is_file():
+        problem = "is no file" if archive.exists() else "doesn't exist; `backup list` prints the names"
+        raise BackupError(f"{archive} {problem}")
+    with archive.open("rb") as file:
+        yield file
+
+
+@contextmanager
+def explained(place: Path) -> Iterator[None]:
+    """Turn an OSError of making or reading a backup into BackupError."""
+    try:
+        yield
+    except OSError as exc:
+        where = exc.filename or place
+        raise BackupError(
+            f"the backup failed at {where} ({exc.strerror or exc}); nothing was kept of it"
+        ) from exc

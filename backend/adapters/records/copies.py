@@ -1,0 +1,258 @@
+"""Copies of the records in one portable form, whatever the database: a SQLite file with our tables alone.
+
+The tables are those of the metadata. DBOS's own aren't among them: its workflows end with the process that
+ran them, and a start makes the tables anew.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import REGCLASS
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from backend.adapters.records.credentials import access_state
+from backend.adapters.records.database import Database
+from backend.adapters.records.postgresql import said, without_timeouts
+from backend.adapters.records.tables import hubs, metadata, notices
+from backend.adapters.records.unit_of_work import SqlRecords
+from backend.errors import BackupError, StartRefusedError
+from backend.models.wireguard.records import RecordedState
+
+# Where Alembic keeps the revision.
+_REVISION: Final = "alembic_version"
+# SQLite's pages in a step, 4 MiB: between two of them other threads run.
+_PAGES: Final = 1024
+_ROWS_AT_A_TIME: Final = 500
+# Beyond every row: see the triggers of the audit log.
+_ALL_ROWS: Final = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedRecords:
+    """What a copy holds. `revision` is its schema's."""
+
+    state: RecordedState
+    revision: str
+
+
+def save(database: Database, path: Path) -> CopiedRecords:
+    """Write a copy of the records as they are at one moment to a new file; return what it holds.
+
+    Raises RecordsUnavailableError, BackupError or OSError. No transaction of another process or thread waits
+    for it: in WAL mode a reader keeps no writer waiting.
+    """
+    with database.reading() as connection:
+        driver = connection.connection.driver_connection
+        if isinstance(driver, sqlite3.Connection):
+            _save_file(driver, path)
+        else:
+            _save_rows(connection, path)
+    database.check_file()
+    with _reading_copy(), closing(_open(path)) as copy:
+        copied = CopiedRecords(SqlRecords(copy).load(), _revision(copy))
+    _finish(path)
+    return copied
+
+
+def _save_file(source: sqlite3.Connection, path: Path) -> None:
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    try:
+        # A transaction for all steps: the copy would otherwise begin anew after each write.
+        source.execute("BEGIN").close()
+        source.execute(f"SELECT * FROM {_REVISION}").close()  # noqa: S608 - a name of ours
+        with closing(sqlite3.connect(path, isolation_level=None)) as target:
+            source.backup(target, pages=_PAGES)
+            _keep_our_tables(target)
+    except sqlite3.Error as exc:
+        raise BackupError(f"the records can't be copied ({exc})") from exc
+    finally:
+        source.rollback()
+
+
+def _keep_our_tables(copy: sqlite3.Connection) -> None:
+    # Nothing is lost by a crash but the copy.
+    for pragma in ("journal_mode=OFF", "synchronous=OFF", "foreign_keys=OFF"):
+        copy.execute(f"PRAGMA {pragma}").close()
+    for (name,) in copy.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        if name not in metadata.tables and name != _REVISION and not name.startswith("sqlite_"):
+            quoted = name.replace('"', '""')
+            copy.execute(f'DROP TABLE "{quoted}"').close()
+    copy.execute("VACUUM").close()
+
+
+def _save_rows(connection: sa.Connection, path: Path) -> None:
+    at_one_moment = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+    try:
+        with closing(_new_database(path)) as copy, copy.engine.begin() as target:
+            _empty(target)
+            _copy_rows(at_one_moment, target)
+    except StartRefusedError as exc:
+        raise BackupError(f"the records can't be copied ({exc})") from exc
+    except DBAPIError as exc:
+        # The copy's, such as a full disk: the database itself is well.
+        if isinstance(exc.orig, sqlite3.Error):
+            raise BackupError(f"the records can't be copied ({said(exc)})") from exc
+        raise
+
+
+def examine(path: Path) -> None:
+    """Raise BackupError unless the file is a whole SQLite database whose foreign keys lead somewhere."""
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+            # Its own SQL, as in a view or a default, may not run functions with side effects.
+            connection.execute("PRAGMA trusted_schema=OFF").close()
+            found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if found == "ok" and connection.execute("PRAGMA foreign_key_check").fetchone() is not None:
+                found = "a row belongs to another row that isn't there"
+    except sqlite3.Error as exc:
+        found = str(exc)
+    if found != "ok":
+        raise BackupError(f"the backup's records are damaged ({str(found).splitlines()[-1]})")
+
+
+def rebuild(copy: Path, path: Path) -> CopiedRecords:
+    """Make a new SQLite database of this version's schema with the copy's rows, and return what it holds.
+
+    The copy itself is brought up to this version's schema. Raises BackupError where it is of a newer one.
+    """
+    with _reading_copy():
+        with closing(_open(copy)) as old:
+            revision = _revision(old)
+            old.migrate()
+        with closing(_new_database(path)) as new:
+            with new.engine.begin() as target:
+                _empty(target)
+            _attach_rows(new, copy)
+            state = SqlRecords(new).load()
+    _finish(path)
+    return CopiedRecords(state, revision)
+
+
+@contextmanager
+def _reading_copy() -> Iterator[None]:
+    """Say that it is the backup's records that can't be used: messages name a scratch file."""
+    try:
+        yield
+    except SQLAlchemyError as exc:
+        raise BackupError(f"the backup's records can't be used ({said(exc)})") from exc
+    except StartRefusedError as exc:
+        if "newer version" in str(exc):
+            raise BackupError(
+                "the backup was made by a newer version; use that version to restore it"
+            ) from exc
+        raise BackupError(f"the backup's records can't be used ({exc})") from exc
+    except OSError:
+        raise
+    except Exception as exc:
+        # What stands in the rows may be anything.
+        raise BackupError(f"the backup's records can't be used ({type(exc).__name__})") from exc
+
+
+def _attach_rows(new: Database, copy: Path) -> None:
+    """Copy all rows by SQLite itself: no value is changed by a type of Python's."""
+    with new.engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.execute("ATTACH ? AS copy", (str(copy),)).close()
+        try:
+            for table in metadata.sorted_tables:
+                names = ", ".join(f'"{column.name}"' for column in table.columns)
+                rows = f"SELECT {names} FROM copy.{table.name}"  # noqa: S608 - names of ours
+                driver.execute(f"INSERT INTO main.{table.name} ({names}) {rows}").close()
+            driver.commit()
+        finally:
+            driver.rollback()
+            driver.execute("DETACH copy").close()
+
+
+def _empty(target: sa.Connection) -> None:
+    """Delete every row of our tables, those that a migration has written too."""
+    # The audit log lets only those rows be deleted that this says are pruned.
+    target.execute(sa.update(access_state).values(audit_pruned_sequence=_ALL_ROWS))
+    for table in reversed(metadata.sorted_tables):
+        target.execute(sa.delete(table))
+
+
+def _copy_rows(source: sa.Connection, target: sa.Connection) -> None:
+    for table in metadata.sorted_tables:
+        statement = sa.select(table).order_by(*table.primary_key)
+        result = source.execution_options(yield_per=_ROWS_AT_A_TIME).execute(statement)
+        for rows in result.mappings().partitions():
+            target.execute(sa.insert(table), [dict(row) for row in rows])
+
+
+def prepare(rebuilt: Path, made_at: datetime) -> None:
+    """Take out of rebuilt records what must not come back, and leave a notice for the operator."""
+    with closing(_open(rebuilt)) as database, database.engine.begin() as connection:
+        # It was about the peers that were unknown then.
+        connection.execute(sa.update(hubs).values(decision=None, decision_basis=None))
+        text = (
+            f"the records were restored from a backup of {made_at:%Y-%m-%d %H:%M:%S} UTC: credentials that "
+            "were revoked since work again"
+        )
+        at = datetime.now(UTC)
+        for hub in connection.scalars(sa.select(hubs.c.id)).all():
+            connection.execute(sa.insert(notices), {"at": at, "text": text, "hub": hub})
+    _finish(rebuilt)
+
+
+def replace_rows(rebuilt: Path, database: Database) -> None:
+    """Put rebuilt records in the place of those in PostgreSQL, in one transaction; raise BackupError."""
+    try:
+        with (
+            closing(_open(rebuilt)) as source,
+            source.engine.connect() as rows,
+            database.engine.begin() as target,
+            without_timeouts(target),
+        ):
+            _empty(target)
+            _copy_rows(rows, target)
+            for table in metadata.sorted_tables:
+                _set_sequence(target, table)
+    except SQLAlchemyError as exc:
+        raise BackupError(f"the records in {database.name} can't be replaced ({said(exc)})") from exc
+
+
+def _set_sequence(target: sa.Connection, table: sa.Table) -> None:
+    """Have the next row get a number behind all that were copied."""
+    column = table.autoincrement_column
+    if column is None:
+        return
+    name = target.scalar(sa.select(sa.func.pg_get_serial_sequence(table.name, column.name)))
+    highest = target.scalar(sa.select(sa.func.max(column)))
+    if name is not None and highest is not None:
+        target.execute(sa.select(sa.func.setval(sa.cast(name, REGCLASS), highest)))
+
+
+def _revision(database: Database) -> str:
+    with database.engine.connect() as connection:
+        return str(connection.scalar(sa.text(f"SELECT version_num FROM {_REVISION}")))  # noqa: S608 - ours
+
+
+def _open(path: Path) -> Database:
+    return Database(f"sqlite:///{quote(str(path))}", exclusive=False, copies=path.parent)
+
+
+def _new_database(path: Path) -> Database:
+    database = _open(path)
+    try:
+        database.migrate()
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _finish(path: Path) -> None:
+    """Make the copy one durable file, which no write-ahead log belongs to."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE").close()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

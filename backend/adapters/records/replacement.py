@@ -1,0 +1,98 @@
+"""Puts another SQLite file in the database's place, while no service runs."""
+
+import os
+import shutil
+import sqlite3
+import stat
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import IO, Final
+
+from backend.errors import BackupError
+from backend.services.hub.staged_file import sync_directory
+
+# What SQLite may have beside the database's file.
+_BESIDE: Final = ("-wal", "-shm", "-journal")
+
+
+def parts_of(path: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files that a database consists of, each with what its name ends in."""
+    real = Path(os.path.realpath(path))
+    for end in ("", *_BESIDE):
+        part = Path(f"{real}{end}")
+        if part.is_file() and part.stat().st_size:
+            yield end, part
+
+
+def replace_file(path: Path, new: Path) -> None:
+    """Put a copy of `new` in the place of the database at `path`; raise BackupError or OSError.
+
+    After a kill at any moment the path has the old database or the new one, whole.
+    """
+    real = Path(os.path.realpath(path))
+    staged = real.with_name(f".{real.name}.new")
+    try:
+        with new.open("rb") as content:
+            write_private(content, staged, like=real)
+        # Before the rename: SQLite would take the old write-ahead log for the new database's.
+        _fold(real)
+        staged.replace(real)
+    finally:
+        staged.unlink(missing_ok=True)
+    sync_directory(real.parent)
+
+
+def write_private(source: IO[bytes], target: Path, like: Path | None = None) -> None:
+    """Write a durable copy of a file, 0600, in place of what a killed process has left; raise OSError.
+
+    It gets the owner of `like`, where that exists.
+    """
+    target.unlink(missing_ok=True)
+    descriptor = os.open(
+        target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, stat.S_IRUSR | stat.S_IWUSR
+    )
+    with os.fdopen(descriptor, "wb") as file:
+        if like is not None and like.exists():
+            owner = like.stat()
+            if (owner.st_uid, owner.st_gid) != (os.geteuid(), os.getegid()):
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        shutil.copyfileobj(source, file)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def write_new(source: IO[bytes], target: Path) -> None:
+    """Write a durable copy of a file, 0600, under its name only when it is whole; raise OSError."""
+    staged = target.with_name(f".{target.name}.tmp")
+    try:
+        write_private(source, staged)
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)
+    sync_directory(target.parent)
+
+
+def _fold(real: Path) -> None:
+    """Make one file of a database: write what its write-ahead log holds into it, and delete that."""
+    if not real.is_file() or not real.stat().st_size:
+        left = [part for _, part in parts_of(real)]
+    else:
+        left = _fold_whole(real)
+    for part in left:
+        # Of a database that can't be read, and is saved elsewhere as it was.
+        part.unlink()
+
+
+def _fold_whole(real: Path) -> list[Path]:
+    try:
+        with closing(sqlite3.connect(real, timeout=0, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode=DELETE").fetchone()
+    except sqlite3.OperationalError as exc:
+        if getattr(exc, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+            raise BackupError(f"another program has the database {real} open; close it first") from exc
+        if getattr(exc, "sqlite_errorcode", 0) & 0xFF not in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
+            raise BackupError(f"the database {real} can't be replaced ({exc})") from exc
+    except sqlite3.DatabaseError:
+        pass
+    return [part for end, part in parts_of(real) if end]

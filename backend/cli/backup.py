@@ -1,0 +1,102 @@
+"""`python -m backend backup`: backups of the records and the hub's config."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from backend.cli.common import group, settings_of_hub
+from backend.errors import BackupError
+
+# Everything heavier is imported by the command that needs it, so that `--help` answers at once.
+if TYPE_CHECKING:
+    from backend.adapters.backups.maker import BackupMaker
+    from backend.models.backups import Manifest
+
+_STREAM: Final = Path("-")
+
+backup = group("backup", "Backups of the records and the hub's config.")
+
+Archive = Annotated[
+    Path, typer.Argument(metavar="ARCHIVE", help="A path, a name that `list` prints, or - for the input.")
+]
+
+
+@backup.command("create")
+def create(
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A new file, or - for the output; by default in the directory."),
+    ] = None,
+) -> None:
+    """Make a backup, whether the service runs or not. It is verified before it gets its name."""
+    from backend.composition import open_backups
+    from backend.models.backups import Origin
+
+    if output == _STREAM and sys.stdout.isatty():
+        raise BackupError("--output: a backup is no text; pipe it into a program or a file")
+    with open_backups(settings_of_hub()) as maker:
+        if output is None:
+            made = maker.make(Origin.COMMAND)
+            typer.echo(made.path)
+            if made.manifest is not None:
+                typer.echo(_said(made.manifest, made.size), err=True)
+            return
+        _create_at(maker, output)
+
+
+@backup.command("list")
+def list_backups() -> None:
+    """Print the backups of the directory, the newest first, and why one can't be read."""
+    from backend.adapters.backups.maker import explained
+    from backend.composition import backup_directory
+
+    directory = backup_directory(settings_of_hub())
+    with explained(directory.path):
+        for found in directory.backups():
+            manifest = found.manifest
+            said = f"can't be read: {found.problem}" if manifest is None else _said(manifest, found.size)
+            typer.echo(f"{found.path.name}  {said}")
+
+
+@backup.command("verify")
+def verify(archive: Archive) -> None:
+    """Restore a backup into a scratch directory, and change nothing else."""
+    from backend.adapters.backups.maker import explained, opened
+    from backend.adapters.backups.maker import verify as verify_archive
+    from backend.composition import backup_directory
+
+    directory = backup_directory(settings_of_hub())
+    with (
+        explained(archive),
+        # Before the turn, which the program at the other end of a pipe may have.
+        opened(directory.find(archive), directory.state) as file,
+        directory.turn() as scratch,
+    ):
+        verified = verify_archive(file, scratch)
+        typer.echo(f"whole: {_said(verified.manifest, file.seek(0, 2))}")
+
+
+def _create_at(maker: "BackupMaker", output: Path) -> None:
+    from backend.adapters.backups.maker import explained
+    from backend.adapters.records.replacement import write_new
+
+    if output != _STREAM and (output.exists() or output.is_symlink()):
+        raise BackupError(f"--output: {output} is there already; name a new file")
+    with maker.making() as (file, manifest), explained(output):
+        if output == _STREAM:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+        else:
+            write_new(file, output)
+        typer.echo(_said(manifest, file.tell()), err=True)
+
+
+def _said(manifest: "Manifest", size: int) -> str:
+    """Describe a backup."""
+    return (
+        f"{manifest.made_at:%Y-%m-%d %H:%M:%S} UTC, {manifest.interface}, generation {manifest.generation}, "
+        f"{manifest.peers} peers, {size} bytes"
+    )
