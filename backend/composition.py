@@ -6,10 +6,12 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 from backend.adapters.backups.automatic import AutomaticBackups
 from backend.adapters.backups.directory import BackupDirectory
-from backend.adapters.backups.maker import BackupMaker
+from backend.adapters.backups.maker import BackupMaker, opened, verify
+from backend.adapters.backups.restorer import Restoration, RestoredHub
 from backend.adapters.durable_workflow import DurableWorkflow
 from backend.adapters.host.locks import ConfigGuard, lock_interface
 from backend.adapters.host.private_files import ADMIN_HEADER, admin_header
@@ -18,6 +20,7 @@ from backend.adapters.metrics.state import State
 from backend.adapters.rate_limits import RateLimits
 from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import IN_MEMORY, Database, open_beside
+from backend.adapters.records.replacement import PresentRecords
 from backend.adapters.records.unit_of_work import SqlRecords
 from backend.adapters.wireguard.host_link import WIREGUARD_GO_PEERS, most_peers
 from backend.adapters.wireguard.wg import FileOnly, WgInterface
@@ -28,7 +31,7 @@ from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
 from backend.models.operator_commands import command
 from backend.models.setting_values import AuthMode, ReloadMode
-from backend.models.trusted_paths import require_trusted, require_trusted_file
+from backend.models.trusted_paths import make_private_directory, require_trusted, require_trusted_file
 from backend.services.access.access_control import AccessControl
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.authenticator import Authenticator
@@ -382,6 +385,33 @@ def open_backups(settings: Settings) -> Iterator[BackupMaker]:
     require_trusted_file(settings.wireguard_config_path, "WIREGUARD_CONFIG_PATH")
     with closing(open_beside(settings.database_url, settings.state_directory)) as database:
         yield BackupMaker(directory, database, settings.wireguard_config_path, settings.interface)
+
+
+@contextmanager
+def open_restoration(settings: Settings, archive: Path, *, replace_config: bool) -> Iterator[Restoration]:
+    """Verify an archive beside the records and the config, which no service may use until the end."""
+    directory, path = backup_directory(settings), settings.wireguard_config_path
+    require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
+    with ExitStack() as stack:
+        # Before any lock, which the program at the other end of a pipe may need.
+        file = stack.enter_context(opened(directory.find(archive), directory.state))
+        make_private_directory(path.parent)
+        stack.enter_context(ConfigGuard(path))
+        if settings.wireguard_reload is not ReloadMode.OFF:
+            stack.enter_context(lock_interface(settings.interface))
+        present = stack.enter_context(
+            closing(PresentRecords(settings.database_url, settings.state_directory))
+        )
+        scratch = stack.enter_context(directory.turn())
+        place = scratch / "restored"
+        place.mkdir(mode=0o700)
+        yield Restoration(
+            verify(file, place),
+            RestoredHub(path, settings.interface, settings.wireguard_hub_public_key, present),
+            directory,
+            scratch,
+            replace_config=replace_config,
+        )
 
 
 def backup_directory(settings: Settings) -> BackupDirectory:

@@ -13,6 +13,7 @@ from backend.errors import BackupError
 # Everything heavier is imported by the command that needs it, so that `--help` answers at once.
 if TYPE_CHECKING:
     from backend.adapters.backups.maker import BackupMaker
+    from backend.adapters.backups.restorer import Restoration
     from backend.models.backups import Manifest
 
 _STREAM: Final = Path("-")
@@ -79,6 +80,68 @@ def verify(archive: Archive) -> None:
         typer.echo(f"whole: {_said(verified.manifest, file.seek(0, 2))}")
 
 
+@backup.command("restore")
+def restore(
+    archive: Archive,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    config: Annotated[
+        bool, typer.Option("--config", help="Replace the hub's config, too, where it differs.")
+    ] = False,
+) -> None:
+    """Put the records of a backup in the place of the present ones. The service must be stopped."""
+    from backend.composition import open_restoration
+
+    with open_restoration(settings_of_hub(), archive, replace_config=config) as restoration:
+        _show(restoration)
+        if not yes:
+            _ask()
+        for path in restoration.carry_out():
+            typer.echo(f"saved:    {path}")
+        state = restoration.verified.state
+        typer.echo(f"restored: generation {state.generation}, {len(state.peers)} peers")
+        _warn()
+
+
+def _show(restoration: "Restoration") -> None:
+    """Print what a restore changes."""
+    from backend.models.wireguard.peer import cidr
+
+    typer.echo(f"backup:   {_said(restoration.verified.manifest)}")
+    now = restoration.present
+    if now is not None:
+        typer.echo(f"records:  generation {now.generation}, {len(now.peers)} peers")
+    else:
+        typer.echo(f"records:  {restoration.problem or 'there are none'}")
+    typer.echo(f"config:   {restoration.config}")
+    peers = restoration.peers
+    for word, group_of_peers in (("comes", peers.come), ("goes", peers.go), ("changes", peers.change)):
+        for peer in group_of_peers:
+            typer.echo(
+                f"{word + ':':9} {peer.node_id} {peer.wireguard_public_key} "
+                f"{','.join(map(cidr, peer.allowed_ips))}"
+            )
+
+
+def _ask() -> None:
+    if not sys.stdin.isatty():
+        raise BackupError("nothing was restored: there is no terminal to ask at; --yes restores it")
+    if not typer.confirm("Restore it?"):
+        raise BackupError("nothing was restored")
+
+
+def _warn() -> None:
+    from backend.models.operator_commands import command
+
+    typer.echo(
+        "note: credentials that were revoked since the backup work again, and tokens have the uses left that "
+        "they had then: revoke them once more\n"
+        "note: at its next start the service compares these records with the hub. Where they are older, it "
+        f"pauses and removes no peer until you decide: {command('reconcile --show')}",
+        err=True,
+    )
+
+
 def _create_at(maker: "BackupMaker", output: Path) -> None:
     from backend.adapters.backups.maker import explained
     from backend.adapters.records.replacement import write_new
@@ -94,9 +157,10 @@ def _create_at(maker: "BackupMaker", output: Path) -> None:
         typer.echo(_said(manifest, file.tell()), err=True)
 
 
-def _said(manifest: "Manifest", size: int) -> str:
+def _said(manifest: "Manifest", size: int | None = None) -> str:
     """Describe a backup."""
-    return (
+    said = (
         f"{manifest.made_at:%Y-%m-%d %H:%M:%S} UTC, {manifest.interface}, generation {manifest.generation}, "
-        f"{manifest.peers} peers, {size} bytes"
+        f"{manifest.peers} peers"
     )
+    return said if size is None else f"{said}, {size} bytes"

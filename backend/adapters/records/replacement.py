@@ -1,15 +1,21 @@
-"""Puts another SQLite file in the database's place, while no service runs."""
+"""Puts other records in the place of those that are there, while no service runs."""
 
 import os
 import shutil
 import sqlite3
 import stat
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Final
 
-from backend.errors import BackupError
+import sqlalchemy as sa
+
+from backend.adapters.records.copies import replace_rows
+from backend.adapters.records.database import Database
+from backend.adapters.records.sqlite import SqliteFile
+from backend.adapters.records.unit_of_work import SqlRecords
+from backend.errors import BackupError, ProvisioningError, StartRefusedError
 from backend.services.hub.staged_file import sync_directory
 
 # What SQLite may have beside the database's file.
@@ -96,3 +102,62 @@ def _fold_whole(real: Path) -> list[Path]:
     except sqlite3.DatabaseError:
         pass
     return [part for end, part in parts_of(real) if end]
+
+
+class PresentRecords:
+    """The records of a hub whose service doesn't run, kept from every other service until `close`.
+
+    `database` is None where there are none, or where they can't be read: `problem` says why.
+    """
+
+    def __init__(self, url: str, copies: Path) -> None:
+        """Lock them; raise InUseError where a service runs, StartRefusedError."""
+        self.database: Database | None = None
+        self.problem: str | None = None
+        self._path: Path | None = None
+        parsed = sa.make_url(url)
+        with ExitStack() as stack:
+            if parsed.get_backend_name() != "sqlite":
+                self.database = stack.enter_context(closing(Database(url)))
+                self.database.migrate()
+            elif parsed.database:
+                self._path = Path(parsed.database).absolute()
+                file = stack.enter_context(closing(SqliteFile(self._path)))
+                stack.enter_context(file.lock())
+                self._open_file(url, copies, stack)
+            self._stack = stack.pop_all()
+
+    def _open_file(self, url: str, copies: Path, stack: ExitStack) -> None:
+        if not any(self.files()):
+            return
+        try:
+            with ExitStack() as failing:
+                # Its lock is held here.
+                database = failing.enter_context(closing(Database(url, exclusive=False, copies=copies)))
+                database.migrate()
+                SqlRecords(database).load()
+                stack.push(failing.pop_all())
+        except (StartRefusedError, ProvisioningError, ValueError) as exc:
+            self.problem = str(exc)
+        else:
+            self.database = database
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """Yield the files of SQLite, each with what its name ends in; none for PostgreSQL."""
+        if self._path is not None:
+            yield from parts_of(self._path)
+
+    def replace(self, rebuilt: Path) -> None:
+        """Put other records in their place, all or none; raise BackupError or OSError."""
+        if self._path is None:
+            if self.database is not None:
+                replace_rows(rebuilt, self.database)
+            return
+        if self.database is not None:
+            # SQLite would go on to use the old file.
+            self.database.engine.dispose()
+        replace_file(self._path, rebuilt)
+
+    def close(self) -> None:
+        """Let a service have them."""
+        self._stack.close()
