@@ -1,15 +1,23 @@
-"""Archives for tests: whole ones, and what an attacker or a torn copy makes of them."""
+"""Archives for tests, also such as an attacker would make, and hubs that are backed up and restored."""
 
 import gzip
 import hashlib
 import io
+import subprocess
 import tarfile
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from backend.adapters.records.database import Database
+from backend.adapters.records.unit_of_work import SqlRecords
 from backend.models.backups import CONFIG, RECORDS, Manifest, Member, Origin
+from backend.models.wireguard.records import RecordedState
+from tests.harness.command_line import hub_settings, invoke
+from tests.harness.records import adding
 
 NOON: Final = datetime(2026, 2, 19, 12, tzinfo=UTC)
 HUB_KEY: Final = "vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="
@@ -55,3 +63,57 @@ def packed(members: Sequence[tuple[tarfile.TarInfo | str, bytes]]) -> io.BytesIO
 def contents(directory: Path) -> dict[str, bytes]:
     """Return the files of a directory by name."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@dataclass
+class Place:
+    """A hub that is a file and records, and no service."""
+
+    directory: Path
+    database_url: str = ""
+    settings: dict[str, object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir(exist_ok=True)
+        self.config = self.directory / "wg0.conf"
+        self.state = self.directory / "state"
+        self.backups = self.state / "backups"
+        self.url = self.database_url or f"sqlite:///{self.state}/provisioning.sqlite"
+        self.settings = {**hub_settings(self.directory), "ENABLE_DBOS": "true", "DATABASE_URL": self.url}
+
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return invoke(*map(str, arguments), directory=self.directory, settings=self.settings)
+
+    def init(self) -> None:
+        assert self.run("hub", "init").returncode == 0
+
+    def commit(self, generation: int, *numbers: int) -> None:
+        with closing(Database(self.url)) as database:
+            database.migrate()
+            records = SqlRecords(database)
+            records.commit(generation, 0, [adding(f"node-{n}", f"10.0.0.{n}") for n in numbers])
+
+    def back_up(self) -> Path:
+        made = self.run("backup", "create")
+        assert made.returncode == 0, made.stderr
+        return Path(made.stdout.strip())
+
+    def restore(self, archive: Path, *options: str) -> str:
+        done = self.run("backup", "restore", archive, "--yes", *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    def refusal(self, archive: object, *options: str) -> str:
+        refused = self.run("backup", "restore", archive, *options)
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
+        return refused.stderr
+
+    def records(self) -> RecordedState:
+        with closing(Database(self.url)) as database:
+            return SqlRecords(database).load()
+
+    def names(self) -> list[str]:
+        return [peer.node_id for peer in self.records().peers]
+
+    def saved(self) -> list[Path]:
+        return sorted(self.backups.glob("replaced-*"))
