@@ -49,6 +49,27 @@ def test_loops_run_as_long_as_the_service(make_settings: MakeSettings) -> None:
     assert loops_that_run() == set()
 
 
+def test_service_makes_backups_of_durable_records_unless_it_keeps_none(make_settings: MakeSettings) -> None:
+    settings = make_settings()
+    with running_service(settings):
+        assert "loop-backups" in loops_that_run()
+    with running_service(settings.model_copy(update={"wireguard_backup_keep": 0})):
+        assert "loop-backups" not in loops_that_run()
+    with running_service(make_settings("wg8", enable_dbos=False)):
+        assert "loop-backups" not in loops_that_run()
+
+
+def test_start_is_refused_where_other_users_could_change_the_backups(make_settings: MakeSettings) -> None:
+    settings = make_settings()
+    settings.backup_directory.mkdir(parents=True)
+    settings.backup_directory.chmod(0o777)
+    with (
+        pytest.raises(StartRefusedError, match="WIREGUARD_BACKUP_DIRECTORY is within"),
+        running_service(settings),
+    ):
+        pass
+
+
 def test_header_of_the_admin_is_there_as_long_as_its_key_is_good(make_settings: MakeSettings) -> None:
     settings = make_settings(enable_dbos=False)
     header = settings.state_directory / ADMIN_HEADER

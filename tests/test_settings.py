@@ -57,6 +57,8 @@ def test_nothing_set_gives_the_documented_defaults(tmp_path: Path) -> None:
         LimitKind.FAILED_AUTHENTICATION: "30/minute",
     }
     assert settings.audit_keep == timedelta(days=365)
+    assert settings.backup_directory == tmp_path / "var" / "backups"
+    assert (settings.wireguard_backup_keep, settings.wireguard_backup_keep_days) == (14, 30)
     assert (settings.interface, settings.listen_port) == ("wg0", 51820)
 
 
@@ -138,7 +140,17 @@ def test_endpoints_that_peers_can_reach_are_taken(monkeypatch: pytest.MonkeyPatc
     assert settings.listen_port == int(endpoint.rpartition(":")[2])
 
 
+def test_backups_may_be_elsewhere_or_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WIREGUARD_BACKUP_DIRECTORY", "elsewhere")
+    monkeypatch.setenv("WIREGUARD_BACKUP_KEEP", "0")
+    settings = load_settings()
+    assert (settings.backup_directory, settings.wireguard_backup_keep) == (tmp_path / "elsewhere", 0)
+
+
 WRONG = [
+    ("WIREGUARD_BACKUP_KEEP", "-1", "is not a number from 0 to 99999; write one like 14."),
+    ("WIREGUARD_BACKUP_KEEP", "00", "is not a number from 0 to 99999; write one like 14."),
+    ("WIREGUARD_BACKUP_KEEP_DAYS", "0", "is no number of days from 1 to 99999; write one like 365."),
     ("WIREGUARD_IP_POOL", "ten", "is not an IPv4 network in CIDR notation; write one like 10.0.0.0/24."),
     (
         "WIREGUARD_IP_POOL",

@@ -90,9 +90,14 @@ def restore(
     ] = False,
 ) -> None:
     """Put the records of a backup in the place of the present ones. The service must be stopped."""
+    from backend.adapters.backups.maker import explained
     from backend.composition import open_restoration
 
-    with open_restoration(settings_of_hub(), archive, replace_config=config) as restoration:
+    settings = settings_of_hub()
+    with (
+        explained(settings.state_directory),
+        open_restoration(settings, archive, replace_config=config) as restoration,
+    ):
         _show(restoration)
         if not yes:
             _ask()

@@ -159,9 +159,11 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(
     scratch = tmp_path / "state" / "backup.scratch"
     scratch.mkdir(parents=True)
     (scratch / CONFIG).write_text("half")
-    torn = maker.directory.path / f".{name}.tmp"
+    torn = maker.directory.temporary
     torn.write_text("half")
-    mine = {maker.directory.path / ".notes.tmp", maker.directory.path / f"{name}.age"}
+    # Another hub's is being written at the moment.
+    other = BackupDirectory(maker.directory.path, tmp_path / "other").temporary
+    mine = {maker.directory.path / ".notes.tmp", maker.directory.path / f"{name}.age", other}
     for path in mine:
         path.touch()
     maker.make(Origin.COMMAND)

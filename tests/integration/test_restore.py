@@ -276,6 +276,20 @@ def test_torn_backup_and_no_backup_are_refused(place: Place, tmp_path: Path) -> 
     assert (place.names(), place.saved()) == (["node-2"], [])
 
 
+def test_service_that_runs_keeps_its_records(each: Place) -> None:
+    archive = each.back_up()
+    with closing(Database(each.url)):
+        assert "is already " in each.refusal(archive, "--yes")
+    each.restore(archive)
+
+
+def test_place_that_can_not_be_made_is_named(place: Place, tmp_path: Path) -> None:
+    archive = place.back_up()
+    (tmp_path / "file").touch()
+    place.settings["WIREGUARD_CONFIG_PATH"] = tmp_path / "file" / "wg0.conf"
+    assert "file can't be read or written" in place.refusal(archive, "--yes")
+
+
 def test_owner_of_the_replaced_database_stays(place: Place) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to give a file away")

@@ -6,10 +6,12 @@ is what a killed one has left.
 
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from hashlib import sha256
 from io import FileIO
 from pathlib import Path
 from typing import Final
@@ -27,7 +29,6 @@ _SUFFIX: Final = ".tar.gz"
 _NAME: Final = re.compile(
     rf"({'|'.join(Origin)})-([0-9]{{8}}T[0-9]{{6}}\.[0-9]{{3}}Z)-g[0-9]+{re.escape(_SUFFIX)}"
 )
-_TEMPORARY: Final = re.compile(rf"\.{_NAME.pattern}\.tmp")
 # How long one waits for another process's backup: seconds.
 _PATIENCE_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.1
@@ -44,6 +45,9 @@ class BackupDirectory:
 
     def __init__(self, path: Path, state: Path) -> None:
         self.path: Final = path
+        # One name, so that it is known what a killed process has left; and the hub's own, because hubs may
+        # share the directory.
+        self.temporary: Final = path / f".{sha256(bytes(state)).hexdigest()[:16]}.tmp"
         self.state: Final = state
 
     @contextmanager
@@ -74,15 +78,12 @@ class BackupDirectory:
             ) from exc
         require_trusted(self.path, "WIREGUARD_BACKUP_DIRECTORY")
 
-    def place_for(self, manifest: Manifest) -> tuple[Path, Path]:
-        """Return the path of a new archive, and the one under which it is written."""
-        name = f"{manifest.origin}-{stamp(manifest.made_at)}-g{manifest.generation}{_SUFFIX}"
-        return self.path / name, self.path / f".{name}.tmp"
-
-    def publish(self, temporary: Path, path: Path) -> None:
-        """Give a verified archive its name; raise OSError."""
-        temporary.replace(path)
+    def publish(self, manifest: Manifest) -> Path:
+        """Give the verified archive at `temporary` its name, and return its path; raise OSError."""
+        path = self.path / f"{manifest.origin}-{stamp(manifest.made_at)}-g{manifest.generation}{_SUFFIX}"
+        self.temporary.replace(path)
         sync_directory(self.path)
+        return path
 
     def names(self, until: datetime | None = None) -> list[str]:
         """Return the archives' names, the newest first, without those from after a moment; raise OSError."""
@@ -101,13 +102,15 @@ class BackupDirectory:
         """Return an archive of the directory, None where it has gone meanwhile."""
         path = self.path / name
         try:
-            size = path.lstat().st_size
+            status = path.stat()
         except FileNotFoundError:
             return None
+        if not stat.S_ISREG(status.st_mode):
+            return Backup(path, status.st_size, None, "it is no regular file")
         try:
-            return Backup(path, size, manifest_of(path), None)
+            return Backup(path, status.st_size, manifest_of(path), None)
         except BackupError as exc:
-            return Backup(path, size, None, str(exc))
+            return Backup(path, status.st_size, None, str(exc))
 
     def find(self, given: Path) -> Path:
         """Return the archive at a path, or of that name in the directory."""
@@ -129,10 +132,7 @@ class BackupDirectory:
             scratch.unlink()
         elif scratch.exists():
             shutil.rmtree(scratch)
-        if self.path.is_dir():
-            for entry in self.path.iterdir():
-                if _TEMPORARY.fullmatch(entry.name):
-                    entry.unlink(missing_ok=True)
+        self.temporary.unlink(missing_ok=True)
 
 
 def _moment(name: str) -> str:

@@ -100,10 +100,10 @@ class BackupMaker:
     def make_in(self, scratch: Path, origin: Origin, *, config_needed: bool = True) -> Backup:
         """Make a backup in the directory during a turn; raise OSError, too."""
         manifest = self._collect(scratch, origin, config_needed=config_needed)
-        path, temporary = self.directory.place_for(manifest)
+        temporary = self.directory.temporary
         try:
             self._write(temporary, manifest, scratch)
-            self.directory.publish(temporary, path)
+            path = self.directory.publish(manifest)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -193,11 +193,9 @@ def opened(archive: Path, scratch: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def explained(place: Path) -> Iterator[None]:
-    """Turn an OSError of making or reading a backup into BackupError."""
+    """Turn an OSError into the BackupError that says where it was."""
     try:
         yield
     except OSError as exc:
-        where = exc.filename or place
-        raise BackupError(
-            f"the backup failed at {where} ({exc.strerror or exc}); nothing was kept of it"
-        ) from exc
+        where, reason = exc.filename or place, exc.strerror or exc
+        raise BackupError(f"{where} can't be read or written ({reason}); mend that, and try again") from exc
