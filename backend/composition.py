@@ -3,24 +3,20 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 from backend.adapters.backups.automatic import AutomaticBackups
 from backend.adapters.backups.directory import BackupDirectory
-from backend.adapters.backups.maker import BackupMaker, opened, verify
-from backend.adapters.backups.restorer import Restoration, RestoredHub
+from backend.adapters.backups.maker import BackupMaker
 from backend.adapters.durable_workflow import DurableWorkflow
 from backend.adapters.host.locks import ConfigGuard, lock_interface
-from backend.adapters.host.private_files import ADMIN_HEADER, admin_header
+from backend.adapters.host.private_files import admin_header
 from backend.adapters.metrics.prometheus import PrometheusMetrics
 from backend.adapters.metrics.state import State
 from backend.adapters.rate_limits import RateLimits
 from backend.adapters.records.access_store import SqlAccessStore
-from backend.adapters.records.database import IN_MEMORY, Database, open_beside
-from backend.adapters.records.replacement import PresentRecords
+from backend.adapters.records.database import IN_MEMORY, Database
 from backend.adapters.records.unit_of_work import SqlRecords
 from backend.adapters.wireguard.host_link import WIREGUARD_GO_PEERS, most_peers
 from backend.adapters.wireguard.wg import FileOnly, WgInterface
@@ -29,9 +25,8 @@ from backend.loops import Loops, list_access_loops, list_backup_loops, list_heal
 from backend.models.access.audit import AuditAction
 from backend.models.access.callers import SERVICE
 from backend.models.access.credentials import Credential, KeyRequest, Role
-from backend.models.operator_commands import command
 from backend.models.setting_values import AuthMode, ReloadMode
-from backend.models.trusted_paths import make_private_directory, require_trusted, require_trusted_file
+from backend.models.trusted_paths import require_trusted, require_trusted_file
 from backend.services.access.access_control import AccessControl
 from backend.services.access.audit_writer import AuditWriter
 from backend.services.access.authenticator import Authenticator
@@ -51,7 +46,6 @@ from backend.services.hub.mark import HubMark
 from backend.services.hub.operator_peers import OperatorPeers, PeerLimit
 from backend.services.hub.reconciler import Reconciler
 from backend.services.hub.removal_guard import RemovalGuard
-from backend.services.hub.review import HubReview
 from backend.services.hub.writer import Writer
 from backend.services.ip_pool_manager import IPPoolManager
 from backend.services.no_metrics import NO_METRICS
@@ -81,14 +75,14 @@ def running_service(  # noqa: PLR0915 - one list of all parts
         require_trusted(settings.backup_directory, "WIREGUARD_BACKUP_DIRECTORY")
         _warn_of_unknown_settings()
 
-        hub = stopping.enter_context(closing(_hub(settings)))
+        hub = stopping.enter_context(closing(make_hub(settings)))
         guard = stopping.enter_context(ConfigGuard(settings.wireguard_config_path))
         if hub.live:
             stopping.enter_context(lock_interface(settings.interface))
         prometheus = _prometheus(settings)
         metrics: Metrics = prometheus or NO_METRICS
         config = _config(settings, hub, guard)
-        pool = _pool(settings)
+        pool = make_pool(settings)
         operator_peers = OperatorPeers(pool, _peer_limit(settings, pool))
 
         database = stopping.enter_context(_database(settings, metrics))
@@ -234,7 +228,8 @@ def _warn_of_unknown_settings() -> None:
         log.warning("unknown_setting", extra={"setting": name} | ({"nearest": nearest} if nearest else {}))
 
 
-def _hub(settings: Settings) -> Hub:
+def make_hub(settings: Settings) -> Hub:
+    """Return the interface; raise StartRefusedError where `wg` isn't installed."""
     if settings.wireguard_reload is ReloadMode.OFF:
         return FileOnly()
     try:
@@ -256,10 +251,9 @@ def _automatic_backups(
     keep = settings.wireguard_backup_keep
     if not database.durable or keep == 0:
         return None
+    directory = BackupDirectory(settings.backup_directory, settings.state_directory)
     return AutomaticBackups(
-        BackupMaker(
-            _backup_directory(settings), database, settings.wireguard_config_path, settings.interface
-        ),
+        BackupMaker(directory, database, settings.wireguard_config_path, settings.interface),
         settings.wireguard_config_path,
         lambda: config.parsed.hub_public_key,
         lambda: writer.generation,
@@ -291,7 +285,8 @@ def _at_once(work: Callable[[], None]) -> None:
     work()
 
 
-def _pool(settings: Settings) -> IPPoolManager:
+def make_pool(settings: Settings) -> IPPoolManager:
+    """Return the pool with the hub's own address reserved."""
     return IPPoolManager(settings.wireguard_ip_pool, [str(settings.wireguard_hub_ip)])
 
 
@@ -331,99 +326,3 @@ def _database(settings: Settings, metrics: Metrics) -> Iterator[Database]:
     with closing(Database(url, copies=settings.state_directory, metrics=metrics)) as database:
         database.migrate()
         yield database
-
-
-@dataclass(frozen=True, slots=True)
-class HubDecisions:
-    """The records and the hub, for a command that shows an operator what differs and keeps a decision."""
-
-    records: SqlRecords
-    reconciler: Reconciler
-    mark: HubMark
-
-    def review(self) -> HubReview:
-        """Compare the records with the hub, and change nothing."""
-        return HubReview.make(self.records, self.reconciler, self.mark.read())
-
-
-@contextmanager
-def open_hub_decisions(settings: Settings) -> Iterator[HubDecisions]:
-    """Open the records beside the hub for a command, whether the service runs or not."""
-    if not settings.enable_dbos:
-        raise StartRefusedError(
-            "with ENABLE_DBOS=false the records live in the service's memory: restart it, and it takes the "
-            "peers of the config into them; peers that only the interface has go with "
-            f"{command('hub down')} and {command('hub up')}"
-        )
-    require_trusted_file(settings.wireguard_config_path, "WIREGUARD_CONFIG_PATH")
-    config = WireGuardConfigManager(settings.wireguard_config_path)
-    with (
-        closing(open_beside(settings.database_url, settings.state_directory)) as database,
-        closing(_hub(settings)) as hub,
-        closing(InterfaceObserver(hub)) as observer,
-        closing(Reconciler(config, hub, OperatorPeers(_pool(settings)), observer)) as reconciler,
-    ):
-        yield HubDecisions(SqlRecords(database), reconciler, HubMark(config.path))
-
-
-@contextmanager
-def open_access(settings: Settings) -> Iterator[SqlAccessStore]:
-    """Open credentials and audit log for a command, whether the service runs or not."""
-    if not settings.enable_dbos:
-        raise StartRefusedError(
-            "with ENABLE_DBOS=false credentials live in the service's memory; make them over HTTP, by POST "
-            f"/api/v1/wireguard/keys or /tokens with curl -H @{settings.state_directory / ADMIN_HEADER}"
-        )
-    with closing(open_beside(settings.database_url, settings.state_directory)) as database:
-        yield SqlAccessStore(database)
-
-
-@contextmanager
-def open_backups(settings: Settings) -> Iterator[BackupMaker]:
-    """Open what makes backups for a command, whether the service runs or not."""
-    directory = backup_directory(settings)
-    require_trusted_file(settings.wireguard_config_path, "WIREGUARD_CONFIG_PATH")
-    with closing(open_beside(settings.database_url, settings.state_directory)) as database:
-        yield BackupMaker(directory, database, settings.wireguard_config_path, settings.interface)
-
-
-@contextmanager
-def open_restoration(settings: Settings, archive: Path, *, replace_config: bool) -> Iterator[Restoration]:
-    """Verify an archive beside the records and the config, which no service may use until the end."""
-    directory, path = backup_directory(settings), settings.wireguard_config_path
-    require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
-    with ExitStack() as stack:
-        # Before any lock, which the program at the other end of a pipe may need.
-        file = stack.enter_context(opened(directory.find(archive), directory.state))
-        make_private_directory(path.parent)
-        stack.enter_context(ConfigGuard(path))
-        if settings.wireguard_reload is not ReloadMode.OFF:
-            stack.enter_context(lock_interface(settings.interface))
-        present = stack.enter_context(
-            closing(PresentRecords(settings.database_url, settings.state_directory))
-        )
-        scratch = stack.enter_context(directory.turn())
-        place = scratch / "restored"
-        place.mkdir(mode=0o700)
-        yield Restoration(
-            verify(file, place),
-            RestoredHub(path, settings.interface, settings.wireguard_hub_public_key, present),
-            directory,
-            scratch,
-            replace_config=replace_config,
-        )
-
-
-def backup_directory(settings: Settings) -> BackupDirectory:
-    """Return the directory of the backups; raise StartRefusedError where there can be none."""
-    if not settings.enable_dbos:
-        raise StartRefusedError(
-            "with ENABLE_DBOS=false the records live in the service's memory, and nothing is to be backed "
-            "up or restored but the hub's config; copy that"
-        )
-    require_trusted(settings.backup_directory, "WIREGUARD_BACKUP_DIRECTORY")
-    return _backup_directory(settings)
-
-
-def _backup_directory(settings: Settings) -> BackupDirectory:
-    return BackupDirectory(settings.backup_directory, settings.state_directory)

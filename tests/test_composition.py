@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from backend.adapters.host.private_files import ADMIN_HEADER
-from backend.composition import open_access, running_service
+from backend.command_parts import open_access
+from backend.composition import running_service
 from backend.errors import StartRefusedError
 from backend.models.access.audit import AuditAction, AuditEvent, AuditOutcome, AuditQuery
 from backend.models.wireguard.keys import WireGuardPrivateKey

@@ -62,7 +62,7 @@ def force(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Decide:
         def opened(_: object) -> Iterator[Decisions]:
             yield decisions
 
-        monkeypatch.setattr("backend.composition.open_hub_decisions", opened)
+        monkeypatch.setattr("backend.command_parts.open_hub_decisions", opened)
         return invoke("reconcile", "--force", directory=tmp_path)
 
     return run

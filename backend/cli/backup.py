@@ -33,7 +33,7 @@ def create(
     ] = None,
 ) -> None:
     """Make a backup, whether the service runs or not. It is verified before it gets its name."""
-    from backend.composition import open_backups
+    from backend.command_parts import open_backups
     from backend.models.backups import Origin
 
     if output == _STREAM and sys.stdout.isatty():
@@ -52,7 +52,7 @@ def create(
 def list_backups() -> None:
     """Print the backups of the directory, the newest first, and why one can't be read."""
     from backend.adapters.backups.maker import explained
-    from backend.composition import backup_directory
+    from backend.command_parts import backup_directory
 
     directory = backup_directory(settings_of_hub())
     with explained(directory.path):
@@ -67,7 +67,7 @@ def verify(archive: Archive) -> None:
     """Restore a backup into a scratch directory, and change nothing else."""
     from backend.adapters.backups.maker import explained, opened
     from backend.adapters.backups.maker import verify as verify_archive
-    from backend.composition import backup_directory
+    from backend.command_parts import backup_directory
 
     directory = backup_directory(settings_of_hub())
     with (
@@ -91,7 +91,7 @@ def restore(
 ) -> None:
     """Put the records of a backup in the place of the present ones. The service must be stopped."""
     from backend.adapters.backups.maker import explained
-    from backend.composition import open_restoration
+    from backend.command_parts import open_restoration
 
     settings = settings_of_hub()
     with (

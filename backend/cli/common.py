@@ -46,7 +46,7 @@ def settings_of_hub() -> "Settings":
 
 def open_store() -> "AbstractContextManager[SqlAccessStore]":
     """Open credentials and audit log, whether the service runs or not."""
-    from backend.composition import open_access
+    from backend.command_parts import open_access
     from backend.settings import load_settings
 
     return open_access(load_settings())

@@ -11,7 +11,7 @@ from backend.errors import StartRefusedError
 
 # Everything heavier is imported where it's needed, so that `--help` answers at once.
 if TYPE_CHECKING:
-    from backend.composition import HubDecisions
+    from backend.command_parts import HubDecisions
     from backend.models.access.audit import AuditEvent
     from backend.models.wireguard.records import Decision
     from backend.services.hub.review import HubReview
@@ -31,7 +31,7 @@ def reconcile(
     """Compare the records with the hub, and decide about peers that the records don't know."""
     if sum((show, adopt, force, acknowledge)) != 1:
         raise StartRefusedError("choose one of --show, --adopt, --force and --acknowledge")
-    from backend.composition import open_hub_decisions
+    from backend.command_parts import open_hub_decisions
     from backend.models.access.audit import AuditAction
     from backend.models.wireguard.records import Decision
 

@@ -15,7 +15,7 @@ from alembic import command
 from alembic.config import Config
 
 from backend.adapters.records.database import _MIGRATIONS, Database, open_beside
-from backend.composition import open_access, open_hub_decisions
+from backend.command_parts import open_access, open_hub_decisions
 from backend.errors import StartRefusedError
 from backend.models.setting_values import ReloadMode
 from backend.settings import Settings
