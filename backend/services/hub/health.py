@@ -6,6 +6,7 @@ the wall clock, which may jump. Looks that fail change no state: the time since 
 count against a peer.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from backend.services.peer_directory import PeerDirectory
 ENDPOINT_KEPT_SECONDS: Final = 86_400.0
 # The records are told that a known endpoint is still good so often: seconds.
 ENDPOINT_REFRESH_SECONDS: Final = 3_600.0
+# An address and a port that `wg` takes whatever interfaces the host has.
+_RESTORABLE: Final = re.compile(r"(?:[0-9.]{7,15}|\[[0-9a-f:.]{2,45}\]):[0-9]{1,5}")
 
 
 @dataclass(slots=True)
@@ -164,7 +167,7 @@ class HealthMonitor:
                 seen = self._sightings.get(WireGuardKey(key))
                 if seen is None or seen.endpoint is None or seen.endpoint_at <= since:
                     continue
-                if "%" not in seen.endpoint:
+                if _RESTORABLE.fullmatch(seen.endpoint):
                     lost[key] = seen.endpoint
         return lost
 
