@@ -179,7 +179,9 @@ def test_schema_declares_the_credential_and_the_proofs(outsider: httpx.Client) -
     assert schema["components"]["securitySchemes"]["Bearer"]["scheme"] == "bearer"
     for path, operations in schema["paths"].items():
         for operation in operations.values():
-            assert operation.get("security") == ([{"Bearer": []}] if "/api/" in path else None), path
+            assert operation.get("security") == (
+                [{"Bearer": []}] if "/api/" in path or path == "/metrics" else None
+            ), path
     parameters = schema["paths"][PROVISION]["post"]["parameters"]
     assert {parameter["name"] for parameter in parameters} == {
         "Idempotency-Key",

@@ -30,7 +30,9 @@ def hub(needs_wireguard: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def service(hub: HubInterface, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     directory = tmp_path_factory.mktemp("service")
-    settings = settings_for(hub, directory, STATE_DIRECTORY="var", WIREGUARD_METRICS_PER_PEER="true")
+    # Without `for` a service without a backup, as each new one is, raises an alert of its own.
+    over = {"WIREGUARD_METRICS_PER_PEER": "true", "WIREGUARD_BACKUP_KEEP": "0"}
+    settings = settings_for(hub, directory, STATE_DIRECTORY="var", **over)
     with ServiceProcess(directory, settings) as service:
         yield service
 

@@ -79,7 +79,10 @@ class HubHealth:
     @property
     def problem(self) -> str | None:
         """Why nothing newer is known of the peers, or None."""
-        return self.monitor.problem if self._live else "WIREGUARD_RELOAD=off: no interface is looked at"
+        if not self._live:
+            return "WIREGUARD_RELOAD=off: no interface is looked at"
+        problem = self.monitor.problem
+        return None if problem is None else f"{self.interface}: {problem}"
 
     def report(self, stale_threshold: float) -> HealthReport:
         """Return an empty report, to which the caller adds the peers."""
