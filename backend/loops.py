@@ -66,7 +66,7 @@ class Loop:
             # Logged once for each cause, and never the end of the loop.
             failure = repr(exc)
             if failure != self._failure:
-                log.exception("loop_failed", extra={"loop": self.name})
+                log.exception("loop_failed", extra={"loop": self.name, "reason": failure})
             self._failure = failure
             return False
         self._failure = None

@@ -110,11 +110,11 @@ def test_error_is_logged_once_for_each_cause_and_ends_no_loop(
     start(Loop("unlucky", INTERVAL, calls))
     eventually(lambda: calls.count >= 8)
     logged = [
-        (record.message, record.__dict__["loop"], str(record.exc_info and record.exc_info[1]))
+        (record.message, record.__dict__["loop"], record.__dict__["reason"], record.exc_info is not None)
         for record in caplog.records
     ]
     # The last one comes again after a success.
-    assert logged == [("loop_failed", "unlucky", said) for said in ("first", "second", "second")]
+    assert logged == [("loop_failed", "unlucky", repr(error), True) for error in (first, second, second)]
 
 
 def test_records_that_are_away_are_no_error_of_the_loop(

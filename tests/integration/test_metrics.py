@@ -1,7 +1,6 @@
 """The metrics of a service that runs, as Prometheus reads them."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import httpx
@@ -10,7 +9,6 @@ import pytest
 from tests.harness.command_line import ROOT
 from tests.harness.patience import eventually
 from tests.harness.requests import PEERS, PROVISION, TOKENS, bearer, new_key, provision_body
-from tests.harness.requirements import find_tool, require
 from tests.harness.scrapes import Scrape, promtool
 from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import settings_for
@@ -54,21 +52,6 @@ def test_a_provision_shows_in_the_metrics(service: ServiceProcess) -> None:
         return {"hub", "credentials", "audit"} <= loops.keys()
 
     eventually(every_second_loop_has_succeeded)
-
-
-def test_scrape_config_of_the_manual_is_valid(tmp_path: Path) -> None:
-    require("promtool")
-    manual = (ROOT / "docs" / "operations.md").read_text()
-    (config,) = re.findall(r"(?s)```yaml\n(scrape_configs:.*?)```", manual)
-    key = tmp_path / "metrics.key"
-    key.write_text("ocw_\n")
-    path = tmp_path / "prometheus.yml"
-    path.write_text(config.replace("/etc/prometheus/wireguard-provisioning.key", str(key)))
-    assert str(key) in path.read_text()
-    checked = subprocess.run(
-        [str(find_tool("promtool")), "check", "config", path], capture_output=True, text=True, check=False
-    )
-    assert checked.returncode == 0, checked.stderr
 
 
 def test_manual_lists_every_metric(service: ServiceProcess) -> None:
