@@ -1,7 +1,8 @@
 """The endpoint that Prometheus reads."""
 
 import asyncio
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from fastapi import APIRouter, Response
 
@@ -33,7 +34,7 @@ def metrics_router(*, public: bool = False) -> APIRouter:
         summary="Read the metrics for Prometheus",
         response_class=MetricsResponse,
         responses={
-            **({429: REFUSALS[429]} if public else REFUSALS),
+            **{status: _as_json(REFUSALS[status]) for status in ([429] if public else REFUSALS)},
             200: {
                 "description": "Prometheus's text format 0.0.4; docs/operations.md lists the metrics.",
                 "content": {CONTENT_TYPE: {"schema": {"type": "string"}, "example": _EXAMPLE}},
@@ -41,6 +42,13 @@ def metrics_router(*, public: bool = False) -> APIRouter:
         },
     )
     return router
+
+
+def _as_json(refusal: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a refusal as JSON: FastAPI would put its schema under this route's own media type."""
+    schema = {"$ref": f"#/components/schemas/{refusal['model'].__name__}"}
+    content = {kind: {"schema": schema, **parts} for kind, parts in refusal["content"].items()}
+    return {"description": refusal["description"], "content": content}
 
 
 async def _read(_: Reader, service: Service) -> Response:

@@ -1,4 +1,4 @@
-"""Counts each request that the app sees, and how those to provision and to deprovision end."""
+"""Counts each request over HTTP, and the outcome of each provision and each deletion of a peer."""
 
 import time
 from collections.abc import Mapping
@@ -28,8 +28,7 @@ METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _OTHER_METHOD: Final = "other"
 _UNMATCHED: Final = "unmatched"
 
-# How a request that raised this ended. An error that isn't here has the row of the nearest class that it is
-# derived from.
+# The outcome of a request by the error that it raised. An error without a row has its nearest base class's.
 OUTCOMES: Final[dict[type[BaseException], Outcome]] = {
     DuplicatePeerError: "duplicate",
     IPPoolExhaustedError: "pool_exhausted",

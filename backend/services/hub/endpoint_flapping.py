@@ -1,24 +1,26 @@
-"""Notices a key whose endpoint goes back and forth, as it does when two nodes have the same key."""
+"""Detects a key whose endpoint goes back and forth, as it does when two nodes have the same key."""
 
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-# A node that moves doesn't come back to an earlier endpoint so often within this time: seconds.
+# A peer flaps if it returns so often to an endpoint that it had left, within so many seconds. A node that
+# roams seldom returns even once.
 _RETURNS: Final = 3
 _WINDOW_SECONDS: Final = 600.0
-# The most moves that are remembered of a peer.
+# How many left endpoints are remembered of each peer.
 _MOVES: Final = 16
 
 
 class EndpointFlapping:
-    """The moves of those peers whose endpoint has changed lately. Times are time.monotonic()'s."""
+    """The peers that flap. Times are time.monotonic()'s."""
 
     def __init__(self, on_flapping: Callable[[str], None]) -> None:
         """`on_flapping` is called with the node_id of a peer that begins to flap."""
         self._on_flapping = on_flapping
-        # By node_id: the endpoints that were left, and when. Changed by the thread that calls `note`.
+        # By node_id: the endpoints that the peer left, and when. Only the thread that calls `note` uses it.
         self._left: dict[str, deque[tuple[float, str]]] = {}
+        # By node_id: when the peer returned to an endpoint that it had left.
         self._returns: dict[str, deque[float]] = {}
         self._flagged: frozenset[str] = frozenset()
 
@@ -29,7 +31,7 @@ class EndpointFlapping:
         return len(self._flagged)
 
     def note(self, node_id: str, before: str | None, after: str, now: float) -> None:
-        """Note that a peer's endpoint has changed."""
+        """Note that a peer's endpoint has changed from `before`, if it had one, to `after`."""
         if before is None:
             return
         left = self._left.setdefault(node_id, deque(maxlen=_MOVES))
@@ -41,7 +43,7 @@ class EndpointFlapping:
         left.append((now, before))
 
     def tidy(self, now: float) -> None:
-        """Forget the peers that have kept their endpoint for a while."""
+        """Forget the peers whose endpoint hasn't changed for ten minutes: they don't flap any more."""
         since = now - _WINDOW_SECONDS
         for node_id in [node_id for node_id, left in self._left.items() if left[-1][0] < since]:
             del self._left[node_id]

@@ -1,4 +1,4 @@
-"""Keeps the endpoints that peers were seen at in the records, for an interface that has lost them."""
+"""Keeps the peers' last endpoints in the records, so that a new interface can get them after a restart."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,24 +16,27 @@ _AT_ONCE: Final = 250
 
 
 class EndpointKeeper:
-    """Reads the endpoints once, at the start, and writes those that are new from time to time."""
+    """Reads the endpoints at the start, and writes the new ones when `save` is called."""
 
     def __init__(self, records: Records, health: HealthMonitor) -> None:
         self._records = records
         self._health = health
 
     def load(self) -> None:
-        """Tell the health monitor the endpoints of the records; raise RecordsUnavailableError."""
+        """Give the endpoints of the records to the health monitor; raise RecordsUnavailableError."""
         self._health.load(self._records.load_endpoints())
 
     def save(self, call: Callable[[Callable[[], None]], None]) -> None:
-        """Write what is new, some at a time, each in its own `call`; raise RecordsUnavailableError."""
+        """Write the new endpoints, one `call` for each transaction; raise RecordsUnavailableError.
+
+        `call` runs the function that it is given.
+        """
         unrecorded = iter(self._health.unrecorded_endpoints().items())
         while part := dict(islice(unrecorded, _AT_ONCE)):
             call(partial(self._write, part))
 
     def close(self) -> None:
-        """Write what is new; lost where the records are away."""
+        """Write the new endpoints. They are lost if the database doesn't answer."""
         with suppress(RecordsUnavailableError):
             self.save(lambda write: write())
 

@@ -1,9 +1,8 @@
-"""Follows each peer's signs of life from look to look at the interface.
+"""Finds out each peer's state from successive looks at the interface (`wg show NAME dump`).
 
-A sign of life is data that arrives from a peer, or a handshake. The time since the last one decides about
-the peer's state. It is measured by this process's monotonic clock, because the kernel stamps handshakes by
-the wall clock, which may jump. Looks that fail change no state: the time since the last good one doesn't
-count against a peer.
+Data from a peer, or a handshake, is a sign of life. The state depends on the time from the last sign of life
+to the last good look, by this process's monotonic clock: WireGuard stamps handshakes by the wall clock, which
+may jump. So a look that fails changes no state.
 """
 
 import re
@@ -20,11 +19,11 @@ from backend.models.wireguard.peer import Peer
 from backend.services.hub.endpoint_flapping import EndpointFlapping
 from backend.services.peer_directory import PeerDirectory
 
-# An endpoint that was learned longer ago isn't given back to an interface: seconds.
+# An endpoint that was last good longer ago isn't set on a new interface: seconds.
 ENDPOINT_KEPT_SECONDS: Final = 86_400.0
-# The records are told that a known endpoint is still good so often: seconds.
+# How often the records get a new time for an endpoint that hasn't changed: seconds.
 ENDPOINT_REFRESH_SECONDS: Final = 3_600.0
-# An address and a port that `wg` takes whatever interfaces the host has.
+# An address and a port without a scope (`%eth0`): `wg` refuses a scope that the host doesn't have.
 _RESTORABLE: Final = re.compile(r"(?:[0-9.]{7,15}|\[[0-9a-f:.]{2,45}\]):[0-9]{1,5}")
 
 
@@ -34,13 +33,13 @@ class _Sighting:
 
     received_bytes: int = 0
     sent_bytes: int = 0
-    # The kernel's stamp of the last handshake, 0 for none; it is compared, and no age is made of it.
+    # The interface's time of the last handshake, 0 for none. Only compared: it is by the wall clock.
     latest_handshake: int = 0
     persistent_keepalive: int = 0
-    # The last sign of life, put off by the times without an interface; None for a peer that was never seen.
+    # The last sign of life, plus the time since then without an interface; None if there was none.
     alive_at: float | None = None
     handshake_at: float | None = None
-    # The last endpoint that the interface has learned, and when it was certainly good.
+    # The last endpoint on the interface, and when the peer last showed a sign of life there.
     endpoint: str | None = None
     endpoint_at: float = 0.0
     # The endpoint that the records have, and its `endpoint_at` there.
@@ -61,7 +60,7 @@ class HealthMonitor:
         on_flapping: Callable[[str], None] = lambda _node_id: None,
         on_first_handshake: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
-        """Know no peer yet. `hub_key` returns the hub's public key.
+        """`hub_key` returns the hub's public key.
 
         `on_flapping` is called with the node_id of a peer whose endpoint begins to go back and forth,
         `on_first_handshake` with the seconds from a peer's provision to its first handshake.
@@ -72,7 +71,7 @@ class HealthMonitor:
         self._offline_after = offline_after
         self._on_first_handshake = on_first_handshake
         self._flapping = EndpointFlapping(on_flapping)
-        # As exact as `provisioned_at`.
+        # In whole seconds, as `provisioned_at` is, so that the two can be compared.
         self._started_at = datetime.now(UTC).replace(microsecond=0)
         self._sightings: dict[WireGuardKey, _Sighting] = {}
         self._ifindex: int | None = None
@@ -86,26 +85,26 @@ class HealthMonitor:
         self.is_away = True
 
     def load(self, endpoints: Mapping[str, RecordedEndpoint]) -> None:
-        """Take the endpoints of the records: these peers were seen before this process began."""
+        """Take over the endpoints of the records: these peers showed signs of life to an earlier process."""
         now, wall = time.monotonic(), time.time()
         for text, recorded in endpoints.items():
             age = wall - recorded.seen_at.timestamp()
             seen = _Sighting(endpoint=recorded.endpoint, recorded=recorded.endpoint)
-            # From the future: the clock was wrong then or is wrong now, so the endpoint may be of any age.
+            # A time in the future: the clock was or is wrong, so the endpoint counts as too old to be set.
             seen.endpoint_at = seen.recorded_at = now - (age if age >= 0 else ENDPOINT_KEPT_SECONDS)
-            # The records may be so much behind the peer's last sign of life.
+            # The last sign of life may be later than `seen_at`, which is written no more often than this.
             seen.alive_at = now - max(0.0, age - ENDPOINT_REFRESH_SECONDS)
             self._sightings[WireGuardKey(text)] = seen
 
     def observe(self, state: InterfaceState, ifindex: int | None) -> None:
-        """Take a look's outcome. An interface with another key, or without one yet, is not the hub's."""
+        """Update each peer from a look. An interface with another key, or without one, is not the hub's."""
         if state.public_key != self._hub_key():
             self.note_failure("the interface doesn't have the hub's key", is_away=True)
             return
         now = time.monotonic()
         if self._looked is not None and ifindex != self._ifindex:
-            # While there was no interface no peer could be heard.
-            self._put_off(now - self._looked)
+            # The interface is new. The time without one doesn't count against the peers.
+            self._shift_signs_of_life(now - self._looked)
         found = 0
         for key, present in state.peers.items():
             peer = self._directory.by_key(WireGuardKey(key))
@@ -155,10 +154,10 @@ class HealthMonitor:
         return len(self._flapping)
 
     def lost_endpoints(self, state: InterfaceState) -> dict[str, str]:
-        """Return the last endpoint of each peer that has none on the interface, where it is recent enough.
+        """Return, by key, the last endpoint of each peer that has none now, if it is recent enough.
 
-        A link-local one isn't returned: it names a network interface of the hub, and `wg set` fails for all
-        peers if that has another name by now.
+        Not a link-local one: its scope names a network interface of the host, and if that name is gone,
+        `wg set` fails for every peer of the same call.
         """
         since = time.monotonic() - ENDPOINT_KEPT_SECONDS
         lost = {}
@@ -172,7 +171,7 @@ class HealthMonitor:
         return lost
 
     def unrecorded_endpoints(self) -> dict[str, RecordedEndpoint]:
-        """Return the endpoints that the records don't have yet, or have with a time that is too old."""
+        """Return, by key, the endpoints that are new or whose time in the records is an hour old."""
         now, wall = time.monotonic(), time.time()
         return {
             key: RecordedEndpoint(seen.endpoint, datetime.fromtimestamp(wall - (now - seen.endpoint_at), UTC))
@@ -193,7 +192,7 @@ class HealthMonitor:
             if seen is not None:
                 seen.recorded, seen.recorded_at = recorded.endpoint, recorded.seen_at.timestamp() + offset
 
-    def _put_off(self, seconds: float) -> None:
+    def _shift_signs_of_life(self, seconds: float) -> None:
         for seen in self._sightings.values():
             if seen.alive_at is not None:
                 seen.alive_at += seconds
@@ -215,16 +214,16 @@ class HealthMonitor:
         seen.persistent_keepalive = present.persistent_keepalive
 
     def _sign_of_life(self, seen: _Sighting, present: InterfacePeer, now: float) -> float | None:
-        """Return when a peer has shown the sign of life that is new in this look, or None without one."""
-        # A counter or a stamp that goes back to 0 belongs to a new interface, and is no sign of life.
+        """Return the time of a sign of life since the look before, or None if there was none."""
+        # A counter or a time that goes back to 0 belongs to a new interface, and is no sign of life.
         if present.latest_handshake not in {0, seen.latest_handshake}:
             if self._looked is None:
-                # Made before the first look: there is only the kernel's stamp to go by.
+                # Made before the first look, so only the interface's own time says when.
                 now -= max(0.0, time.time() - present.latest_handshake)
             seen.handshake_at = now
             return now
-        # Before the first look there is nothing to compare a counter with, and data that arrives before the
-        # first handshake is the handshake's own.
+        # At the first look there is no earlier counter to compare with, and bytes that a peer without a
+        # completed handshake has sent are the handshake's own.
         is_comparable = self._looked is not None and seen.alive_at is not None
         return now if is_comparable and present.received_bytes not in {0, seen.received_bytes} else None
 
@@ -245,7 +244,7 @@ class HealthMonitor:
         )
 
     def _silence(self, seen: _Sighting | None) -> float | None:
-        """Return the seconds without a sign of life up to the last good look; None if there was never one."""
+        """Return the seconds from the last sign of life to the last good look; None without any."""
         if seen is None or seen.alive_at is None:
             return None
         return max(0.0, (self._looked or seen.alive_at) - seen.alive_at)

@@ -1,4 +1,4 @@
-"""The health of the whole hub, as the sum of its peers'."""
+"""The health of the whole hub, summed up from its peers'."""
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,18 +12,19 @@ from backend.services.hub.interface_observer import InterfaceObserver
 
 
 class HealthStatus(StrEnum):
-    """How many of the peers that were ever seen have shown a sign of life lately."""
+    """How many peers are stale. Peers that have made no handshake yet don't count."""
 
-    # All of them, or there are none.
+    # None.
     HEALTHY = "healthy"
+    # Some.
     DEGRADED = "degraded"
-    # None of them, or there is no interface.
+    # All, or there is no interface.
     UNHEALTHY = "unhealthy"
 
 
 @dataclass(slots=True)
 class HealthReport:
-    """Sums up peers. A peer is stale after `stale_threshold` seconds without a sign of life."""
+    """The sums for `GET /health`. A peer is stale after `stale_threshold` seconds without a sign of life."""
 
     stale_threshold: float
     is_away: bool
@@ -34,11 +35,11 @@ class HealthReport:
     sent_bytes: int = 0
 
     def is_stale(self, peer: PeerHealth) -> bool:
-        """Say whether a peer was seen once, and not lately."""
+        """Say whether a peer has shown a sign of life once, but none within `stale_threshold`."""
         return peer.silent_seconds is not None and peer.silent_seconds > self.stale_threshold
 
     def add(self, peer: PeerHealth) -> None:
-        """Count a peer. One that was never seen is neither healthy nor stale."""
+        """Count a peer. One that has made no handshake yet is neither healthy nor stale."""
         self.peer_count += 1
         self.received_bytes += peer.received_bytes
         self.sent_bytes += peer.sent_bytes
@@ -56,12 +57,12 @@ class HealthReport:
 
 
 class HubHealth:
-    """What the endpoints tell about the peers' health."""
+    """What the health endpoints need: the peers' health, and a look at the interface before they answer."""
 
     def __init__(
         self, interface: InterfaceName, monitor: HealthMonitor, observer: InterfaceObserver, *, live: bool
     ) -> None:
-        """`live` is False where only the file is kept."""
+        """`live` is False with WIREGUARD_RELOAD=off: there is no interface to look at."""
         self.interface = interface
         self.monitor = monitor
         self._observer = observer
@@ -73,12 +74,12 @@ class HubHealth:
             raise InterfaceNotFoundError(self.interface)
 
     def refresh(self) -> "Future[None]":
-        """Have a look made, at most one a second; return its end."""
+        """Start a look, unless there was one within the last second; return a future that ends with it."""
         return self._observer.ask()
 
     @property
     def problem(self) -> str | None:
-        """Why nothing newer is known of the peers, or None."""
+        """Why the last look failed, or None."""
         if not self._live:
             return "WIREGUARD_RELOAD=off: no interface is looked at"
         problem = self.monitor.problem

@@ -1,4 +1,4 @@
-"""Every look at the interface (`wg show NAME dump`). Each serves the peers' health and the search for drift.
+"""The one place that reads the interface (`wg show NAME dump`, a "look"), for health and for drift.
 
 At 10,000 peers a look takes some 0.1 s, so there is never more than one at a time.
 """
@@ -16,15 +16,15 @@ from backend.services.hub.health import HealthMonitor
 from backend.services.no_metrics import NO_METRICS
 from backend.services.ports import Hub, Metrics
 
-# The shortest time from one look to the next that isn't needed to apply a change: seconds.
+# The shortest time from a look to the next one that only the peers' health needs: seconds.
 _SHORTEST_SECONDS: Final = 1.0
 
 
 class InterfaceObserver:
-    """Looks at the interface, and hands what it sees to the health monitor. Any thread may call it."""
+    """Reads the interface, and gives the result to the health monitor. Any thread may call it."""
 
     def __init__(self, hub: Hub, health: HealthMonitor | None = None, metrics: Metrics = NO_METRICS) -> None:
-        """Look at nothing yet. Without `health` the looks serve the search for drift alone."""
+        """Without `health` the looks are for the comparison with the file alone."""
         self.metrics: Final = metrics
         self._hub = hub
         self._health = health
@@ -32,7 +32,7 @@ class InterfaceObserver:
         self._looking = Lock()
         # When the last look began, by time.monotonic().
         self._began = float("-inf")
-        # The last look and when it began, until `take`: an interface with many peers takes much memory.
+        # The last look and when it began. `take` deletes it: with many peers it takes much memory.
         self._last: tuple[float, InterfaceState] | None = None
         # Guards _asked; never held during a look.
         self._lock = Lock()
@@ -40,11 +40,11 @@ class InterfaceObserver:
         self._executor = ThreadPoolExecutor(1, "hub-look")
 
     def close(self) -> None:
-        """Wait for a look that was asked for, and take no more requests."""
+        """Wait for a look that `ask` has started; `ask` raises RuntimeError from then on."""
         self._executor.shutdown()
 
     def look(self) -> InterfaceState:
-        """Look now; raise HubUpdateError."""
+        """Read the interface now; raise HubUpdateError."""
         with self._looking:
             self._began = began = time.monotonic()
             ifindex = self._hub.ifindex()
@@ -61,12 +61,12 @@ class InterfaceObserver:
             return state
 
     def look_regularly(self) -> None:
-        """Look, unless that was done within the last second; raise HubUpdateError. For a loop."""
+        """Read the interface, unless that was done within the last second; raise HubUpdateError."""
         if time.monotonic() - self._began >= _SHORTEST_SECONDS:
             self.look()
 
     def take(self, since: float) -> InterfaceState | None:
-        """Return the last look if it began after `since`, by time.monotonic(), once; or else None."""
+        """Return the last look and delete it; None if it began before `since`, by time.monotonic()."""
         last, self._last = self._last, None
         return None if last is None or last[0] < since else last[1]
 
@@ -75,9 +75,9 @@ class InterfaceObserver:
         return {} if self._health is None else self._health.lost_endpoints(state)
 
     def ask(self) -> Future[None]:
-        """Have a look made in another thread, unless there was one within the last second.
+        """Start a look in another thread, unless there was one within the last second.
 
-        Requests that come meanwhile share it. The future ends without an error, also when the look fails.
+        Calls during a look get the same future. It raises nothing: the health monitor has a look's error.
         """
         with self._lock:
             if self._asked is None or self._asked.done():
@@ -90,5 +90,5 @@ class InterfaceObserver:
         return self._hub.state()
 
     def _look_quietly(self) -> None:
-        with suppress(HubUpdateError):  # the health monitor has it
+        with suppress(HubUpdateError):
             self.look_regularly()

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _VERIFY_INTERVAL_SECONDS: Final = 8.0
 # A comparison takes at most this share of the time.
 _VERIFY_SHARE: Final = 0.1
-# The most endpoints that are given back at once, which is each second.
+# The most endpoints that are set in one call of `restore_endpoints`, which is made each second.
 _MAX_ENDPOINTS: Final = 500
 
 
@@ -107,7 +107,7 @@ class InterfaceSync:
         ifindex = self._hub.ifindex()
         if ifindex is None:
             raise self._no_interface()
-        # Later looks alone show what `start` has changed.
+        # A look that began before this moment may not show what `start` has changed.
         self._changed_at = time.monotonic()
         present = (ifindex, self._config.parsed.operator_stripped)
         if told and self._confirmed == present:
@@ -144,11 +144,11 @@ class InterfaceSync:
         return self._verify(state)
 
     def restore_endpoints(self) -> int:
-        """Give peers that have lost their endpoint the last one again, after `wg syncconf` has run.
+        """Set the last endpoint of each peer that has none, after `wg syncconf` has run.
 
-        That is after a restart of the hub, or where the interface was made anew. An idle peer would stay
-        unreachable for minutes until it makes a handshake by itself. At most 500 at each call; returns how
-        many. Raises HubUpdateError.
+        An interface that was made anew, as at a restart of the hub, has no endpoints: an idle peer would stay
+        unreachable for minutes, until it makes a handshake by itself. Sets at most 500; returns how many.
+        Raises HubUpdateError.
         """
         if not self._endpoints_lost:
             return 0

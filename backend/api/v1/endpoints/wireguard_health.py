@@ -20,7 +20,7 @@ from backend.services.hub.hub_health import HealthReport, HealthStatus, HubHealt
 
 router = APIRouter(prefix="/wireguard", tags=["WireGuard"], route_class=SecuredRoute, responses=REFUSALS)
 
-# A request waits so long for a look at the interface, and then tells what the last one has shown: seconds.
+# A request waits at most so long for a new look at the interface, then answers from the last one: seconds.
 _PATIENCE_SECONDS: Final = 2.0
 # Other requests go on after so many peers.
 _PEERS_AT_ONCE: Final = 500
@@ -32,36 +32,51 @@ class PeerHealthAnswer(BaseModel):
     node_id: str = Field(examples=["swarm-node-001"])
     public_key: str = Field(examples=["vXs/2igcEtnCFS8dJ1SSp1Gi6AHrqL0h4uvGXghFwS8="])
     state: HealthState = Field(
-        description="never: no handshake yet. online. suspect: no sign of life for 75 s "
-        "(WIREGUARD_SUSPECT_AFTER). offline: for 180 s (WIREGUARD_OFFLINE_AFTER); a node that sends no "
-        "keepalive is silent when it is idle."
+        description="A sign of life is a handshake or data from the peer. never: no handshake yet. online: "
+        "a sign of life within 75 s (WIREGUARD_SUSPECT_AFTER). suspect: none for 75 s. offline: none for "
+        "180 s (WIREGUARD_OFFLINE_AFTER), as also with an idle node that sends no keepalive."
     )
-    endpoint: str | None = Field(description="Where it was seen last.", examples=["198.51.100.7:51820"])
+    endpoint: str | None = Field(
+        description="The last address and UDP port that the hub received from; null if there was none.",
+        examples=["198.51.100.7:51820"],
+    )
     allowed_ips: list[str] = Field(examples=[["10.0.0.2/32"]])
     latest_handshake_seconds: int | None = Field(
         default=None,
         description="Seconds since its last handshake; absent if it has made none.",
         examples=[41],
     )
-    received_bytes: int = Field(description="What the hub has received from it.", examples=[52428800])
-    sent_bytes: int = Field(examples=[126353408])
-    persistent_keepalive: int = Field(description="The hub's own, in seconds; 0: off.", examples=[0])
-    is_stale: bool = Field(description="No sign of life within `stale_threshold`.")
+    received_bytes: int = Field(
+        description="Bytes that the hub has received from the peer; a new interface begins at 0.",
+        examples=[52428800],
+    )
+    sent_bytes: int = Field(
+        description="Bytes that the hub has sent to the peer; a new interface begins at 0.",
+        examples=[126353408],
+    )
+    persistent_keepalive: int = Field(
+        description="The PersistentKeepalive that the hub uses towards the peer, in seconds; 0: off.",
+        examples=[0],
+    )
+    is_stale: bool = Field(
+        description="Whether the peer has made a handshake once, and has shown no sign of life for "
+        "stale_threshold seconds."
+    )
     endpoint_flapping: bool = Field(
-        description="Its endpoint goes back and forth: two nodes may have the same key."
+        description="Whether the endpoint goes back and forth, as when two nodes have the same key."
     )
 
 
 class HubHealthAnswer(BaseModel):
-    """The hub's peers in sum. A peer that was never seen counts in peer_count alone."""
+    """The health of the hub. A peer that has made no handshake yet counts in peer_count alone."""
 
     status: HealthStatus = Field(
-        description="healthy: no peer is stale. degraded: some are. unhealthy: all that were ever seen are, "
-        "or the interface is away."
+        description="healthy: no peer is stale. degraded: some are stale. unhealthy: all are stale, or there "
+        "is no interface. Peers that have made no handshake yet don't count."
     )
     interface: str = Field(examples=["wg0"])
     public_key: str = Field(
-        description="The hub's.", examples=["HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw="]
+        description="The hub's public key.", examples=["HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw="]
     )
     listening_port: int | None = Field(description="UDP; null before the first look.", examples=[51820])
     peer_count: int = Field(examples=[3])
@@ -70,11 +85,15 @@ class HubHealthAnswer(BaseModel):
     stale_peer_list: list[str] = Field(description="The stale peers' keys.", examples=[[]])
     total_received_bytes: int = Field(examples=[1073741824])
     total_sent_bytes: int = Field(examples=[536870912])
-    timestamp: datetime = Field(description="When the hub has looked at its interface last.")
-    reason: str | None = Field(
-        default=None, description="Why there is no newer look; absent if there is none."
+    timestamp: datetime = Field(
+        description="When the interface was last read with success; the time of the answer if it never was."
     )
-    peers: list[PeerHealthAnswer] | None = Field(default=None, description="With include_peers=true.")
+    reason: str | None = Field(
+        default=None, description="Why the interface can't be read now; absent if it was read."
+    )
+    peers: list[PeerHealthAnswer] | None = Field(
+        default=None, description="Each peer; absent without include_peers=true."
+    )
 
 
 class StaleQuery(StrictModel):
@@ -89,21 +108,23 @@ class StaleQuery(StrictModel):
 
 
 class HealthQuery(StaleQuery):
-    """What to tell."""
+    """What to include in the answer, and for which interface."""
 
-    interface: str | None = Field(default=None, max_length=256, description="The hub's; a 404 for another.")
-    include_peers: bool = Field(default=False, description="Tell of each peer, too.")
+    interface: str | None = Field(
+        default=None, max_length=256, description="The hub's interface; another name gets a 404."
+    )
+    include_peers: bool = Field(default=False, description="Also show each peer.")
 
 
 @router.get(
     "/health",
     operation_id="get_health",
-    summary="Show the peers' health in sum",
+    summary="Show the hub's health",
     response_model=HubHealthAnswer,
     responses={404: problem("Another interface.", "This hub has no such interface; its interface is wg0")},
 )
 async def get_health(query: Annotated[HealthQuery, Query()], _: Reader, service: Service) -> Response:
-    """Return how many of the peers show signs of life, and how many don't any more."""
+    """Return how many peers show signs of life, how many are stale, and the hub's status."""
     health = service.health
     health.require_interface(query.interface)
     await _look(health)
@@ -130,7 +151,7 @@ async def get_health(query: Annotated[HealthQuery, Query()], _: Reader, service:
 async def get_peer_health(
     node_id: str, query: Annotated[StaleQuery, Query()], _: Reader, service: Service
 ) -> Response:
-    """Return what the hub sees of one peer."""
+    """Return one peer's state, and when and where the hub received from it last."""
     await _look(service.health)
     peer = service.health.monitor.peer(node_id)
     text = _json(_peer(peer, service.health.report(query.stale_threshold)))
