@@ -75,7 +75,7 @@ def open_access(settings: Settings) -> Iterator[SqlAccessStore]:
 
 @contextmanager
 def open_backups(settings: Settings) -> Iterator[BackupMaker]:
-    """Open what makes backups for a command, whether the service runs or not."""
+    """Open the maker of backups for a command, whether the service runs or not."""
     directory = backup_directory(settings)
     require_trusted_file(settings.wireguard_config_path, "WIREGUARD_CONFIG_PATH")
     with closing(open_beside(settings.database_url, settings.state_directory)) as database:
@@ -84,7 +84,7 @@ def open_backups(settings: Settings) -> Iterator[BackupMaker]:
 
 @contextmanager
 def open_restoration(settings: Settings, archive: Path, *, replace_config: bool) -> Iterator[Restoration]:
-    """Verify an archive beside the records and the config, which no service may use until the end."""
+    """Lock the records and the config, so that no service runs until the end, and verify an archive."""
     directory, path = backup_directory(settings), settings.wireguard_config_path
     require_trusted_file(path, "WIREGUARD_CONFIG_PATH")
     with ExitStack() as stack:
@@ -97,7 +97,7 @@ def open_restoration(settings: Settings, archive: Path, *, replace_config: bool)
         present = stack.enter_context(
             closing(PresentRecords(settings.database_url, settings.state_directory))
         )
-        scratch = stack.enter_context(directory.turn())
+        scratch = stack.enter_context(directory.locked_scratch())
         place = scratch / "restored"
         place.mkdir(mode=0o700)
         yield Restoration(
@@ -113,8 +113,8 @@ def backup_directory(settings: Settings) -> BackupDirectory:
     """Return the directory of the backups; raise StartRefusedError where there can be none."""
     if not settings.enable_dbos:
         raise StartRefusedError(
-            "with ENABLE_DBOS=false the records live in the service's memory, and nothing is to be backed "
-            "up or restored but the hub's config; copy that"
+            "with ENABLE_DBOS=false the records live in the service's memory and can't be backed up or "
+            "restored; copy the hub's config instead"
         )
     require_trusted(settings.backup_directory, "WIREGUARD_BACKUP_DIRECTORY")
     return BackupDirectory(settings.backup_directory, settings.state_directory)

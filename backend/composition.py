@@ -36,7 +36,7 @@ from backend.services.access.credential_service import CredentialService
 from backend.services.access.token_uses import TokenUses
 from backend.services.configurations import Configurations
 from backend.services.hub.agent import Agent
-from backend.services.hub.backups import Keeping
+from backend.services.hub.backups import Retention
 from backend.services.hub.endpoint_keeper import EndpointKeeper
 from backend.services.hub.health import HealthMonitor
 from backend.services.hub.history import HubHistory
@@ -257,7 +257,7 @@ def _automatic_backups(
         settings.wireguard_config_path,
         lambda: config.parsed.hub_public_key,
         lambda: writer.generation,
-        Keeping(keep, settings.wireguard_backup_keep_days),
+        Retention(keep, settings.wireguard_backup_keep_days),
     )
 
 

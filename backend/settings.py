@@ -20,7 +20,7 @@ from backend.models.setting_values import (
     BackupDirectory,
     ConfigPath,
     Count,
-    CountOrNone,
+    CountOrZero,
     DatabaseUrl,
     Days,
     Endpoint,
@@ -34,7 +34,6 @@ from backend.models.setting_values import (
     RateLimitStorage,
     Reload,
     ReloadMode,
-    Seconds,
     StateDirectory,
 )
 from backend.models.trusted_paths import require_trusted
@@ -83,14 +82,14 @@ class Settings(BaseSettings):
     wireguard_trusted_proxies: Proxies = TrustedProxies()
     wireguard_require_proof: bool = False
     wireguard_audit_keep: Days = 365
-    wireguard_health_interval: Seconds = 5
+    wireguard_health_interval: CountOrZero = 5
     wireguard_suspect_after: Count = 75
     wireguard_offline_after: Count = 180
     wireguard_metrics: bool = True
     wireguard_metrics_public: bool = False
     wireguard_metrics_per_peer: bool = False
     wireguard_backup_directory: BackupDirectory = None
-    wireguard_backup_keep: CountOrNone = 14
+    wireguard_backup_keep: CountOrZero = 14
     wireguard_backup_keep_days: Days = 30
     log_level: Level = LogLevel.INFO
     access_log: bool = False

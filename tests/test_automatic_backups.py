@@ -16,7 +16,7 @@ from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import BackupError
 from backend.models.backups import Origin
 from backend.models.wireguard.keys import WireGuardPrivateKey
-from backend.services.hub.backups import QUIET_SECONDS, Keeping
+from backend.services.hub.backups import QUIET_SECONDS, Retention
 from tests.harness.backups import NOON
 from tests.harness.records import adding
 
@@ -46,7 +46,7 @@ class Hub:
             self.config,
             self.key.public_key,
             lambda: self.generation,
-            Keeping(3, 2),
+            Retention(3, 2),
             lambda: self.seconds,
             lambda: self.wall,
         )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from backend.models.backups import Manifest, Origin
-from backend.services.hub.backups import Backup, HubVersion, Keeping, compare, is_due, superfluous
+from backend.services.hub.backups import Backup, HubVersion, Retention, compare, expired, is_due
 from tests.harness.backups import HUB_KEY, NOON, manifest
 from tests.harness.records import adding
 
@@ -51,16 +51,16 @@ def backup(made_at: datetime, **over: Any) -> Backup:
 def test_newest_ones_and_each_days_newest_are_kept() -> None:
     # Every six hours for eight days, the newest first.
     backups = [backup(NOON - timedelta(hours=6 * number)) for number in range(32)]
-    gone = {found.path.name for found in superfluous(backups, HUB_KEY, Keeping(3, 5), NOON)}
+    gone = {found.path.name for found in expired(backups, HUB_KEY, Retention(3, 5), NOON)}
     kept = [found.path.name for found in backups if found.path.name not in gone]
     assert kept == ["19-12", "19-06", "19-00", "18-18", "17-18", "16-18", "15-18", "14-18"]
 
 
 def test_last_good_backup_is_kept_however_old() -> None:
     old = backup(NOON)
-    assert superfluous([old], HUB_KEY, Keeping(1, 1), NOON + timedelta(days=1000)) == []
+    assert expired([old], HUB_KEY, Retention(1, 1), NOON + timedelta(days=1000)) == []
     torn = Backup(Path("torn"), 1, None, "torn")
-    assert superfluous([torn, torn, old], HUB_KEY, Keeping(1, 1), NOON + timedelta(days=1000)) == []
+    assert expired([torn, torn, old], HUB_KEY, Retention(1, 1), NOON + timedelta(days=1000)) == []
 
 
 def test_what_an_operator_made_and_other_hubs_backups_are_never_deleted() -> None:
@@ -72,7 +72,7 @@ def test_what_an_operator_made_and_other_hubs_backups_are_never_deleted() -> Non
         Backup(Path("torn"), 1, None, "torn"),
     ]
     ours = [backup(NOON), backup(NOON - timedelta(hours=1))]
-    assert superfluous([*others, *ours], HUB_KEY, Keeping(1, 1), NOON + timedelta(days=99)) == ours[1:]
+    assert expired([*others, *ours], HUB_KEY, Retention(1, 1), NOON + timedelta(days=99)) == ours[1:]
 
 
 def test_comparison_names_peers_that_come_go_and_change() -> None:
@@ -80,4 +80,4 @@ def test_comparison_names_peers_that_come_go_and_change() -> None:
     found = compare(
         [stays, goes, replace(changes, address=IPv4Address("10.0.0.99"))], [stays, comes, changes]
     )
-    assert (found.come, found.go, found.change) == ([comes], [goes], [changes])
+    assert (found.added, found.removed, found.changed) == ([comes], [goes], [changes])

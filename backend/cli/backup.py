@@ -21,7 +21,8 @@ _STREAM: Final = Path("-")
 backup = group("backup", "Backups of the records and the hub's config.")
 
 Archive = Annotated[
-    Path, typer.Argument(metavar="ARCHIVE", help="A path, a name that `list` prints, or - for the input.")
+    Path,
+    typer.Argument(metavar="ARCHIVE", help="A path, a name that `list` prints, or - for standard input."),
 ]
 
 
@@ -29,10 +30,17 @@ Archive = Annotated[
 def create(
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A new file, or - for the output; by default in the directory."),
+        typer.Option(
+            metavar="FILE",
+            help="Write to this new file, or to standard output for -; by default to a file in "
+            "WIREGUARD_BACKUP_DIRECTORY.",
+        ),
     ] = None,
 ) -> None:
-    """Make a backup, whether the service runs or not. It is verified before it gets its name."""
+    """Make and verify a backup. The service may run.
+
+    Prints the archive's path.
+    """
     from backend.command_parts import open_backups
     from backend.models.backups import Origin
 
@@ -50,7 +58,10 @@ def create(
 
 @backup.command("list")
 def list_backups() -> None:
-    """Print the backups of the directory, the newest first, and why one can't be read."""
+    """Print the backups in WIREGUARD_BACKUP_DIRECTORY.
+
+    The newest comes first. Of one that can't be read, the reason is printed.
+    """
     from backend.adapters.backups.maker import explained
     from backend.command_parts import backup_directory
 
@@ -64,7 +75,10 @@ def list_backups() -> None:
 
 @backup.command("verify")
 def verify(archive: Archive) -> None:
-    """Restore a backup into a scratch directory, and change nothing else."""
+    """Check that a backup can be restored.
+
+    Restores it into a scratch directory, compares it with its manifest, and changes nothing else.
+    """
     from backend.adapters.backups.maker import explained, opened
     from backend.adapters.backups.maker import verify as verify_archive
     from backend.command_parts import backup_directory
@@ -72,9 +86,9 @@ def verify(archive: Archive) -> None:
     directory = backup_directory(settings_of_hub())
     with (
         explained(archive),
-        # Before the turn, which the program at the other end of a pipe may have.
+        # Before the lock, which the program at the other end of a pipe may hold.
         opened(directory.find(archive), directory.state) as file,
-        directory.turn() as scratch,
+        directory.locked_scratch() as scratch,
     ):
         verified = verify_archive(file, scratch)
         typer.echo(f"whole: {_said(verified.manifest, file.seek(0, 2))}")
@@ -84,12 +98,15 @@ def verify(archive: Archive) -> None:
 def restore(
     archive: Archive,
     *,
-    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Restore without asking.")] = False,
     config: Annotated[
-        bool, typer.Option("--config", help="Replace the hub's config, too, where it differs.")
+        bool, typer.Option("--config", help="Also replace the hub's config with the backup's.")
     ] = False,
 ) -> None:
-    """Put the records of a backup in the place of the present ones. The service must be stopped."""
+    """Replace the records with a backup's. Stop the service first.
+
+    Prints what would change, and asks. The present state is saved as another backup before it is replaced.
+    """
     from backend.adapters.backups.maker import explained
     from backend.command_parts import open_restoration
 
@@ -120,7 +137,7 @@ def _show(restoration: "Restoration") -> None:
         typer.echo(f"records:  {restoration.problem or 'there are none'}")
     typer.echo(f"config:   {restoration.config}")
     peers = restoration.peers
-    for word, group_of_peers in (("comes", peers.come), ("goes", peers.go), ("changes", peers.change)):
+    for word, group_of_peers in (("comes", peers.added), ("goes", peers.removed), ("changes", peers.changed)):
         for peer in group_of_peers:
             typer.echo(
                 f"{word + ':':9} {peer.node_id} {peer.wireguard_public_key} "

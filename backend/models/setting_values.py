@@ -186,12 +186,6 @@ def _parse_proxies(value: Any) -> TrustedProxies:
     return value if isinstance(value, TrustedProxies) else TrustedProxies.parse(str(value))
 
 
-def _parse_seconds(text: str) -> int:
-    if not _TO_99999.fullmatch(text) and text != "0":
-        raise ValueError("not from 0 to 99999")
-    return int(text)
-
-
 def _parse_number(text: str) -> int:
     if not _TO_99999.fullmatch(text):
         raise ValueError("not from 1 to 99999")
@@ -225,8 +219,7 @@ RateLimit = Annotated[str, _read(_parse_rate_limit)]
 RateLimitStorage = Annotated[str, _read(_parse_rate_limit_storage)]
 Proxies = Annotated[TrustedProxies, PlainValidator(_parse_proxies)]
 Count = Annotated[int, _read(_parse_number, "is not a number from 1 to 99999; write one like 1024")]
-Seconds = Annotated[int, _read(_parse_seconds, "is no number of seconds from 0 to 99999; write one like 60")]
-CountOrNone = Annotated[
+CountOrZero = Annotated[
     int,
     _read(
         lambda text: 0 if text == "0" else _parse_number(text),

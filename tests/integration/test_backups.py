@@ -175,9 +175,9 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(
 def test_two_processes_make_no_backup_at_once(database: Database, make: Make) -> None:
     maker = make(database)
     with (
-        maker.directory.turn(),
+        maker.directory.locked_scratch(),
         pytest.raises(InUseError, match=rf"PID {os.getpid()}"),
-        maker.directory.turn(0.1),
+        maker.directory.locked_scratch(0.1),
     ):
         pass
 
@@ -198,7 +198,7 @@ def test_records_that_do_not_fit_the_manifest_are_refused(
     subprocess.run(tar, check=True)
     with (
         mixed.open("rb") as file,
-        maker.directory.turn() as scratch,
+        maker.directory.locked_scratch() as scratch,
         pytest.raises(BackupError, match="aren't those that the manifest describes"),
     ):
         verify(file, scratch)

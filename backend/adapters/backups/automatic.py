@@ -12,14 +12,14 @@ from typing import Final
 
 from backend.adapters.backups.maker import BackupMaker, explained
 from backend.models.backups import Manifest, Origin
-from backend.services.hub.backups import HubVersion, Keeping, is_due, superfluous
+from backend.services.hub.backups import HubVersion, Retention, expired, is_due
 from backend.services.hub.config_reader import ConfigReader, FileIdentity
 
 log = logging.getLogger(__name__)
 
 
 class AutomaticBackups:
-    """Makes a backup when one is due. `run` is a loop's, in a thread of its own; no request waits for it."""
+    """Makes a backup when one is due. A loop calls `run` in a thread of its own; no request waits for it."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - the parts that it brings together, and two clocks
         self,
@@ -27,7 +27,7 @@ class AutomaticBackups:
         config_path: Path,
         hub_public_key: Callable[[], str],
         generation: Callable[[], int],
-        keeping: Keeping,
+        retention: Retention,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -35,22 +35,22 @@ class AutomaticBackups:
         self._reader = ConfigReader(config_path)
         self._hub_public_key = hub_public_key
         self._generation = generation
-        self._keeping: Final = keeping
+        self._retention: Final = retention
         self._clock = clock
         self._now = now
-        # What was last seen, and since when.
+        # The generation and the config file at the last run, and since when they have been the same.
         self._seen: tuple[int, FileIdentity | None] | None = None
         self._seen_since = clock()
-        # The file that was last read for its hash, and that hash.
+        # The config file whose hash was computed last, and that hash.
         self._hashed: tuple[FileIdentity | None, str] = (None, "")
         self._lock = Lock()  # guards the newest backup: its name and its manifest
         self._newest: tuple[str, Manifest] | None = None
-        # The first run finds it out, too, and reports it.
+        # An error comes again in the first run, which reports it.
         with suppress(OSError):
             self._look()
 
     def last_backup_at(self) -> float | None:
-        """Return the newest verified backup's time, by time.time(); None where there is none."""
+        """Return when the newest backup was made, by time.time(); None if there is none."""
         with self._lock:
             return None if self._newest is None else self._newest[1].made_at.timestamp()
 
@@ -73,7 +73,7 @@ class AutomaticBackups:
             self._prune(made.path)
 
     def _look(self) -> None:
-        """Look for the newest backup of this hub, which may be another process's; raise OSError."""
+        """Find the newest backup of this hub, which a command may have made; raise OSError."""
         directory = self._maker.directory
         for name in directory.names(until=self._now()):
             if self._newest is not None and name == self._newest[0]:
@@ -98,7 +98,7 @@ class AutomaticBackups:
 
     def _prune(self, made: Path) -> None:
         backups = self._maker.directory.backups()
-        for backup in superfluous(backups, self._hub_public_key(), self._keeping, self._now()):
+        for backup in expired(backups, self._hub_public_key(), self._retention, self._now()):
             if backup.path != made:
                 backup.path.unlink(missing_ok=True)
                 log.info("backup_deleted", extra={"path": backup.path})

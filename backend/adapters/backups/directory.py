@@ -1,7 +1,7 @@
-"""The directory with the archives, and the scratch directory that they are made and verified in.
+"""The directory of the archives, and the scratch directory in which they are made and verified.
 
-One process at a time makes, verifies or restores a backup: whatever lies in the scratch directory before that
-is what a killed one has left.
+A lock lets one process at a time make, verify or restore a backup. So whatever it finds in the scratch
+directory was left by a process that was killed, and is deleted.
 """
 
 import re
@@ -29,32 +29,32 @@ _SUFFIX: Final = ".tar.gz"
 _NAME: Final = re.compile(
     rf"({'|'.join(Origin)})-([0-9]{{8}}T[0-9]{{6}}\.[0-9]{{3}}Z)-g[0-9]+{re.escape(_SUFFIX)}"
 )
-# How long one waits for another process's backup: seconds.
+# How long a process waits for the lock: seconds.
 _PATIENCE_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.1
 
 
 def stamp(moment: datetime) -> str:
-    """Return a moment as it stands in names, to the millisecond."""
+    """Return a time, to the millisecond, as it is written in the archives' names."""
     utc = moment.astimezone(UTC)
     return f"{utc:%Y%m%dT%H%M%S}.{utc.microsecond // 1000:03d}Z"
 
 
 class BackupDirectory:
-    """The archives in a directory, by name. `state` takes the lock and the scratch directory."""
+    """The archives in the directory `path`. The lock and the scratch directory are in `state`."""
 
     def __init__(self, path: Path, state: Path) -> None:
         self.path: Final = path
-        # One name, so that it is known what a killed process has left; and the hub's own, because hubs may
-        # share the directory.
+        # Always the same name, so that the next process finds and deletes what a killed one has left. It is
+        # made from `state`, because several hubs may share the directory.
         self.temporary: Final = path / f".{sha256(bytes(state)).hexdigest()[:16]}.tmp"
         self.state: Final = state
 
     @contextmanager
-    def turn(self, patience_seconds: float = _PATIENCE_SECONDS) -> Iterator[Path]:
-        """Keep other processes out, and yield an empty scratch directory, which is deleted at the end.
+    def locked_scratch(self, patience_seconds: float = _PATIENCE_SECONDS) -> Iterator[Path]:
+        """Hold the lock, and yield an empty scratch directory, which is deleted at the end.
 
-        Raises StartRefusedError where another process is at it for too long, OSError.
+        Raises InUseError if another process holds the lock for longer, StartRefusedError, or OSError.
         """
         require_trusted(self.state, "STATE_DIRECTORY")
         make_private_directory(self.state)
@@ -86,7 +86,7 @@ class BackupDirectory:
         return path
 
     def names(self, until: datetime | None = None) -> list[str]:
-        """Return the archives' names, the newest first, without those from after a moment; raise OSError."""
+        """Return the archives' names, the newest first, none made later than `until`; raise OSError."""
         last = "~" if until is None else stamp(until)
         try:
             found = [(_moment(entry.name), entry.name) for entry in self.path.iterdir()]
@@ -99,7 +99,7 @@ class BackupDirectory:
         return [backup for name in self.names() if (backup := self.read(name)) is not None]
 
     def read(self, name: str) -> Backup | None:
-        """Return an archive of the directory, None where it has gone meanwhile."""
+        """Return an archive of the directory; None if it was deleted meanwhile."""
         path = self.path / name
         try:
             status = path.stat()
@@ -113,7 +113,7 @@ class BackupDirectory:
             return Backup(path, status.st_size, None, str(exc))
 
     def find(self, given: Path) -> Path:
-        """Return the archive at a path, or of that name in the directory."""
+        """Return the path of an archive that is given by its path or by its name in the directory."""
         return self.path / given if _moment(str(given)) and not given.exists() else given
 
     def _lock(self, patience_seconds: float) -> FileIO:

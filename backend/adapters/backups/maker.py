@@ -1,4 +1,4 @@
-"""Makes backups and verifies them: each by restoring it into the scratch directory."""
+"""Makes backups, and verifies each by restoring it into the scratch directory."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ REBUILT: Final = "rebuilt.sqlite"
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A backup that could be restored: what it says, and what it holds. `config` is None without wg0.conf."""
+    """A backup that was verified, and what it holds. `config` is None if it has no wg0.conf."""
 
     manifest: Manifest
     state: RecordedState
@@ -41,7 +41,7 @@ class Verified:
 
 
 def verify(archive: IO[bytes], scratch: Path) -> Verified:
-    """Restore an archive into a directory without such files; raise BackupError or OSError."""
+    """Verify an archive by restoring it into `scratch`; raise BackupError or OSError."""
     manifest = unpack(archive, scratch)
     copy, rebuilt = scratch / RECORDS, scratch / REBUILT
     if RECORDS not in manifest.files:
@@ -94,11 +94,11 @@ class BackupMaker:
     def make(self, origin: Origin) -> Backup:
         """Make a backup in the directory; raise BackupError or ProvisioningError."""
         self.directory.make()
-        with explained(self.directory.path), self.directory.turn() as scratch:
+        with explained(self.directory.path), self.directory.locked_scratch() as scratch:
             return self.make_in(scratch, origin)
 
     def make_in(self, scratch: Path, origin: Origin, *, config_needed: bool = True) -> Backup:
-        """Make a backup in the directory during a turn; raise OSError, too."""
+        """Make a backup in the directory. The caller holds the lock. Raises OSError, too."""
         manifest = self._collect(scratch, origin, config_needed=config_needed)
         temporary = self.directory.temporary
         try:
@@ -111,22 +111,23 @@ class BackupMaker:
 
     @contextmanager
     def making(self) -> Iterator[tuple[IO[bytes], Manifest]]:
-        """Make a backup for another place: an open file without a name.
+        """Make a backup that is to be written elsewhere; yield it as an open file without a name.
 
-        Raises as `make` does. The turn is over by then: the other place may be slow.
+        Raises as `make` does. The lock is released before the file is yielded, because a copy to elsewhere
+        may be slow.
         """
         with ExitStack() as stack:
-            with explained(self.directory.path), self.directory.turn() as scratch:
+            with explained(self.directory.path), self.directory.locked_scratch() as scratch:
                 manifest = self._collect(scratch, Origin.COMMAND)
                 self._write(scratch / "archive", manifest, scratch)
                 file = stack.enter_context((scratch / "archive").open("rb"))
             yield file, manifest
 
     def _collect(self, scratch: Path, origin: Origin, *, config_needed: bool = True) -> Manifest:
-        """Write the members into a directory, and describe them."""
+        """Write the archive's members into `scratch`, and return the manifest."""
         made_at = self._now()
-        # Before the records: peers that they have and the file hasn't come to it at the next start, while it
-        # would be the other way round with peers that an operator has to decide about.
+        # The config before the records, so that the records are never the older of the two: a start adds the
+        # peers that the file lacks, but an operator has to decide about peers that the records lack.
         config = self._read_config(needed=config_needed)
         files = {}
         if config is not None:
@@ -160,7 +161,7 @@ class BackupMaker:
         return config
 
     def _write(self, path: Path, manifest: Manifest, scratch: Path) -> None:
-        """Write the archive durably, and verify it: nothing else is used of what it was made from."""
+        """Write the archive durably, delete what it was made from, and verify it."""
         with path.open("xb") as file:
             path.chmod(0o600)
             write(file, manifest, scratch)
@@ -177,7 +178,7 @@ class BackupMaker:
 
 @contextmanager
 def opened(archive: Path, scratch: Path) -> Iterator[IO[bytes]]:
-    """Open an archive; `-` is the standard input, copied to a file without a name in a private directory."""
+    """Open an archive. `-` is the standard input, which is first copied to an unnamed file in `scratch`."""
     if archive == Path("-"):
         make_private_directory(scratch)
         with TemporaryFile(dir=scratch) as copy:
@@ -193,7 +194,7 @@ def opened(archive: Path, scratch: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def explained(place: Path) -> Iterator[None]:
-    """Turn an OSError into the BackupError that says where it was."""
+    """Turn an OSError into a BackupError that names the file, or else `place`."""
     try:
         yield
     except OSError as exc:

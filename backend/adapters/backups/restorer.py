@@ -1,4 +1,4 @@
-"""Restores a backup: shows first what would change, saves what is replaced, and replaces it as a whole."""
+"""Restores a backup: finds out what would change, saves the present state, and replaces it as a whole."""
 
 import io
 import os
@@ -21,8 +21,8 @@ from backend.services.hub.mark import HubMark, Mark
 from backend.services.hub.staged_file import stage_file, sync_directory
 
 
-class ConfigFate(StrEnum):
-    """What a restore does with wg0.conf, as a sentence."""
+class ConfigAction(StrEnum):
+    """What a restore does with wg0.conf, as it is printed after `config:`."""
 
     ABSENT = "the backup has none; what is at the path stays"
     SAME = "the backup's is the same"
@@ -42,7 +42,7 @@ class RestoredHub:
 
 
 class Restoration:
-    """A verified backup beside what is there now, which no service uses meanwhile."""
+    """Compares a verified backup with the present state, and replaces that. No service may run meanwhile."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Restoration:
         *,
         replace_config: bool,
     ) -> None:
-        """Compare, and change nothing; raise BackupError for another hub's backup."""
+        """Compare, and change nothing; raise BackupError if the backup is another hub's."""
         self.verified = verified
         self._hub = hub
         self._directory = directory
@@ -64,7 +64,7 @@ class Restoration:
         self.present: RecordedState | None = None
         if hub.present.database is not None:
             self.present = SqlRecords(hub.present.database).load()
-        self.config = self._config_fate(replace_config=replace_config)
+        self.config = self._config_action(replace_config=replace_config)
         self._require_same_hub(replace_config=replace_config)
 
     @property
@@ -73,17 +73,16 @@ class Restoration:
         return compare(() if self.present is None else self.present.peers, self.verified.state.peers)
 
     def carry_out(self) -> list[Path]:
-        """Save what is replaced, and replace it; return where it was saved.
+        """Save the present state, and replace it; return the files that it was saved to.
 
-        After a kill the records are the old ones or the new ones, and it can be done again. Raises
-        BackupError.
+        A kill leaves the old records or the new ones, and the restore can be repeated. Raises BackupError.
         """
         with explained(self._hub.config_path):
             saved = self._save()
             self._raise_mark()
             prepare(self.verified.rebuilt, self.verified.manifest.made_at)
             self._hub.present.replace(self.verified.rebuilt)
-            # After the records: a config whose records aren't there yet looks like a hub with new records.
+            # After the records: with the config alone, a start would take the file's peers into new records.
             self._replace_config()
         return saved
 
@@ -95,15 +94,15 @@ class Restoration:
                 return None
             raise BackupError(str(exc)) from exc
 
-    def _config_fate(self, *, replace_config: bool) -> ConfigFate:
+    def _config_action(self, *, replace_config: bool) -> ConfigAction:
         restored = self.verified.config
         if restored is None:
-            return ConfigFate.ABSENT
+            return ConfigAction.ABSENT
         if self._config is None:
-            return ConfigFate.MADE
+            return ConfigAction.MADE
         if self._config == restored:
-            return ConfigFate.SAME
-        return ConfigFate.REPLACED if replace_config else ConfigFate.KEPT
+            return ConfigAction.SAME
+        return ConfigAction.REPLACED if replace_config else ConfigAction.KEPT
 
     def _require_same_hub(self, *, replace_config: bool) -> None:
         theirs = self.verified.manifest.hub_public_key
@@ -128,7 +127,7 @@ class Restoration:
             return None
 
     def _save(self) -> list[Path]:
-        """Save the present state: as a backup, or as it is where that can't be made."""
+        """Save the present state: as a backup, or as plain copies where no backup can be made."""
         directory, present = self._directory, self._hub.present
         directory.make()
         saved, config_saved = [], False
@@ -145,13 +144,13 @@ class Restoration:
                 with part.open("rb") as content:
                     write_new(content, directory.path / f"{name}.sqlite{end}")
                 saved.append(directory.path / f"{name}.sqlite{end}")
-        if self.config is ConfigFate.REPLACED and not config_saved and self._config is not None:
+        if self.config is ConfigAction.REPLACED and not config_saved and self._config is not None:
             write_new(io.BytesIO(self._config), directory.path / f"{name}.conf")
             saved.append(directory.path / f"{name}.conf")
         return saved
 
     def _raise_mark(self) -> None:
-        """Have the next start notice that the records are older, also where the hub's mark is lost."""
+        """Have the next start notice that the records are older, even if the hub's mark was lost."""
         database = self._hub.present.database
         if database is None or self.present is None or not self._is_same_hub():
             return
@@ -164,7 +163,7 @@ class Restoration:
 
     def _replace_config(self) -> None:
         restored = self.verified.config
-        if restored is None or self.config not in {ConfigFate.MADE, ConfigFate.REPLACED}:
+        if restored is None or self.config not in {ConfigAction.MADE, ConfigAction.REPLACED}:
             return
         path, identity = self._reader.look()
         if identity is None:

@@ -1,7 +1,6 @@
-"""Copies of the records in one portable form, whatever the database: a SQLite file with our tables alone.
+"""Copies of the records of SQLite or PostgreSQL, in one form: a SQLite file with our tables alone.
 
-The tables are those of the metadata. DBOS's own aren't among them: its workflows end with the process that
-ran them, and a start makes the tables anew.
+Without DBOS's tables: its workflows end with the process that ran them, and a start makes these tables anew.
 """
 
 import os
@@ -28,10 +27,10 @@ from backend.models.wireguard.records import RecordedState
 
 # Where Alembic keeps the revision.
 _REVISION: Final = "alembic_version"
-# SQLite's pages in a step, 4 MiB: between two of them other threads run.
+# How many of SQLite's pages are copied at a time, 4 MiB: other threads run in between.
 _PAGES: Final = 1024
 _ROWS_AT_A_TIME: Final = 500
-# Beyond every row: see the triggers of the audit log.
+# Higher than the sequence of any row of the audit log.
 _ALL_ROWS: Final = 2**62
 
 
@@ -65,7 +64,7 @@ def save(database: Database, path: Path) -> CopiedRecords:
 def _save_file(source: sqlite3.Connection, path: Path) -> None:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
-        # A transaction for all steps: the copy would otherwise begin anew after each write.
+        # One read transaction around all steps: without it the copy begins anew after each write.
         source.execute("BEGIN").close()
         source.execute(f"SELECT * FROM {_REVISION}").close()  # noqa: S608 - a name of ours
         with closing(sqlite3.connect(path, isolation_level=None)) as target:
@@ -78,7 +77,7 @@ def _save_file(source: sqlite3.Connection, path: Path) -> None:
 
 
 def _keep_our_tables(copy: sqlite3.Connection) -> None:
-    # Nothing is lost by a crash but the copy.
+    # No journal: a crash loses only the copy.
     for pragma in ("journal_mode=OFF", "synchronous=OFF", "foreign_keys=OFF"):
         copy.execute(f"PRAGMA {pragma}").close()
     for (name,) in copy.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
@@ -97,17 +96,17 @@ def _save_rows(connection: sa.Connection, path: Path) -> None:
     except StartRefusedError as exc:
         raise BackupError(f"the records can't be copied ({exc})") from exc
     except DBAPIError as exc:
-        # The copy's, such as a full disk: the database itself is well.
+        # From the copy, not from PostgreSQL; a full disk, for example.
         if isinstance(exc.orig, sqlite3.Error):
             raise BackupError(f"the records can't be copied ({said(exc)})") from exc
         raise
 
 
 def examine(path: Path) -> None:
-    """Raise BackupError unless the file is a whole SQLite database whose foreign keys lead somewhere."""
+    """Raise BackupError unless the file is an undamaged SQLite database in which no row lacks its parent."""
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
-            # Its own SQL, as in a view or a default, may not run functions with side effects.
+            # The file may come from anywhere: SQL in its schema may not call functions with side effects.
             connection.execute("PRAGMA trusted_schema=OFF").close()
             found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found == "ok" and connection.execute("PRAGMA foreign_key_check").fetchone() is not None:
@@ -138,7 +137,7 @@ def rebuild(copy: Path, path: Path) -> CopiedRecords:
 
 @contextmanager
 def _reading_copy() -> Iterator[None]:
-    """Say that it is the backup's records that can't be used: messages name a scratch file."""
+    """Turn errors into BackupError, because their own messages name a scratch file."""
     try:
         yield
     except SQLAlchemyError as exc:
@@ -152,12 +151,12 @@ def _reading_copy() -> Iterator[None]:
     except OSError:
         raise
     except Exception as exc:
-        # What stands in the rows may be anything.
+        # The rows may hold anything, so any error is possible.
         raise BackupError(f"the backup's records can't be used ({type(exc).__name__})") from exc
 
 
 def _attach_rows(new: Database, copy: Path) -> None:
-    """Copy all rows by SQLite itself: no value is changed by a type of Python's."""
+    """Copy all rows within SQLite, so that no conversion to Python changes a value."""
     with new.engine.connect() as connection:
         driver: Any = connection.connection.driver_connection
         driver.execute("ATTACH ? AS copy", (str(copy),)).close()
@@ -173,8 +172,8 @@ def _attach_rows(new: Database, copy: Path) -> None:
 
 
 def _empty(target: sa.Connection) -> None:
-    """Delete every row of our tables, those that a migration has written too."""
-    # The audit log lets only those rows be deleted that this says are pruned.
+    """Delete every row of our tables, also those that a migration has written."""
+    # A trigger refuses to delete rows of the audit log beyond this sequence.
     target.execute(sa.update(access_state).values(audit_pruned_sequence=_ALL_ROWS))
     for table in reversed(metadata.sorted_tables):
         target.execute(sa.delete(table))
@@ -191,7 +190,7 @@ def _copy_rows(source: sa.Connection, target: sa.Connection) -> None:
 def prepare(rebuilt: Path, made_at: datetime) -> None:
     """Take out of rebuilt records what must not come back, and leave a notice for the operator."""
     with closing(_open(rebuilt)) as database, database.engine.begin() as connection:
-        # It was about the peers that were unknown then.
+        # The operator's decision was about peers that were unknown at that time.
         connection.execute(sa.update(hubs).values(decision=None, decision_basis=None))
         text = (
             f"the records were restored from a backup of {made_at:%Y-%m-%d %H:%M:%S} UTC: credentials that "
@@ -221,7 +220,7 @@ def replace_rows(rebuilt: Path, database: Database) -> None:
 
 
 def _set_sequence(target: sa.Connection, table: sa.Table) -> None:
-    """Have the next row get a number behind all that were copied."""
+    """Set the sequence, so that the next row gets a higher number than all that were copied."""
     column = table.autoincrement_column
     if column is None:
         return
@@ -251,7 +250,7 @@ def _new_database(path: Path) -> Database:
 
 
 def _finish(path: Path) -> None:
-    """Make the copy one durable file, which no write-ahead log belongs to."""
+    """Make the copy one durable file, without a write-ahead log."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode=DELETE").close()
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The SQL of the endpoints that peers were seen at last. Each function runs in the given transaction."""
+"""The SQL of the peers' last endpoints. Each function runs in the given transaction."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -9,7 +9,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from backend.adapters.records.tables import UtcDateTime, peer_endpoints, peers
 from backend.models.wireguard.health import RecordedEndpoint
 
-# An endpoint is written only while its peer is there: it may be removed meanwhile.
+# Selects no row, so that nothing is written, for a peer that was removed meanwhile.
 _ROW: Final = sa.select(
     peers.c.sequence,
     sa.bindparam("endpoint", type_=sa.String()),
@@ -39,7 +39,7 @@ def load(connection: sa.Connection, hub: int) -> dict[str, RecordedEndpoint]:
 
 
 def save(connection: sa.Connection, hub: int, endpoints: Mapping[str, RecordedEndpoint]) -> None:
-    """Write endpoints by WireGuard key; pass over those of unknown peers."""
+    """Write endpoints by WireGuard key; skip those of unknown peers."""
     rows = [
         {"on": hub, "key": key, "endpoint": recorded.endpoint, "seen": recorded.seen_at}
         for key, recorded in endpoints.items()

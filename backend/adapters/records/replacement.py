@@ -1,4 +1,4 @@
-"""Puts other records in the place of those that are there, while no service runs."""
+"""Replaces the records with others, while no service runs."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ _BESIDE: Final = ("-wal", "-shm", "-journal")
 
 
 def parts_of(path: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files that a database consists of, each with what its name ends in."""
+    """Yield the suffix and the path of each file of a SQLite database."""
     real = Path(os.path.realpath(path))
     for end in ("", *_BESIDE):
         part = Path(f"{real}{end}")
@@ -50,9 +50,9 @@ def replace_file(path: Path, new: Path) -> None:
 
 
 def write_private(source: IO[bytes], target: Path, like: Path | None = None) -> None:
-    """Write a durable copy of a file, 0600, in place of what a killed process has left; raise OSError.
+    """Write a durable copy of a file, 0600, over what a killed process has left; raise OSError.
 
-    It gets the owner of `like`, where that exists.
+    It gets the owner of `like`, if that exists.
     """
     target.unlink(missing_ok=True)
     descriptor = os.open(
@@ -80,13 +80,13 @@ def write_new(source: IO[bytes], target: Path) -> None:
 
 
 def _fold(real: Path) -> None:
-    """Make one file of a database: write what its write-ahead log holds into it, and delete that."""
+    """Make the database one file: write its write-ahead log into it, and delete that."""
     if not real.is_file() or not real.stat().st_size:
         left = [part for _, part in parts_of(real)]
     else:
         left = _fold_whole(real)
     for part in left:
-        # Of a database that can't be read, and is saved elsewhere as it was.
+        # Left only of a database that can't be read. It was saved as plain copies before.
         part.unlink()
 
 
@@ -111,7 +111,7 @@ class PresentRecords:
     """
 
     def __init__(self, url: str, copies: Path) -> None:
-        """Lock them; raise InUseError where a service runs, StartRefusedError."""
+        """Lock the records; raise InUseError if a service runs, or StartRefusedError."""
         self.database: Database | None = None
         self.problem: str | None = None
         self._path: Path | None = None
@@ -132,7 +132,7 @@ class PresentRecords:
             return
         try:
             with ExitStack() as failing:
-                # Its lock is held here.
+                # Not exclusive: this object holds the lock itself.
                 database = failing.enter_context(closing(Database(url, exclusive=False, copies=copies)))
                 database.migrate()
                 SqlRecords(database).load()
@@ -143,21 +143,21 @@ class PresentRecords:
             self.database = database
 
     def files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the files of SQLite, each with what its name ends in; none for PostgreSQL."""
+        """Yield the suffix and the path of each of SQLite's files; none for PostgreSQL."""
         if self._path is not None:
             yield from parts_of(self._path)
 
     def replace(self, rebuilt: Path) -> None:
-        """Put other records in their place, all or none; raise BackupError or OSError."""
+        """Replace the records, all or none; raise BackupError or OSError."""
         if self._path is None:
             if self.database is not None:
                 replace_rows(rebuilt, self.database)
             return
         if self.database is not None:
-            # SQLite would go on to use the old file.
+            # Open connections would go on to use the old file.
             self.database.engine.dispose()
         replace_file(self._path, rebuilt)
 
     def close(self) -> None:
-        """Let a service have them."""
+        """Release the records, so that a service can start."""
         self._stack.close()

@@ -9,9 +9,9 @@ from typing import Final
 from backend.models.backups import CONFIG, Manifest, Origin
 from backend.models.wireguard.peer import Peer
 
-# The hub is quiet when nothing has changed for so long: seconds.
+# A change is backed up when nothing else has changed for so long: seconds.
 QUIET_SECONDS: Final = 600.0
-# There is one at least this often, whatever changes.
+# A backup is made this often even if nothing has changed.
 _LONGEST: Final = timedelta(days=1)
 
 
@@ -40,8 +40,8 @@ class HubVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping:
-    """How many automatic backups are kept, the newest ones; and each day's newest for so many days."""
+class Retention:
+    """Which automatic backups are kept: the newest `count`, and for `days` also the newest of each day."""
 
     count: int
     days: int
@@ -50,22 +50,22 @@ class Keeping:
 def is_due(
     newest: Manifest | None, hub: Callable[[], HubVersion], quiet_seconds: float, now: datetime
 ) -> bool:
-    """Say whether a backup is to be made now.
+    """Say whether a backup is to be made now: once a day, and ten minutes after the last change.
 
-    One is made when the hub has been quiet and the newest backup has another state of it, so that the state
-    before the next change is kept; and one a day. `hub` is called only where it counts.
+    The second so that the state before the next change is kept. `quiet_seconds` is the time since the last
+    change. `hub` returns what a backup would hold now; it may read a file, so it is called only if needed.
     """
     if newest is None or now - newest.made_at >= _LONGEST:
         return True
     return quiet_seconds >= QUIET_SECONDS and HubVersion.of(newest) != hub()
 
 
-def superfluous(
-    backups: Sequence[Backup], hub_public_key: str, keeping: Keeping, now: datetime
+def expired(
+    backups: Sequence[Backup], hub_public_key: str, retention: Retention, now: datetime
 ) -> list[Backup]:
-    """Return the backups to delete. They are given the newest first.
+    """Return the backups to delete. `backups` has the newest first.
 
-    Only this hub's automatic backups are deleted. One that can't be read neither counts nor is deleted.
+    Only this hub's automatic backups are deleted. One that can't be read is neither counted nor deleted.
     """
     ours = [
         (backup, backup.manifest.made_at)
@@ -80,8 +80,8 @@ def superfluous(
         day = made_at.astimezone(UTC).date()
         is_newest_of_day = day not in days
         days.add(day)
-        is_young = now - made_at < timedelta(days=keeping.days)
-        if number >= max(1, keeping.count) and not (is_newest_of_day and is_young):
+        is_young = now - made_at < timedelta(days=retention.days)
+        if number >= max(1, retention.count) and not (is_newest_of_day and is_young):
             found.append(backup)
     return found
 
@@ -90,22 +90,24 @@ def superfluous(
 class PeerComparison:
     """What a restore does to the records' peers."""
 
-    # In the backup and not in the records now.
-    come: Sequence[Peer]
-    # In the records now and not in the backup.
-    go: Sequence[Peer]
-    # In both under one name, with another key or address: as the backup has them.
-    change: Sequence[Peer]
+    # In the backup and not in the records.
+    added: Sequence[Peer]
+    # In the records and not in the backup.
+    removed: Sequence[Peer]
+    # In both under one name, with another key or address. These are the backup's.
+    changed: Sequence[Peer]
 
 
 def compare(present: Collection[Peer], restored: Collection[Peer]) -> PeerComparison:
-    """Compare the records now with those of a backup, by name."""
+    """Compare the present records with those of a backup, by node_id."""
     now = {peer.node_id: _identity(peer) for peer in present}
     then = {peer.node_id: _identity(peer) for peer in restored}
     return PeerComparison(
-        come=[peer for peer in restored if peer.node_id not in now],
-        go=[peer for peer in present if peer.node_id not in then],
-        change=[peer for peer in restored if now.get(peer.node_id, then[peer.node_id]) != then[peer.node_id]],
+        added=[peer for peer in restored if peer.node_id not in now],
+        removed=[peer for peer in present if peer.node_id not in then],
+        changed=[
+            peer for peer in restored if now.get(peer.node_id, then[peer.node_id]) != then[peer.node_id]
+        ],
     )
 
 
