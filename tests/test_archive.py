@@ -159,6 +159,16 @@ def test_size_that_no_disk_has_is_refused(place: Path, monkeypatch: pytest.Monke
     assert "make room" in refusal(packed([(MANIFEST, said)]), place)
 
 
+def test_endless_input_does_not_fill_the_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = io.BytesIO()
+    archive.copy_with_room(io.BytesIO(bytes(3_000_000)), target, place)
+    assert target.tell() == 3_000_000
+    monkeypatch.setattr(archive, "_SPARE_BYTES", 10**18)
+    with Path("/dev/zero").open("rb") as zeros, pytest.raises(BackupError, match="make room"):
+        archive.copy_with_room(zeros, target, place)
+    assert target.tell() == 3_000_000
+
+
 def test_newer_format_is_named_even_where_nothing_else_is_known(place: Path) -> None:
     source = packed([(MANIFEST, b'{"format": 2, "everything": "else"}')])
     assert "made by a newer version (its format is 2" in refusal(source, place)

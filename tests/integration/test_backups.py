@@ -13,11 +13,13 @@ import sqlalchemy as sa
 
 from backend.adapters.backups.directory import BackupDirectory
 from backend.adapters.backups.maker import BackupMaker, verify
+from backend.adapters.records import copies
 from backend.adapters.records.database import Database
-from backend.adapters.records.tables import metadata
-from backend.adapters.records.unit_of_work import SqlRecords
+from backend.adapters.records.tables import metadata, notices
+from backend.adapters.records.unit_of_work import FIRST_HUB, SqlRecords
 from backend.errors import BackupError, ConfigFileError, InUseError
 from backend.models.backups import CONFIG, RECORDS, Origin
+from tests.harness.backups import NOON
 from tests.harness.patience import eventually
 from tests.harness.records import adding, database_url
 from tests.harness.wireguard import genkey
@@ -145,6 +147,33 @@ def test_full_disk_leaves_nothing_behind(
                 maker.make(Origin.COMMAND)
             assert {path.name for path in place.iterdir()} <= {"backup.lock"}
             assert maker.directory.names() == []
+    finally:
+        subprocess.run(["umount", place], check=True)
+    maker.make(Origin.COMMAND)
+
+
+def test_disk_that_a_backup_would_fill_is_left_alone(
+    needs_namespaces: None,
+    database: Database,
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with database.engine.begin() as connection:
+        text = os.urandom(1_000_000).hex()
+        connection.execute(sa.insert(notices), {"at": NOON, "text": text, "hub": FIRST_HUB})
+    maker = BackupMaker(
+        BackupDirectory(tmp_path / "backups", tmp_path / "other"), database, tmp_path / "wg0.conf", "wg0"
+    )
+    place = maker.directory.state
+    place.mkdir(mode=0o700)
+    # Room for what is always to stay free, and for one copy.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m,mode=0700", "tmpfs", place], check=True)
+    try:
+        with monkeypatch.context() as patched:
+            patched.delattr(copies, "save")
+            with pytest.raises(BackupError, match="are to stay free; make room"):
+                maker.make(Origin.COMMAND)
     finally:
         subprocess.run(["umount", place], check=True)
     maker.make(Origin.COMMAND)

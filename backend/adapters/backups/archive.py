@@ -21,14 +21,17 @@ from pydantic import ValidationError
 from backend.errors import BackupError
 from backend.models.backups import CONFIG, FORMAT, MANIFEST, RECORDS, Manifest, Member
 
-_CHUNK_BYTES: Final = 1024 * 1024
+_MIB: Final = 1024 * 1024
+_CHUNK_BYTES: Final = _MIB
 # zlib's fastest: the others take three times as long for a tenth less.
 _LEVEL: Final = 1
 _MOST_MANIFEST_BYTES: Final = 64 * 1024
 # Records and config shrink to a quarter or less; an archive that grows by more than this is a bomb.
 _LARGEST_RATIO: Final = 200
-# Left free on the disk that an archive is unpacked to.
-_SPARE_BYTES: Final = 16 * 1024 * 1024
+# Unpacked records are there up to three times: the copy, what is rebuilt from it, and the write-ahead log
+_UNPACKED: Final = 3
+# Left free on the disk that an archive is unpacked to: the service's own records are on it.
+_SPARE_BYTES: Final = 16 * _MIB
 
 
 def member_of(path: Path) -> Member:
@@ -137,11 +140,25 @@ def _require_room(manifest: Manifest, packed: int, directory: Path) -> None:
     size = sum(member.bytes for member in manifest.files.values())
     if size > packed * _LARGEST_RATIO:
         raise BackupError(f"this is no backup: {size} bytes can't have come into {packed}")
-    if size + _SPARE_BYTES > (free := shutil.disk_usage(directory).free):
+    require_room(directory, size * _UNPACKED)
+
+
+def require_room(directory: Path, needed: int) -> None:
+    """Raise BackupError where so many bytes could fill a directory's disk; raise OSError."""
+    if needed + _SPARE_BYTES > (free := shutil.disk_usage(directory).free):
+        # Rounded: a failure is logged again where its text is another.
         raise BackupError(
-            f"unpacked, the backup takes {size} bytes, and the disk of {directory} has {free}; make room on "
-            "it, or set STATE_DIRECTORY to another one"
+            f"the work on the backup takes up to {-(-needed // _MIB)} MiB more, and the disk of {directory} "
+            f"has {free // _MIB}, of which {_SPARE_BYTES // _MIB} are to stay free; make room on it, or set "
+            "STATE_DIRECTORY to another one"
         )
+
+
+def copy_with_room(source: IO[bytes], target: IO[bytes], directory: Path) -> None:
+    """Copy to a file in a directory; raise BackupError before its disk is full, OSError."""
+    while chunk := source.read(_CHUNK_BYTES):
+        require_room(directory, len(chunk))
+        target.write(chunk)
 
 
 def _unpack_member(archive: IO[bytes], path: Path, member: Member) -> None:

@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from typing import IO, Final
 
 from backend import __version__
-from backend.adapters.backups.archive import member_of, unpack, write
+from backend.adapters.backups.archive import copy_with_room, member_of, require_room, unpack, write
 from backend.adapters.backups.directory import BackupDirectory
 from backend.adapters.records import copies
 from backend.adapters.records.database import Database
@@ -27,6 +27,8 @@ from backend.services.hub.config_values import InvalidConfigError
 
 # What `verify` leaves in the scratch directory.
 REBUILT: Final = "rebuilt.sqlite"
+# How often the records are there at most while a backup is made: the archive, and three times unpacked.
+_COPIES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,8 @@ class BackupMaker:
 
     def _collect(self, scratch: Path, origin: Origin, *, config_needed: bool = True) -> Manifest:
         """Write the archive's members into `scratch`, and return the manifest."""
+        # Before anything is written: the service's records may be on the same disk, and need room to grow.
+        require_room(scratch, copies.size_of(self._database) * _COPIES)
         made_at = self._now()
         # The config before the records, so that the records are never the older of the two: a start adds the
         # peers that the file lacks, but an operator has to decide about peers that the records lack.
@@ -182,7 +186,7 @@ def opened(archive: Path, scratch: Path) -> Iterator[IO[bytes]]:
     if archive == Path("-"):
         make_private_directory(scratch)
         with TemporaryFile(dir=scratch) as copy:
-            shutil.copyfileobj(sys.stdin.buffer, copy)
+            copy_with_room(sys.stdin.buffer, copy, scratch)
             yield copy
         return
     if not archive.is_file():

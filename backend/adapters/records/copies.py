@@ -29,6 +29,7 @@ from backend.models.wireguard.records import RecordedState
 _REVISION: Final = "alembic_version"
 # How many of SQLite's pages are copied at a time, 4 MiB: other threads run in between.
 _PAGES: Final = 1024
+_PAGE_PRAGMAS: Final = ("page_count", "page_size")
 _ROWS_AT_A_TIME: Final = 500
 # Higher than the sequence of any row of the audit log.
 _ALL_ROWS: Final = 2**62
@@ -59,6 +60,16 @@ def save(database: Database, path: Path) -> CopiedRecords:
         copied = CopiedRecords(SqlRecords(copy).load(), _revision(copy))
     _finish(path)
     return copied
+
+
+def size_of(database: Database) -> int:
+    """Return about how many bytes the records take; raise RecordsUnavailableError."""
+    with database.reading() as connection:
+        if connection.dialect.name == "sqlite":
+            pages, page = (connection.exec_driver_sql(f"PRAGMA {of}").scalar_one() for of in _PAGE_PRAGMAS)
+            return int(pages * page)
+        sizes = (sa.func.pg_total_relation_size(sa.cast(name, REGCLASS)) for name in metadata.tables)
+        return sum(connection.execute(sa.select(*sizes)).one())
 
 
 def _save_file(source: sqlite3.Connection, path: Path) -> None:
