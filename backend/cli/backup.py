@@ -44,6 +44,9 @@ def create(
     from backend.command_parts import open_backups
     from backend.models.backups import Origin
 
+    # None where the process was started without one.
+    if output == _STREAM and sys.stdout is None:
+        raise BackupError("--output: there is no output to write to")
     if output == _STREAM and sys.stdout.isatty():
         raise BackupError("--output: a backup is no text; pipe it into a program or a file")
     with open_backups(settings_of_hub()) as maker:
@@ -146,7 +149,7 @@ def _show(restoration: "Restoration") -> None:
 
 
 def _ask() -> None:
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise BackupError("nothing was restored: there is no terminal to ask at; --yes restores it")
     if not typer.confirm("Restore it?"):
         raise BackupError("nothing was restored")

@@ -1,5 +1,6 @@
 """`python -m backend backup`: what its commands print, and the sentences that they refuse with."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +61,33 @@ def test_backup_goes_through_a_pipe_into_another_command(run: Run, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("whole: ")
     assert run("list").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("create --output=- >&-", "there is no output to write to"),
+        ("verify - <&-", "there is no input to read a backup from"),
+        ("restore - --yes <&-", "there is no input to read a backup from"),
+        ("restore mine.tar.gz <&-", "there is no terminal to ask at"),
+    ],
+)
+def test_closed_input_or_output_is_refused_with_a_sentence(
+    run: Run, tmp_path: Path, command: str, problem: str
+) -> None:
+    assert run("create", "--output", str(tmp_path / "mine.tar.gz")).returncode == 0
+    settings = {**hub_settings(tmp_path), "ENABLE_DBOS": "true", "PYTHONPATH": ROOT}
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m backend backup {command}"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], **{name: str(value) for name, value in settings.items()}},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert problem in done.stderr
 
 
 def test_output_is_a_new_private_file(run: Run, tmp_path: Path) -> None:

@@ -184,6 +184,9 @@ class BackupMaker:
 def opened(archive: Path, scratch: Path) -> Iterator[IO[bytes]]:
     """Open an archive. `-` is the standard input, which is first copied to an unnamed file in `scratch`."""
     if archive == Path("-"):
+        # None where the process was started without one.
+        if sys.stdin is None:
+            raise BackupError("there is no input to read a backup from; name its file")
         make_private_directory(scratch)
         with TemporaryFile(dir=scratch) as copy:
             copy_with_room(sys.stdin.buffer, copy, scratch)
