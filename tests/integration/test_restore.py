@@ -170,6 +170,20 @@ def test_records_of_a_newer_version_are_saved_as_they_are(place: Place) -> None:
     assert place.names() == ["node-2"]
 
 
+@pytest.mark.parametrize(
+    "damage", ["UPDATE peers SET assigned_ip = '9.9'", "UPDATE alembic_version SET version_num = '9999'"]
+)
+def test_rows_in_postgresql_that_can_not_be_read_are_left_alone(make_place: MakePlace, damage: str) -> None:
+    place = make_place("hub", "postgresql")
+    place.init()
+    place.commit(1, 2)
+    archive = place.back_up()
+    with closing(Database(place.url)) as database, database.engine.begin() as connection:
+        connection.exec_driver_sql(damage)
+    assert "save them with pg_dump(1), and name an empty database" in place.refusal(archive, "--yes")
+    assert place.saved() == []
+
+
 def test_write_ahead_log_of_the_replaced_records_is_not_taken_for_the_new_ones(place: Place) -> None:
     place.commit(1, 2)
     archive = place.back_up()

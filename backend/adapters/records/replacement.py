@@ -104,6 +104,18 @@ def _fold_whole(real: Path) -> list[Path]:
     return [part for end, part in parts_of(real) if end]
 
 
+def _require_readable(database: Database) -> None:
+    """Raise StartRefusedError for rows that can't be read: they can't be saved as they are, as a file can."""
+    try:
+        database.migrate()
+        SqlRecords(database).load()
+    except (StartRefusedError, ProvisioningError, ValueError) as exc:
+        raise StartRefusedError(
+            f"the records in {database.name} can't be read, and so not be saved before they are replaced "
+            f"({exc}); save them with pg_dump(1), and name an empty database in DATABASE_URL"
+        ) from exc
+
+
 class PresentRecords:
     """The records of a hub whose service doesn't run, kept from every other service until `close`.
 
@@ -119,7 +131,7 @@ class PresentRecords:
         with ExitStack() as stack:
             if parsed.get_backend_name() != "sqlite":
                 self.database = stack.enter_context(closing(Database(url)))
-                self.database.migrate()
+                _require_readable(self.database)
             elif parsed.database:
                 self._path = Path(parsed.database).absolute()
                 file = stack.enter_context(closing(SqliteFile(self._path)))
