@@ -74,6 +74,20 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield Hub(tmp_path, database)
 
 
+def test_entry_that_can_not_be_looked_at_keeps_none_from_being_made(hub: Hub) -> None:
+    hub.backups.make()
+    name = "auto-20260101T000000.000Z-g7.tar.gz"
+    (hub.backups.path / name).symlink_to(name)
+    automatic = hub.start()
+    for _ in range(2):
+        automatic.run()
+        hub.wait(DAY)
+    found = {backup.path.name: backup.problem for backup in hub.backups.backups()}
+    assert len(found) == 3
+    assert [problem for problem in found.values() if problem] == [found[name]]
+    assert "Too many levels of symbolic links" in str(found[name])
+
+
 def test_first_run_makes_one_and_the_next_waits_for_a_change_and_a_quiet_time(hub: Hub) -> None:
     automatic = hub.start()
     assert automatic.last_backup_at() is None

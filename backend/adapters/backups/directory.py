@@ -105,6 +105,9 @@ class BackupDirectory:
             status = path.stat()
         except FileNotFoundError:
             return None
+        except OSError as exc:
+            # Such as a link in a circle. The other archives are as good as before.
+            return Backup(path, 0, None, f"it can't be looked at ({exc.strerror})")
         if not stat.S_ISREG(status.st_mode):
             return Backup(path, status.st_size, None, "it is no regular file")
         try:
