@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backend.adapters.backups.directory import BackupDirectory
-from backend.adapters.backups.maker import BackupMaker, opened, verify
+from backend.adapters.backups.maker import BackupMaker, explained, opened, verify
 from backend.adapters.backups.restorer import Restoration, RestoredHub
 from backend.adapters.host.locks import ConfigGuard, lock_interface
 from backend.adapters.host.private_files import ADMIN_HEADER
 from backend.adapters.records.access_store import SqlAccessStore
 from backend.adapters.records.database import open_beside
-from backend.adapters.records.replacement import PresentRecords
+from backend.adapters.records.replacement import PresentRecords, require_file
 from backend.adapters.records.unit_of_work import SqlRecords
 from backend.composition import make_hub, make_pool
 from backend.errors import StartRefusedError
@@ -78,6 +78,8 @@ def open_backups(settings: Settings) -> Iterator[BackupMaker]:
     """Open the maker of backups for a command, whether the service runs or not."""
     directory = backup_directory(settings)
     require_trusted_file(settings.wireguard_config_path, "WIREGUARD_CONFIG_PATH")
+    with explained(settings.state_directory):
+        require_file(settings.database_url)
     with closing(open_beside(settings.database_url, settings.state_directory)) as database:
         yield BackupMaker(directory, database, settings.wireguard_config_path, settings.interface)
 

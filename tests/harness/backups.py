@@ -86,6 +86,8 @@ class Place:
 
     def init(self) -> None:
         assert self.run("hub", "init").returncode == 0
+        with closing(Database(self.url)) as database:
+            database.migrate()
 
     def commit(self, generation: int, *numbers: int) -> None:
         with closing(Database(self.url)) as database:

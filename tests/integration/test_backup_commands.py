@@ -1,5 +1,6 @@
 """`python -m backend backup`: what its commands print, and the sentences that they refuse with."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ def run(tmp_path: Path) -> Run:
     """Return what runs `backup` with the settings of a hub that is a file, which exists."""
     settings = {**hub_settings(tmp_path), "ENABLE_DBOS": "true"}
     assert invoke("hub", "init", directory=tmp_path, settings=settings).returncode == 0
+    assert invoke("key", "list", directory=tmp_path, settings=settings).returncode == 0
 
     def backup(*arguments: str, **over: Any) -> subprocess.CompletedProcess[str]:
         return invoke("backup", *arguments, directory=tmp_path, settings={**settings, **over})
@@ -61,6 +63,24 @@ def test_backup_goes_through_a_pipe_into_another_command(run: Run, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("whole: ")
     assert run("list").stdout == ""
+
+
+def test_records_that_are_elsewhere_are_not_taken_for_empty_ones(run: Run, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    refused = run("create", STATE_DIRECTORY=elsewhere)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert f"there are no records at {elsewhere}/provisioning.sqlite" in refused.stderr
+    assert not elsewhere.exists()
+
+
+def test_records_of_another_user_are_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "state"))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    refused = run("create")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert f"{tmp_path}/state can't be read or written (Permission denied)" in refused.stderr
 
 
 @pytest.mark.parametrize(

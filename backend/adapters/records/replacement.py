@@ -31,6 +31,21 @@ def parts_of(path: Path) -> Iterator[tuple[str, Path]]:
             yield end, part
 
 
+def require_file(url: str) -> None:
+    """Raise BackupError where a SQLite file isn't there or empty: opening it would make an empty database.
+
+    Raises OSError where that can't be found out.
+    """
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        path = Path(parsed.database).absolute()
+        if not any(parts_of(path)):
+            raise BackupError(
+                f"there are no records at {path}, so there is nothing to back up; start the service first, "
+                "or name its STATE_DIRECTORY or DATABASE_URL"
+            )
+
+
 def replace_file(path: Path, new: Path) -> None:
     """Put a copy of `new` in the place of the database at `path`; raise BackupError or OSError.
 
