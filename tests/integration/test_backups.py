@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import sqlalchemy as sa
 
+from backend.adapters.backups import archive
 from backend.adapters.backups.directory import BackupDirectory
 from backend.adapters.backups.maker import BackupMaker, verify
 from backend.adapters.records import copies
@@ -74,6 +76,27 @@ def test_backup_holds_the_records_and_the_config_and_is_private(
             with database.engine.connect() as one, copy.engine.connect() as other:
                 assert one.execute(statement).all() == other.execute(statement).all(), table.name
     assert left(tmp_path) <= {"backup.lock"}
+
+
+def test_file_is_private_from_birth(
+    database: Database, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, modes = make(database), []
+
+    def write(target: IO[bytes], *rest: Any) -> None:
+        modes.append(os.fstat(target.fileno()).st_mode & 0o777)
+        modes.append((tmp_path / "state" / "backup.scratch" / CONFIG).stat().st_mode & 0o777)
+        archive.write(target, *rest)
+
+    monkeypatch.setattr("backend.adapters.backups.maker.write", write)
+    # Nothing mends a mode afterwards: who has the file open by then goes on to read it.
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)
+    before = os.umask(0)
+    try:
+        maker.make(Origin.COMMAND)
+    finally:
+        os.umask(before)
+    assert modes == [0o600, 0o600]
 
 
 def test_tables_that_are_not_ours_are_left_out(database: Database, make: Make, tmp_path: Path) -> None:

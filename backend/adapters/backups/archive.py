@@ -7,7 +7,9 @@ and the size that the manifest states, or the archive is refused. No name in it 
 import gzip
 import hashlib
 import json
+import os
 import shutil
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -32,6 +34,12 @@ _LARGEST_RATIO: Final = 200
 _UNPACKED: Final = 3
 # Left free on the disk that an archive is unpacked to: the service's own records are on it.
 _SPARE_BYTES: Final = 16 * _MIB
+
+
+def make_file(path: Path) -> IO[bytes]:
+    """Make a file that is its owner's alone from birth, whatever the umask; raise OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, stat.S_IRUSR | stat.S_IWUSR), "wb")
 
 
 def member_of(path: Path) -> Member:
@@ -163,8 +171,7 @@ def copy_with_room(source: IO[bytes], target: IO[bytes], directory: Path) -> Non
 
 def _unpack_member(archive: IO[bytes], path: Path, member: Member) -> None:
     digest, left = hashlib.sha256(), member.bytes
-    with path.open("xb") as file:
-        path.chmod(0o600)
+    with make_file(path) as file:
         while left:
             chunk = _exactly(archive, min(left, _CHUNK_BYTES))
             digest.update(chunk)

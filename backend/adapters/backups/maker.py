@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from typing import IO, Final
 
 from backend import __version__
-from backend.adapters.backups.archive import copy_with_room, member_of, require_room, unpack, write
+from backend.adapters.backups.archive import copy_with_room, make_file, member_of, require_room, unpack, write
 from backend.adapters.backups.directory import BackupDirectory
 from backend.adapters.records import copies
 from backend.adapters.records.database import Database
@@ -135,7 +135,8 @@ class BackupMaker:
         config = self._read_config(needed=config_needed)
         files = {}
         if config is not None:
-            (scratch / CONFIG).write_bytes(config)
+            with make_file(scratch / CONFIG) as file:
+                file.write(config)
             files[CONFIG] = member_of(scratch / CONFIG)
         copied = copies.save(self._database, scratch / RECORDS)
         files[RECORDS] = member_of(scratch / RECORDS)
@@ -166,8 +167,7 @@ class BackupMaker:
 
     def _write(self, path: Path, manifest: Manifest, scratch: Path) -> None:
         """Write the archive durably, delete what it was made from, and verify it."""
-        with path.open("xb") as file:
-            path.chmod(0o600)
+        with make_file(path) as file:
             write(file, manifest, scratch)
             file.flush()
             os.fsync(file.fileno())
