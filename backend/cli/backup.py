@@ -184,8 +184,12 @@ def _create_at(maker: "BackupMaker", output: Path) -> None:
 
 def _said(manifest: "Manifest", size: int | None = None) -> str:
     """Describe a backup."""
+    from backend.models.fields import escaped
+
+    # An archive may come from anywhere.
+    interface = escaped(manifest.interface)
     said = (
-        f"{manifest.made_at:%Y-%m-%d %H:%M:%S} UTC, {manifest.interface}, generation {manifest.generation}, "
+        f"{manifest.made_at:%Y-%m-%d %H:%M:%S} UTC, {interface}, generation {manifest.generation}, "
         f"{manifest.peers} peers"
     )
     return said if size is None else f"{said}, {size} bytes"

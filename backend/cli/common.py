@@ -25,9 +25,11 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (StartRefusedError, ProvisioningError) as exc:
-            from backend.models.fields import redacted
+            from backend.models.fields import escaped, redacted
 
-            typer.echo(f"error: {redacted(str(exc))}", err=True)
+            # Some messages name what stands in a file from elsewhere, which a terminal might obey.
+            lines = map(escaped, redacted(str(exc)).split("\n"))
+            typer.echo("error: " + "\n".join(lines), err=True)
             raise typer.Exit(1) from None
 
 

@@ -102,11 +102,13 @@ def test_file_is_private_from_birth(
 def test_tables_that_are_not_ours_are_left_out(database: Database, make: Make, tmp_path: Path) -> None:
     with database.engine.begin() as connection:
         connection.exec_driver_sql('CREATE TABLE "work""flow" (secret TEXT)')
+        connection.exec_driver_sql("CREATE VIEW seen AS SELECT node_id FROM peers")
         connection.exec_driver_sql('INSERT INTO "work""flow" VALUES (\'of-another-program\')')
     made = make(database).make(Origin.COMMAND)
     subprocess.run(["tar", "-xzf", made.path, "-C", tmp_path, RECORDS], check=True)
     with closing(sqlite3.connect(tmp_path / RECORDS)) as copy:
-        names = {name for (name,) in copy.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        statement = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
+        names = {name for (name,) in copy.execute(statement)}
     assert names == {*metadata.tables, "alembic_version"}
     assert b"of-another-program" not in (tmp_path / RECORDS).read_bytes()
 

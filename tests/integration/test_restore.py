@@ -275,6 +275,41 @@ def test_backup_of_an_older_version_comes_back_in_the_present_schema(each: Place
     assert each.names() == ["node-1"]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE peers SET node_id = 'a' || char(10) || 'PostUp = true'",
+        "UPDATE peers SET capabilities = '{'",
+        "INSERT INTO notices (at, text, hub) VALUES ('x', 'y', 1)",
+        "CREATE VIEW more AS SELECT 1",
+    ],
+)
+def test_records_that_no_service_could_start_on_are_refused(each: Place, tmp_path: Path, damage: str) -> None:
+    each.commit(1, 2)
+    parts = unpacked(each.back_up(), tmp_path / "parts")
+    with closing(sqlite3.connect(parts / RECORDS)) as connection:
+        connection.execute(damage)
+        connection.commit()
+        (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    archive = repacked(parts, tmp_path, schema_revision=revision, peers=1, generation=1)
+    assert "the backup's records" in each.refusal(archive, "--yes")
+    assert (each.names(), each.saved()) == (["node-2"], [])
+
+
+def test_what_an_archive_says_does_not_reach_the_terminal_as_it_is(place: Place, tmp_path: Path) -> None:
+    place.commit(1, 2)
+    parts = unpacked(place.back_up(), tmp_path / "parts")
+    with closing(sqlite3.connect(parts / RECORDS)) as connection:
+        (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    over = {"schema_revision": revision, "peers": 1, "generation": 1}
+    archive = repacked(parts, tmp_path, interface="wg0\nwhole: \x1b[2J", **over)
+    said = place.run("backup", "verify", archive).stdout
+    assert (said.count("\n"), r"wg0\nwhole: \x1b[2J" in said) == (1, True)
+    text = packed([("manifest.json", b'{"format": 1, "\\u001b[2J\\n": 1}')])
+    archive.write_bytes(text.getvalue())
+    assert "\x1b" not in place.refusal(archive, "--yes")
+
+
 def test_torn_backup_and_no_backup_are_refused(place: Place, tmp_path: Path) -> None:
     place.commit(1, 2)
     archive = place.back_up()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backend.adapters.backups.directory import BackupDirectory, stamp
 from backend.adapters.backups.maker import BackupMaker, Verified, explained, key_of
-from backend.adapters.records.copies import prepare
+from backend.adapters.records.copies import prepare, require_usable
 from backend.adapters.records.replacement import PresentRecords, write_new
 from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import BackupError, ConfigFileError
@@ -54,6 +54,7 @@ class Restoration:
         replace_config: bool,
     ) -> None:
         """Compare, and change nothing; raise BackupError if the backup is another hub's."""
+        require_usable(verified.rebuilt)
         self.verified = verified
         self._hub = hub
         self._directory = directory
