@@ -269,6 +269,21 @@ def test_a_removed_peer_is_forgotten_and_its_key_starts_anew(online: Watched) ->
     assert online.monitor.peer("node-9").endpoint is None
 
 
+def test_a_key_that_was_removed_and_added_between_two_looks_starts_anew(online: Watched) -> None:
+    """Else the records would not get the endpoint: the row of the earlier peer had it, and is gone."""
+    online.monitor.note_recorded(online.monitor.unrecorded_endpoints())
+    known = online.directory.by_node(NODE)
+    assert known is not None
+    removal = Change(known, None)
+    with online.directory.lock:
+        online.directory.begin(removal)
+    online.directory.end(removal, applied=True)
+    online.directory.load([replace(known, provisioned_at=online.now + timedelta(seconds=60))])
+    assert online.look(latest_handshake=0, received_bytes=0, endpoint=None) is HealthState.NEVER
+    online.look(latest_handshake=online.handshake(), received_bytes=180, endpoint=HOME)
+    assert online.monitor.unrecorded_endpoints()[KEY].endpoint == HOME
+
+
 def test_the_time_to_the_first_handshake_is_told_once(clock: Clock) -> None:
     told: list[float] = []
     hub = Watched(clock, on_first_handshake=told.append)

@@ -31,6 +31,8 @@ _RESTORABLE: Final = re.compile(r"(?:[0-9.]{7,15}|\[[0-9a-f:.]{2,45}\]):[0-9]{1,
 class _Sighting:
     """What the looks have shown of one peer. The times are time.monotonic()'s."""
 
+    # Whom it is of: a key that was removed may come back with another peer. None until the first look.
+    peer: Peer | None = None
     received_bytes: int = 0
     sent_bytes: int = 0
     # The interface's time of the last handshake, 0 for none. Only compared: it is by the wall clock.
@@ -45,6 +47,15 @@ class _Sighting:
     # The endpoint that the records have, and its `endpoint_at` there.
     recorded: str | None = None
     recorded_at: float = 0.0
+
+    def is_of(self, peer: Peer) -> bool:
+        """Say whether this is the peer that was looked at, and not one that has its key by now."""
+        known = self.peer
+        return (
+            known is None
+            or known is peer
+            or (known.node_id, known.provisioned_at) == (peer.node_id, peer.provisioned_at)
+        )
 
 
 class HealthMonitor:
@@ -112,8 +123,9 @@ class HealthMonitor:
                 continue
             found += 1
             seen = self._sightings.get(peer.wireguard_public_key)
-            if seen is None:
+            if seen is None or not seen.is_of(peer):
                 seen = self._sightings[peer.wireguard_public_key] = _Sighting()
+            seen.peer = peer
             self._note(peer, seen, present, now)
         if len(self._sightings) > found:
             for key in [key for key in self._sightings if self._directory.by_key(key) is None]:
