@@ -203,6 +203,23 @@ def test_the_records_tell_after_a_reboot_that_a_peer_was_there(hub: Watched) -> 
     assert long_ago.look(0) is HealthState.OFFLINE
 
 
+def test_an_interface_that_comes_long_after_the_start_makes_no_peer_offline(hub: Watched) -> None:
+    seen_at = datetime.fromtimestamp(hub.clock.time() - 60, UTC)
+    hub.monitor.load({KEY: RecordedEndpoint(HOME, seen_at)})
+    hub.clock.monotonic_now += 600
+    hub.monitor.note_failure("no such device", is_away=True)
+    assert hub.state is HealthState.ONLINE
+    assert hub.look(0) is HealthState.ONLINE
+    assert hub.look(180) is HealthState.OFFLINE
+
+
+def test_a_peer_that_was_away_before_the_start_is_so_before_the_first_look(hub: Watched) -> None:
+    seen_at = datetime.fromtimestamp(hub.clock.time() - 86_400, UTC)
+    hub.monitor.load({KEY: RecordedEndpoint(HOME, seen_at)})
+    hub.monitor.note_failure("no such device", is_away=True)
+    assert hub.state is HealthState.OFFLINE
+
+
 @given(
     st.lists(
         st.tuples(

@@ -86,8 +86,9 @@ class HealthMonitor:
         self._started_at = datetime.now(UTC).replace(microsecond=0)
         self._sightings: dict[WireGuardKey, _Sighting] = {}
         self._ifindex: int | None = None
-        # The last good look, by time.monotonic().
+        # The last good look, by time.monotonic(); and what counts as one before the first.
         self._looked: float | None = None
+        self._loaded = time.monotonic()
         # The same by time.time(); and the interface's UDP port then.
         self.looked_at: float | None = None
         self.listen_port: int | None = None
@@ -98,6 +99,7 @@ class HealthMonitor:
     def load(self, endpoints: Mapping[str, RecordedEndpoint]) -> None:
         """Take over the endpoints of the records: these peers showed signs of life to an earlier process."""
         now, wall = time.monotonic(), time.time()
+        self._loaded = now
         for text, recorded in endpoints.items():
             age = wall - recorded.seen_at.timestamp()
             seen = _Sighting(endpoint=recorded.endpoint, recorded=recorded.endpoint)
@@ -113,9 +115,9 @@ class HealthMonitor:
             self.note_failure("the interface doesn't have the hub's key", is_away=True)
             return
         now = time.monotonic()
-        if self._looked is not None and ifindex != self._ifindex:
+        if ifindex != self._ifindex:
             # The interface is new. The time without one doesn't count against the peers.
-            self._shift_signs_of_life(now - self._looked)
+            self._shift_signs_of_life(now - self._last_looked)
         found = 0
         for key, present in state.peers.items():
             peer = self._directory.by_key(WireGuardKey(key))
@@ -204,6 +206,10 @@ class HealthMonitor:
             if seen is not None:
                 seen.recorded, seen.recorded_at = recorded.endpoint, recorded.seen_at.timestamp() + offset
 
+    @property
+    def _last_looked(self) -> float:
+        return self._loaded if self._looked is None else self._looked
+
     def _shift_signs_of_life(self, seconds: float) -> None:
         for seen in self._sightings.values():
             if seen.alive_at is not None:
@@ -259,7 +265,7 @@ class HealthMonitor:
         """Return the seconds from the last sign of life to the last good look; None without any."""
         if seen is None or seen.alive_at is None:
             return None
-        return max(0.0, (self._looked or seen.alive_at) - seen.alive_at)
+        return max(0.0, self._last_looked - seen.alive_at)
 
     def _state(self, silence: float | None) -> HealthState:
         if silence is None:
