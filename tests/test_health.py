@@ -203,6 +203,18 @@ def test_the_records_tell_after_a_reboot_that_a_peer_was_there(hub: Watched) -> 
     assert long_ago.look(0) is HealthState.OFFLINE
 
 
+def test_a_restart_makes_no_peer_online_that_the_kernel_knows_to_be_away(hub: Watched) -> None:
+    """The records are up to an hour behind: they take a peer for alive that was recorded within the last."""
+    seen_at = datetime.fromtimestamp(hub.clock.time() - 3_000, UTC)
+    hub.monitor.load({KEY: RecordedEndpoint(HOME, seen_at)})
+    stamp = hub.handshake() - 2_900
+    assert hub.look(0, latest_handshake=stamp, received_bytes=5_000, endpoint=HOME) is HealthState.OFFLINE
+    # One that made its last handshake shortly before may have spoken since.
+    spoke = Watched(hub.clock)
+    spoke.monitor.load({KEY: RecordedEndpoint(HOME, seen_at)})
+    assert spoke.look(0, latest_handshake=hub.handshake() - 110, endpoint=HOME) is HealthState.ONLINE
+
+
 def test_an_interface_that_comes_long_after_the_start_makes_no_peer_offline(hub: Watched) -> None:
     seen_at = datetime.fromtimestamp(hub.clock.time() - 60, UTC)
     hub.monitor.load({KEY: RecordedEndpoint(HOME, seen_at)})

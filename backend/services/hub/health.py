@@ -23,6 +23,9 @@ from backend.services.peer_directory import PeerDirectory
 ENDPOINT_KEPT_SECONDS: Final = 86_400.0
 # How often the records get a new time for an endpoint that hasn't changed: seconds.
 ENDPOINT_REFRESH_SECONDS: Final = 3_600.0
+# No session lasts longer, so nothing was heard of a peer later than this after its last handshake: seconds.
+# REJECT-AFTER-TIME of the WireGuard paper.
+_SESSION_SECONDS: Final = 180.0
 # An address and a port without a scope (`%eth0`): `wg` refuses a scope that the host doesn't have.
 _RESTORABLE: Final = re.compile(r"(?:[0-9.]{7,15}|\[[0-9a-f:.]{2,45}\]):[0-9]{1,5}")
 
@@ -219,6 +222,9 @@ class HealthMonitor:
         known_before = seen.alive_at is not None
         alive_at = self._sign_of_life(seen, present, now)
         if alive_at is not None:
+            if self._looked is None and seen.alive_at is not None:
+                # The records may say too late a time, but never by more than the kernel's stamp allows.
+                seen.alive_at = min(seen.alive_at, alive_at + _SESSION_SECONDS)
             seen.alive_at = alive_at if seen.alive_at is None else max(seen.alive_at, alive_at)
         if not known_before and alive_at is not None and peer.provisioned_at >= self._started_at:
             self._on_first_handshake(max(0.0, present.latest_handshake - peer.provisioned_at.timestamp()))
