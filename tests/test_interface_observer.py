@@ -75,6 +75,26 @@ def test_requests_share_a_look_and_get_at_most_one_a_second(
     assert hub.looks == 3
 
 
+def test_looks_that_wait_for_a_slow_one_are_one(hub: CountingHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's and a request's, behind one of the agent's."""
+    monkeypatch.setattr(interface_observer, "_SHORTEST_SECONDS", 0.5)
+    observer = InterfaceObserver(hub)
+    hub.may_end.clear()
+    with ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(observer.look)
+        eventually(lambda: hub.looks == 1)
+        time.sleep(0.6)
+        regular = threads.submit(observer.look_regularly)
+        asked = observer.ask()
+        eventually(lambda: regular.running() and asked.running())
+        time.sleep(0.05)
+        hub.may_end.set()
+        for look in (slow, regular, asked):
+            look.result(WAIT)
+    observer.close()
+    assert hub.looks == 2
+
+
 def test_a_request_for_a_look_that_fails_gets_no_error(hub: CountingHub) -> None:
     hub.vanish()
     observer = InterfaceObserver(hub)

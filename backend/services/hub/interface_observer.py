@@ -46,24 +46,14 @@ class InterfaceObserver:
     def look(self) -> InterfaceState:
         """Read the interface now; raise HubUpdateError."""
         with self._looking:
-            self._began = began = time.monotonic()
-            ifindex = self._hub.ifindex()
-            try:
-                state = self._read(ifindex)
-            except HubUpdateError as exc:
-                self.metrics.look_failed()
-                if self._health is not None:
-                    self._health.note_failure(str(exc), is_away=ifindex is None)
-                raise
-            if self._health is not None:
-                self._health.observe(state, ifindex)
-            self._last = began, state
-            return state
+            return self._look()
 
     def look_regularly(self) -> None:
         """Read the interface, unless that was done within the last second; raise HubUpdateError."""
-        if time.monotonic() - self._began >= _SHORTEST_SECONDS:
-            self.look()
+        with self._looking:
+            # Asked under the lock: another look may have been made while this one waited for it.
+            if time.monotonic() - self._began >= _SHORTEST_SECONDS:
+                self._look()
 
     def take(self, since: float) -> InterfaceState | None:
         """Return the last look and delete it; None if it began before `since`, by time.monotonic()."""
@@ -83,6 +73,21 @@ class InterfaceObserver:
             if self._asked is None or self._asked.done():
                 self._asked = self._executor.submit(self._look_quietly)
             return self._asked
+
+    def _look(self) -> InterfaceState:
+        self._began = began = time.monotonic()
+        ifindex = self._hub.ifindex()
+        try:
+            state = self._read(ifindex)
+        except HubUpdateError as exc:
+            self.metrics.look_failed()
+            if self._health is not None:
+                self._health.note_failure(str(exc), is_away=ifindex is None)
+            raise
+        if self._health is not None:
+            self._health.observe(state, ifindex)
+        self._last = began, state
+        return state
 
     def _read(self, ifindex: int | None) -> InterfaceState:
         if ifindex is None:
