@@ -8,7 +8,7 @@ import pytest
 
 from backend.errors import HubUpdateError
 from backend.models.wireguard.interface import InterfaceState
-from backend.services.hub import interface_observer
+from backend.services.hub import interface_observer, interface_sync
 from backend.services.hub.interface_observer import InterfaceObserver
 from tests.harness.core import NEVER, Worlds
 from tests.harness.fakes import FakeHub
@@ -108,7 +108,10 @@ def test_a_look_is_taken_once_and_only_if_it_is_newer_than_the_last_change(hub: 
     observer = InterfaceObserver(hub)
     before = time.monotonic()
     state = observer.look()
-    assert observer.take(since=before) == state
+    taken = observer.take(since=before)
+    assert taken is not None
+    assert before <= taken[0] <= time.monotonic()
+    assert taken[1] == state
     assert observer.take(since=before) is None
     observer.look()
     assert observer.take(since=time.monotonic()) is None
@@ -131,6 +134,23 @@ def test_a_look_for_the_health_of_peers_serves_the_search_for_drift(
     assert hub.table == table
     # The one that found it is not repeated; three more belong to `wg syncconf` and what it added anew.
     assert hub.looks == looks + 3
+
+
+def test_a_look_that_has_waited_puts_the_next_comparison_off_no_further(
+    make_world: Worlds, hub: CountingHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interface_sync, "_VERIFY_INTERVAL_SECONDS", 0.5)
+    world = make_world(hub=hub, look_every=NEVER)
+    world.provision("node-1")
+    world.look()
+    table = dict(hub.table)
+    world.observer.look()
+    hub.table = {}
+    time.sleep(0.4)
+    world.look()
+    time.sleep(0.2)
+    world.look()
+    assert hub.table == table
 
 
 def test_a_look_from_before_a_change_finds_no_drift(make_world: Worlds, hub: CountingHub) -> None:

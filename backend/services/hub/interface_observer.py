@@ -55,10 +55,13 @@ class InterfaceObserver:
             if time.monotonic() - self._began >= _SHORTEST_SECONDS:
                 self._look()
 
-    def take(self, since: float) -> InterfaceState | None:
-        """Return the last look and delete it; None if it began before `since`, by time.monotonic()."""
+    def take(self, since: float) -> tuple[float, InterfaceState] | None:
+        """Return when the last look began, and the look, and delete it; None if it began before `since`.
+
+        Times are time.monotonic()'s.
+        """
         last, self._last = self._last, None
-        return None if last is None or last[0] < since else last[1]
+        return None if last is None or last[0] < since else last
 
     def lost_endpoints(self, state: InterfaceState) -> Mapping[str, str]:
         """Return the last endpoint of each peer that has none on the interface; see HealthMonitor."""

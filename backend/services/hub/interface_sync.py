@@ -20,9 +20,9 @@ from backend.services.wireguard_config_manager import WireGuardConfigManager
 
 log = logging.getLogger(__name__)
 
-# The whole interface is compared with the whole file so often: seconds. With a burst of batches, which it
-# has to wait for, that is ten seconds at the latest.
-_VERIFY_INTERVAL_SECONDS: Final = 8.0
+# The whole interface is compared with the whole file so often: seconds. With the loop's second and a burst of
+# batches, which it has to wait for, that is ten seconds at the latest.
+_VERIFY_INTERVAL_SECONDS: Final = 6.0
 # A comparison takes at most this share of the time.
 _VERIFY_SHARE: Final = 0.1
 # The most endpoints that are set in one call of `restore_endpoints`, which is made each second.
@@ -47,8 +47,8 @@ class InterfaceSync:
         # The index of the interface that is known to equal the file, and the operator's part of the file that
         # it was told; None while there is none.
         self._confirmed: tuple[int | None, bytes] | None = None
-        # When the whole interface was last compared with the whole file, how long that took, and when the
-        # interface was changed last.
+        # When the look began by which the whole interface was last compared with the whole file, how long
+        # that took, and when the interface was changed last.
         self._verified_at = float("-inf")
         self._verify_seconds = 0.0
         self._changed_at = float("-inf")
@@ -137,11 +137,11 @@ class InterfaceSync:
         since = time.monotonic() - self._verified_at
         if since < self._verify_seconds / _VERIFY_SHARE:
             return Drift()
-        state = self._observer.take(self._changed_at)
+        look = self._observer.take(self._changed_at)
         changed = self._changed_at > self._verified_at
-        if state is None and since < _VERIFY_INTERVAL_SECONDS and not (changed and idle):
+        if look is None and since < _VERIFY_INTERVAL_SECONDS and not (changed and idle):
             return Drift()
-        return self._verify(state)
+        return self._verify(look)
 
     def restore_endpoints(self) -> int:
         """Set the last endpoint of each peer that has none, after `wg syncconf` has run.
@@ -194,18 +194,19 @@ class InterfaceSync:
         if drift:
             raise HubUpdateError(f"interface {self._config.interface} did not take the config: {drift}")
 
-    def _verify(self, state: InterfaceState | None = None) -> Drift:
+    def _verify(self, look: tuple[float, InterfaceState] | None = None) -> Drift:
         """Compare the interface with the file: `wg` answers 0 to several things that it doesn't do.
 
-        `state` is a look that was made since the last change; without it one is made.
+        `look` was made since the last change, and when it began; without it one is made.
         """
         began = time.monotonic()
-        actual = self.inspect() if state is None else self._require_ours(state)
+        actual = self.inspect() if look is None else self._require_ours(look[1])
         if actual is None:
             raise self._no_interface()
         drift = compare(actual, self._config.parsed)
-        self._verified_at = time.monotonic()
-        self._verify_seconds = self._verified_at - began
+        # What came after the look's begin is for the next one, however long this one has waited.
+        self._verified_at = began if look is None else look[0]
+        self._verify_seconds = time.monotonic() - began
         return drift
 
     def _is_known(self) -> bool:
