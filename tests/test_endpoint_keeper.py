@@ -121,6 +121,28 @@ def test_a_restoration_that_fails_is_tried_again(
     assert fake_hub.restored == [LostEndpoint(key, HOME, 0)]
 
 
+def test_a_nudge_that_fails_is_not_taken_for_drift(
+    quiet: World, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = new_key()
+    quiet.provision("node-1", key)
+    talk(quiet, fake_hub, key, HOME)
+    fake_hub.vanish()
+    fake_hub.come_back()
+
+    def fail_halfway(_peers: object) -> None:
+        fake_hub.seen[key] = InterfacePeer(frozenset(), persistent_keepalive=1)
+        quiet.observer.look()
+        del fake_hub.seen[key]
+        raise HubUpdateError("`wg` gave up")
+
+    monkeypatch.setattr(fake_hub, "restore", fail_halfway)
+    quiet.look()
+    syncs = fake_hub.syncs
+    quiet.look()
+    assert fake_hub.syncs == syncs
+
+
 def test_endpoints_are_written_some_at_a_time(
     quiet: World, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,8 +163,11 @@ class InterfaceSync:
             for key in islice(lost, _MAX_ENDPOINTS)
         ]
         if part:
-            self._hub.restore(part)
-            self._changed_at = time.monotonic()
+            try:
+                self._hub.restore(part)
+            finally:
+                # Looks from between its two steps show the nudge, also where it fails.
+                self._changed_at = time.monotonic()
             self._metrics.endpoints_restored(len(part))
         self._endpoints_lost = len(part) < len(lost)
         return len(part)
