@@ -1,6 +1,7 @@
 """The SQL of the peers' last endpoints. Each function runs in the given transaction."""
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Final
 
 import sqlalchemy as sa
@@ -19,9 +20,14 @@ _INSERT: Final[dict[str, sqlite.Insert | postgresql.Insert]] = {
     "sqlite": sqlite.insert(peer_endpoints),
     "postgresql": postgresql.insert(peer_endpoints),
 }
+# Never an older one over a newer one: another process may have seen the peer since. One from the future is
+# from a clock that was wrong, and would stay for good.
 _SAVE: Final = {
     dialect: insert.from_select(["peer", "endpoint", "seen_at"], _ROW).on_conflict_do_update(
-        index_elements=["peer"], set_={name: insert.excluded[name] for name in ("endpoint", "seen_at")}
+        index_elements=["peer"],
+        set_={name: insert.excluded[name] for name in ("endpoint", "seen_at")},
+        where=(peer_endpoints.c.seen_at <= insert.excluded.seen_at)
+        | (peer_endpoints.c.seen_at > sa.bindparam("now", type_=UtcDateTime())),
     )
     for dialect, insert in _INSERT.items()
 }
@@ -39,9 +45,10 @@ def load(connection: sa.Connection, hub: int) -> dict[str, RecordedEndpoint]:
 
 
 def save(connection: sa.Connection, hub: int, endpoints: Mapping[str, RecordedEndpoint]) -> None:
-    """Write endpoints by WireGuard key; skip those of unknown peers."""
+    """Write endpoints by WireGuard key; skip those of unknown peers, and those that are older."""
+    now = datetime.now(UTC)
     rows = [
-        {"on": hub, "key": key, "endpoint": recorded.endpoint, "seen": recorded.seen_at}
+        {"on": hub, "key": key, "endpoint": recorded.endpoint, "seen": recorded.seen_at, "now": now}
         for key, recorded in endpoints.items()
     ]
     connection.execute(_SAVE[connection.dialect.name], rows)

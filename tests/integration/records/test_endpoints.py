@@ -1,7 +1,7 @@
 """The endpoints that peers were seen at last, in each kind of database."""
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import sqlalchemy as sa
 
@@ -28,6 +28,21 @@ def test_the_last_endpoint_of_each_peer_is_kept(records: SqlRecords) -> None:
     later = replace(HOME, seen_at=NOON + timedelta(hours=1))
     records.save_endpoints({keys[1]: later})
     assert records.load_endpoints() == {keys[0]: HOME, keys[1]: later}
+
+
+def test_an_endpoint_that_another_process_has_seen_since_is_not_overwritten(records: SqlRecords) -> None:
+    """A process that was overtaken still writes what it knows, when it stops."""
+    change = adding("node-1", "10.0.0.2")
+    records.commit(1, 0, [change])
+    key = change.peer.wireguard_public_key
+    records.save_endpoints({key: HOME})
+    records.save_endpoints({key: replace(AWAY, seen_at=NOON - timedelta(seconds=1))})
+    assert records.load_endpoints() == {key: HOME}
+    # From a clock that was wrong.
+    future = replace(HOME, seen_at=datetime.now(UTC) + timedelta(days=1))
+    records.save_endpoints({key: future})
+    records.save_endpoints({key: AWAY})
+    assert records.load_endpoints() == {key: AWAY}
 
 
 def test_the_endpoint_of_an_unknown_key_is_passed_over(records: SqlRecords) -> None:
