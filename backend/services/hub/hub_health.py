@@ -1,5 +1,6 @@
 """The health of the whole hub, summed up from its peers'."""
 
+import asyncio
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -67,6 +68,8 @@ class HubHealth:
         self.monitor = monitor
         self._observer = observer
         self._live = live
+        # Held while all peers are told of: many requests at once would each take a turn between two others.
+        self.telling = asyncio.Lock()
 
     def require_interface(self, name: str | None) -> None:
         """Raise InterfaceNotFoundError for the name of another interface than this hub's."""

@@ -130,11 +130,12 @@ async def get_health(query: Annotated[HealthQuery, Query()], _: Reader, service:
     await _look(health)
     report = health.report(query.stale_threshold)
     parts: list[str] = []
-    async for piece in _in_pieces(health.monitor.peers()):
-        for peer in piece:
-            report.add(peer)
-        if query.include_peers:
-            parts.append(",".join(_json(_peer(peer, report)) for peer in piece))
+    async with health.telling:
+        async for piece in _in_pieces(health.monitor.peers()):
+            for peer in piece:
+                report.add(peer)
+            if query.include_peers:
+                parts.append(",".join(_json(_peer(peer, report)) for peer in piece))
     text = _json(_sum(health, service.hub_key, report))
     if query.include_peers:
         text = f'{text[:-1]},"peers":[{",".join(parts)}]}}'
