@@ -1,14 +1,20 @@
 """Endpoints: kept in the records, and given back to an interface that has lost them."""
 
+import sqlite3
 import time
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from backend.adapters.records.database import Database
+from backend.adapters.records.unit_of_work import SqlRecords
 from backend.errors import HubUpdateError
 from backend.models.wireguard.health import LostEndpoint, RecordedEndpoint
 from backend.models.wireguard.interface import InterfacePeer
 from backend.services.hub import endpoint_keeper, interface_sync
+from backend.services.hub.endpoint_keeper import EndpointKeeper
 from tests.harness.core import NEVER, World, Worlds
 from tests.harness.fakes import FakeHub, FlakyRecords
 from tests.harness.peers import NOON
@@ -185,4 +191,24 @@ def test_endpoints_wait_for_records_that_are_away(quiet: World, fake_hub: FakeHu
     assert replace(unrecorded[key], seen_at=NOON) == RecordedEndpoint(HOME, NOON)
     quiet.records.database.close()
     quiet.keeper.close()
+    assert key in quiet.health.unrecorded_endpoints()
+
+
+def test_endpoints_do_not_wait_for_a_database_that_another_program_has_locked(
+    quiet: World, fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    """They would hold up the changes behind them, and a stop."""
+    key = new_key()
+    quiet.provision("node-1", key)
+    talk(quiet, fake_hub, key, HOME)
+    path = tmp_path / "records.sqlite"
+    with closing(Database(f"sqlite:///{path}")) as database:
+        database.migrate()
+        # A write that succeeded within the last second is taken for an answer.
+        time.sleep(1.0)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            began = time.monotonic()
+            EndpointKeeper(SqlRecords(database), quiet.health).close()
+            assert time.monotonic() - began < 15
     assert key in quiet.health.unrecorded_endpoints()

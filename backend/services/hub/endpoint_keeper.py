@@ -41,5 +41,8 @@ class EndpointKeeper:
             self.save(lambda write: write())
 
     def _write(self, endpoints: dict[str, RecordedEndpoint]) -> None:
+        # Waits two seconds for a database that another program has locked. A write waits for 30, and with it
+        # the agent's changes, or a stop.
+        self._records.check_writable()
         self._records.save_endpoints(endpoints)
         self._health.note_recorded(endpoints)
