@@ -252,6 +252,10 @@ class InUseError(StartRefusedError):
     """Another process holds the config, the interface or the database."""
 
 
+class NewerSchemaError(StartRefusedError):
+    """A newer version of the service has made the database."""
+
+
 class BackupError(StartRefusedError):
     """A backup can't be made, read or restored; nothing was changed."""
 

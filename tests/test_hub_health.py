@@ -11,6 +11,7 @@ from backend.models.access.callers import SERVICE
 from backend.models.wireguard.health import HealthState, PeerHealth
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.peer import Peer
+from backend.services import pieces
 from backend.services.hub.hub_health import HealthReport, HealthStatus
 from tests.harness.core import World
 from tests.harness.peers import NOON
@@ -77,7 +78,7 @@ def test_requests_tell_of_the_peers_one_after_the_other(
         query = endpoints.HealthQuery(include_peers=True)
         return await asyncio.gather(*(endpoints.get_health(query, SERVICE, world.service) for _ in range(5)))
 
-    monkeypatch.setattr(endpoints, "_PEERS_AT_ONCE", 1)
+    monkeypatch.setattr(pieces, "PIECE", 1)
     monkeypatch.setattr(world.health, "peers", peers)
     answers = asyncio.run(ask())
     assert (len(answers), most) == (5, 1)

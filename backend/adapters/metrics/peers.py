@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Final
 
-from backend.adapters.metrics.state import Health, in_pieces
+from backend.adapters.metrics.state import Health
 from backend.models.wireguard.health import HealthState
+from backend.services.pieces import in_pieces
 
 _FAMILIES: Final = (
     ("wireguard_peer_receive_bytes_total", "counter", "Bytes that the hub has received from the peer."),

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import accumulate, islice
-from typing import Final, Protocol, TypeVar
+from itertools import accumulate
+from typing import Final, Protocol
 
 from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
@@ -18,11 +18,8 @@ from backend.services.access.token_uses import TokenUses
 from backend.services.hub.reconciler import Reconciler
 from backend.services.hub.writer import Writer
 from backend.services.ip_pool_manager import IPPoolManager
+from backend.services.pieces import in_pieces
 
-_Item = TypeVar("_Item")
-
-# How many peers or credentials are read between two moments at which other work may go on.
-PIECE: Final = 500
 # Upper bounds in seconds. A session in use makes a handshake every 120 s, and none lasts longer than 180 s.
 AGES: Final = (30, 60, 90, 120, 150, 180, 240, 300, 600, 1800, 3600, 4 * 3600, 24 * 3600)
 
@@ -185,13 +182,6 @@ class State:
         # The row in memory may be from before the last uses.
         used_up = state is CredentialState.ACTIVE and self.uses.used_up(credential)
         return CredentialState.USED_UP if used_up else state
-
-
-def in_pieces(items: Iterable[_Item]) -> Iterator[list[_Item]]:
-    """Return the items in lists of at most PIECE, each read when it is asked for."""
-    iterator = iter(items)
-    while piece := list(islice(iterator, PIECE)):
-        yield piece
 
 
 def _gauge(name: str, text: str, value: float | None) -> Metric:

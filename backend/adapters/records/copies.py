@@ -23,7 +23,7 @@ from backend.adapters.records.database import Database
 from backend.adapters.records.postgresql import said, without_timeouts
 from backend.adapters.records.tables import hubs, metadata, notices
 from backend.adapters.records.unit_of_work import SqlRecords
-from backend.errors import BackupError, StartRefusedError
+from backend.errors import BackupError, NewerSchemaError, StartRefusedError
 from backend.models.wireguard.records import RecordedState
 from backend.services.hub.config_text import PeerBlock
 
@@ -173,11 +173,9 @@ def _reading_copy() -> Iterator[None]:
         yield
     except SQLAlchemyError as exc:
         raise BackupError(f"the backup's records can't be used ({said(exc)})") from exc
+    except NewerSchemaError as exc:
+        raise BackupError("the backup was made by a newer version; use that version to restore it") from exc
     except StartRefusedError as exc:
-        if "newer version" in str(exc):
-            raise BackupError(
-                "the backup was made by a newer version; use that version to restore it"
-            ) from exc
         raise BackupError(f"the backup's records can't be used ({exc})") from exc
     except OSError:
         raise

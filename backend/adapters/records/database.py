@@ -21,7 +21,7 @@ from backend.adapters.records import sqlite
 from backend.adapters.records.availability import Availability
 from backend.adapters.records.postgresql import NOTHING_CHANGED, PostgreSQL, said, without_timeouts
 from backend.adapters.records.sqlite import SqliteFile
-from backend.errors import InUseError, RecordsUnavailableError, StartRefusedError
+from backend.errors import InUseError, NewerSchemaError, RecordsUnavailableError, StartRefusedError
 from backend.services.no_metrics import NO_METRICS
 from backend.services.ports import DatabaseOperation, Metrics
 from backend.services.stopwatch import measured
@@ -184,7 +184,7 @@ class Database:
                 with without_timeouts(connection):
                     command.upgrade(config, "head")
         except CommandError as exc:
-            raise StartRefusedError(
+            raise NewerSchemaError(
                 f"{self.name} was made by a newer version; run that one, or restore a backup"
             ) from exc
         except SQLAlchemyError as exc:

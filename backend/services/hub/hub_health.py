@@ -4,6 +4,7 @@ import asyncio
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from backend.errors import InterfaceNotFoundError
 from backend.models.wireguard.health import PeerHealth
@@ -69,7 +70,7 @@ class HubHealth:
         self._observer = observer
         self._live = live
         # Held while all peers are told of: many requests at once would each take a turn between two others.
-        self.telling = asyncio.Lock()
+        self.one_report: Final = asyncio.Lock()
 
     def require_interface(self, name: str | None) -> None:
         """Raise InterfaceNotFoundError for the name of another interface than this hub's."""

@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Response
@@ -17,13 +15,12 @@ from backend.models.fields import StrictModel
 from backend.models.wireguard.health import HealthState, PeerHealth
 from backend.models.wireguard.peer import cidr
 from backend.services.hub.hub_health import HealthReport, HealthStatus, HubHealth
+from backend.services.pieces import in_pieces
 
 router = APIRouter(prefix="/wireguard", tags=["WireGuard"], route_class=SecuredRoute, responses=REFUSALS)
 
 # A request waits at most so long for a new look at the interface, then answers from the last one: seconds.
 _PATIENCE_SECONDS: Final = 2.0
-# Other requests go on after so many peers.
-_PEERS_AT_ONCE: Final = 500
 
 
 class PeerHealthAnswer(BaseModel):
@@ -130,12 +127,13 @@ async def get_health(query: Annotated[HealthQuery, Query()], _: Reader, service:
     await _look(health)
     report = health.report(query.stale_threshold)
     parts: list[str] = []
-    async with health.telling:
-        async for piece in _in_pieces(health.monitor.peers()):
+    async with health.one_report:
+        for piece in in_pieces(health.monitor.peers()):
             for peer in piece:
                 report.add(peer)
             if query.include_peers:
                 parts.append(",".join(_json(_peer(peer, report)) for peer in piece))
+            await asyncio.sleep(0)
     text = _json(_sum(health, service.hub_key, report))
     if query.include_peers:
         text = f'{text[:-1]},"peers":[{",".join(parts)}]}}'
@@ -166,12 +164,6 @@ def _json(fields: dict[str, Any]) -> str:
 async def _look(health: HubHealth) -> None:
     """Wait for a look that is at most a second old, unless it takes too long."""
     await asyncio.wait([asyncio.wrap_future(health.refresh())], timeout=_PATIENCE_SECONDS)
-
-
-async def _in_pieces(peers: Iterator[PeerHealth]) -> AsyncIterator[list[PeerHealth]]:
-    while piece := list(islice(peers, _PEERS_AT_ONCE)):
-        yield piece
-        await asyncio.sleep(0)
 
 
 def _sum(health: HubHealth, hub_key: str, report: HealthReport) -> dict[str, Any]:
