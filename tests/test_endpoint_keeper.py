@@ -25,7 +25,7 @@ HOME, AWAY = "198.51.100.7:51820", "[2001:db8::1]:7"
 
 def talk(world: World, hub: FakeHub, key: str, endpoint: str, keepalive: int = 0) -> None:
     """Have a peer make a handshake from an endpoint, and the hub notice it."""
-    seen = InterfacePeer(frozenset(), None, keepalive, endpoint, int(time.time()), 180, 92)
+    seen = InterfacePeer((), None, keepalive, endpoint, int(time.time()), 180, 92)
     hub.seen[key] = seen
     world.observer.look()
 
@@ -58,7 +58,7 @@ def test_an_endpoint_that_is_newer_than_ours_stays(quiet: World, fake_hub: FakeH
     talk(quiet, fake_hub, key, HOME)
     fake_hub.vanish()
     fake_hub.come_back()
-    fake_hub.seen[key] = InterfacePeer(frozenset(), endpoint=AWAY)
+    fake_hub.seen[key] = InterfacePeer((), endpoint=AWAY)
     quiet.look()
     assert fake_hub.restored == []
 
@@ -137,7 +137,7 @@ def test_a_nudge_that_fails_is_not_taken_for_drift(
     fake_hub.come_back()
 
     def fail_halfway(_peers: object) -> None:
-        fake_hub.seen[key] = InterfacePeer(frozenset(), persistent_keepalive=1)
+        fake_hub.seen[key] = InterfacePeer((), persistent_keepalive=1)
         quiet.observer.look()
         del fake_hub.seen[key]
         raise HubUpdateError("`wg` gave up")

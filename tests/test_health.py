@@ -53,7 +53,7 @@ class Watched:
         self.now = datetime.now(UTC).replace(microsecond=0)
         self.directory.load([peer(NODE, KEY, 2, self.now + timedelta(seconds=5))])
         self.monitor = HealthMonitor(self.directory, lambda: HUB, **hooks)  # type: ignore[arg-type] # hooks alone
-        self.shown = InterfacePeer(frozenset({"10.0.0.2/32"}))
+        self.shown = InterfacePeer(("10.0.0.2/32",))
         self.ifindex = 7
 
     def look(self, after: float = 5.0, **shown: object) -> HealthState:
@@ -172,7 +172,7 @@ def test_a_look_that_failed_changes_no_state(online: Watched) -> None:
 
 
 def test_another_programs_interface_tells_nothing_of_our_peers(online: Watched) -> None:
-    other = InterfacePeer(frozenset(), None, 0, AWAY, online.handshake() + 9, 999_999, 7)
+    other = InterfacePeer((), None, 0, AWAY, online.handshake() + 9, 999_999, 7)
     online.clock.monotonic_now += 100
     online.monitor.observe(InterfaceState(OTHER, 51820, 0, {KEY: other}), online.ifindex)
     assert online.monitor.peer(NODE).endpoint == HOME
@@ -292,7 +292,7 @@ def test_a_removed_peer_is_forgotten_and_its_key_starts_anew(online: Watched) ->
     with pytest.raises(PeerNotFoundError):
         online.monitor.peer(NODE)
     online.directory.load([replace(known, node_id="node-9")])
-    shown = InterfacePeer(frozenset({"10.0.0.2/32"}))
+    shown = InterfacePeer(("10.0.0.2/32",))
     online.monitor.observe(InterfaceState(HUB, 51820, 0, {KEY: shown}), online.ifindex)
     assert online.monitor.peer("node-9").state is HealthState.NEVER
     assert online.monitor.peer("node-9").endpoint is None
@@ -327,7 +327,7 @@ def test_a_peer_from_before_the_start_has_no_first_handshake(clock: Clock) -> No
     told: list[float] = []
     hub = Watched(clock, on_first_handshake=told.append)
     hub.directory.load([peer("old", OTHER, 3, hub.now - timedelta(days=1))])
-    shown = InterfacePeer(frozenset(), None, 0, HOME, 77)
+    shown = InterfacePeer((), None, 0, HOME, 77)
     for stamp in (0, 77):
         clock.monotonic_now += 5
         hub.monitor.observe(
@@ -377,9 +377,7 @@ def test_only_recent_endpoints_are_given_back_and_none_over_a_newer_one(online: 
 
 def test_a_link_local_endpoint_is_not_given_back(online: Watched) -> None:
     online.look(endpoint="[fe80::1%eth0]:51820", received_bytes=10_000)
-    assert (
-        online.monitor.lost_endpoints(InterfaceState(HUB, 51820, 0, {KEY: InterfacePeer(frozenset())})) == {}
-    )
+    assert online.monitor.lost_endpoints(InterfaceState(HUB, 51820, 0, {KEY: InterfacePeer(())})) == {}
 
 
 def test_an_endpoint_whose_age_is_unknown_is_not_given_back(hub: Watched) -> None:

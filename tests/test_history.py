@@ -55,7 +55,7 @@ def test_removed_peers_with_tombstones_do_not_pause() -> None:
 
 
 def test_peers_that_only_the_interface_has_count_unless_they_are_the_operators() -> None:
-    interface = InterfaceState(None, 0, 0, {key: InterfacePeer(frozenset()) for key in KEYS[:10]})
+    interface = InterfaceState(None, 0, 0, {key: InterfacePeer(()) for key in KEYS[:10]})
     guard = RemovalGuard(lambda _: ())
     assert guard.check(find_peers((), interface, set(KEYS[4:10])), ()) == 4
     with pytest.raises(PausedError):

@@ -113,14 +113,14 @@ class FakeHub:
         self._fail_if_it_must()
         self.restored += peers
         for peer in peers:
-            seen = self.seen.get(peer.public_key, InterfacePeer(frozenset()))
+            seen = self.seen.get(peer.public_key, InterfacePeer(()))
             self.seen[peer.public_key] = replace(seen, endpoint=peer.endpoint)
 
     def state(self) -> InterfaceState:
         if not self._up:
             raise HubUpdateError("no such device")
         peers = {
-            key: replace(self.seen.get(key, InterfacePeer(allowed)), allowed_ips=allowed)
+            key: replace(self.seen.get(key, InterfacePeer(())), allowed_ips=tuple(sorted(allowed)))
             for key, allowed in self.table.items()
         }
         return InterfaceState(self.key, self.port, 0, peers)

@@ -63,7 +63,7 @@ def _peer(  # noqa: PLR0913, PLR0917 - a column each
 ) -> InterfacePeer:
     received, sent = map(int, transfer.split("\t"))
     return InterfacePeer(
-        frozenset(() if allowed == "(none)" else allowed.split(" ")),
+        () if allowed == "(none)" else tuple(sorted(allowed.split(" "))),
         None if preshared_key == "(none)" else preshared_key_digest(preshared_key),
         0 if keepalive == "off" else int(keepalive),
         None if endpoint == "(none)" else endpoint,

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -45,7 +46,8 @@ class InterfacePeer:
     seconds since the epoch by the kernel's clock, 0 for a peer that has made none.
     """
 
-    allowed_ips: frozenset[str]
+    # Sorted.
+    allowed_ips: tuple[str, ...]
     # A digest: the key itself is kept by `wg` and the file alone.
     preshared_key_digest: bytes | None = field(default=None, repr=False)
     persistent_keepalive: int = 0
@@ -70,13 +72,15 @@ class InterfaceState:
 
         The private key in its first field is passed over.
         """
-        first, *lines = dump.rstrip("\n").split("\n")
+        # One line at a time: a list of all of them takes as much memory again.
+        lines = _lines(dump)
+        first = next(lines, "")
         _, public_key, listen_port, fwmark = first.split("\t")
         peers = {}
         for line in lines:
             key, preshared_key, endpoint, allowed, handshake, received, sent, keepalive, *_ = line.split("\t")
             peers[key] = InterfacePeer(
-                frozenset(() if allowed == _NONE else allowed.split(",")),
+                _allowed_ips(allowed),
                 None if preshared_key == _NONE else preshared_key_digest(preshared_key),
                 0 if keepalive == _OFF else int(keepalive),
                 None if endpoint == _NONE else endpoint,
@@ -90,6 +94,21 @@ class InterfaceState:
             0 if fwmark == _OFF else int(fwmark, 0),
             peers,
         )
+
+
+def _lines(text: str) -> Iterator[str]:
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    if start < len(text):
+        yield text[start:]
+
+
+def _allowed_ips(text: str) -> tuple[str, ...]:
+    if "," in text:
+        return tuple(sorted(text.split(",")))
+    return () if text == _NONE else (text,)
 
 
 def preshared_key_digest(key: str) -> bytes:

@@ -1,6 +1,7 @@
 """How an interface differs from the file that it is made from."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -50,20 +51,21 @@ def compare(actual: InterfaceState, desired: ParsedConfig) -> Drift:
         drift.kinds.add(DriftKind.SETTINGS)
         drift.found.append(f"FwMark {actual.fwmark:#x} instead of {desired.fwmark:#x}")
     missing = changed = 0
-    wanted = _wanted(desired)
-    for key, peer in wanted.items():
+    # Those of the interface that the file has.
+    known = 0
+    for key, peer in _wanted(desired):
         present = actual.peers.get(key)
         if present is None:
             missing += 1
-        elif present != peer:
+            continue
+        known += 1
+        if present != peer:
             changed += 1
             if peer.preshared_key_digest is None and present.preshared_key_digest is not None:
                 drift.preshared_keys.add(key)
             if peer.persistent_keepalive == 0 and present.persistent_keepalive != 0:
                 drift.keepalives.add(key)
-    # Those that `wanted` leaves out are in the file all the same.
-    named = {peer.public_key for peer in desired.operator_peers}
-    surplus = len(actual.peers.keys() - wanted.keys() - named)
+    surplus = len(actual.peers) - known - len(_left_out(desired) & actual.peers.keys())
     for number, what, kind in (
         (missing, "missing", DriftKind.MISSING),
         (changed, "changed", DriftKind.CHANGED),
@@ -75,34 +77,39 @@ def compare(actual: InterfaceState, desired: ParsedConfig) -> Drift:
     return drift
 
 
-def _wanted(desired: ParsedConfig) -> dict[str, InterfacePeer]:
-    """Return what `wg` would make of the file's peers, by key.
-
-    Left out is what depends on more than the file: a key that stands there twice takes some values of each
-    section, and the hub's own key is passed over.
-    """
-    peers: dict[str, InterfacePeer] = {
-        peer.public_key: InterfacePeer(
-            frozenset(peer.allowed_ips), persistent_keepalive=peer.persistent_keepalive or 0
-        )
-        for peer in desired.blocks
-    }
+def _wanted(desired: ParsedConfig) -> Iterator[tuple[str, InterfacePeer]]:
+    """Yield what `wg` would make of the file's peers, with their keys, except those that are left out."""
+    for peer in desired.blocks:
+        allowed, keepalive = tuple(sorted(peer.allowed_ips)), peer.persistent_keepalive or 0
+        yield peer.public_key, InterfacePeer(allowed, persistent_keepalive=keepalive)
     if not desired.operator_peers:
-        return peers
-    named = Counter(peer.public_key for peer in desired.operator_peers)
+        return
+    left_out = _left_out(desired)
     # An address that several peers claim goes to the last of them, and ours are behind all others.
     owners: dict[str, str] = {}
     for operators in desired.operator_peers:
         owners.update(dict.fromkeys(map(cidr, operators.allowed_ips), operators.public_key))
     for peer in desired.blocks:
         owners.update(dict.fromkeys(peer.allowed_ips, peer.public_key))
+    ours = {peer.public_key for peer in desired.blocks}
     for operators in desired.operator_peers:
         key = operators.public_key
-        if named[key] > 1 or key in peers or key == desired.hub_public_key:
+        if key in left_out or key in ours:
             continue
-        peers[key] = InterfacePeer(
-            frozenset(text for text in map(cidr, operators.allowed_ips) if owners[text] == key),
-            None if operators.preshared_key is None else preshared_key_digest(operators.preshared_key),
-            operators.persistent_keepalive,
-        )
-    return peers
+        held = {text for text in map(cidr, operators.allowed_ips) if owners[text] == key}
+        digest = None if operators.preshared_key is None else preshared_key_digest(operators.preshared_key)
+        yield key, InterfacePeer(tuple(sorted(held)), digest, operators.persistent_keepalive)
+
+
+def _left_out(desired: ParsedConfig) -> set[str]:
+    """Return the keys of peers whose form on the interface depends on more than the file.
+
+    A key that stands there twice takes some values of each section, and the hub's own key is passed over.
+    """
+    named = Counter(peer.public_key for peer in desired.operator_peers)
+    ours = {peer.public_key for peer in desired.blocks} if named else set()
+    return {
+        key
+        for key, count in named.items()
+        if (count > 1 or key == desired.hub_public_key) and key not in ours
+    }

@@ -43,10 +43,13 @@ class InterfaceObserver:
         """Wait for a look that `ask` has started; `ask` raises RuntimeError from then on."""
         self._executor.shutdown()
 
-    def look(self) -> InterfaceState:
-        """Read the interface now; raise HubUpdateError."""
+    def look(self, *, keep: bool = True) -> InterfaceState:
+        """Read the interface now; raise HubUpdateError. `keep` leaves the look for `take`."""
         with self._looking:
-            return self._look()
+            state = self._look()
+            if not keep:
+                self._last = None
+            return state
 
     def look_regularly(self) -> None:
         """Read the interface, unless that was done within the last second; raise HubUpdateError."""
@@ -79,6 +82,8 @@ class InterfaceObserver:
 
     def _look(self) -> InterfaceState:
         self._began = began = time.monotonic()
+        # Before the next one, so that there are never two of them in memory.
+        self._last = None
         ifindex = self._hub.ifindex()
         try:
             state = self._read(ifindex)

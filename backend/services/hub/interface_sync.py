@@ -77,7 +77,7 @@ class InterfaceSync:
         """Return what the interface has, None where there is none; raise HubUpdateError for another's."""
         if not self._hub.live or self._hub.ifindex() is None:
             return None
-        return self._require_ours(self._observer.look())
+        return self._require_ours(self._observer.look(keep=False))
 
     def start(self, added: Sequence[Peer], removed: Sequence[Peer]) -> Callable[[], bool]:
         """Start `wg set` for these changes, unless a full sync is needed anyway.
