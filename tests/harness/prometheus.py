@@ -91,6 +91,10 @@ class Prometheus:
 
     def __enter__(self) -> Self:
         self._configure()
+        self._start()
+        return self
+
+    def _start(self) -> None:
         command: list[str | Path] = [str(find_tool("prometheus"))]
         command += [f"--config.file={self._directory / SCRAPE_CONFIG.name}"]
         command += [f"--storage.tsdb.path={self._directory / 'data'}"]
@@ -103,17 +107,24 @@ class Prometheus:
         except BaseException:
             self.__exit__()
             raise
-        return self
+
+    def restart(self) -> None:
+        """Kill it, and start it again with what it has stored."""
+        self._kill()
+        self._start()
 
     def __exit__(self, *exc: object) -> None:
         self._client.close()
+        self._kill()
+
+    def _kill(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.wait()
 
     def show(self, key: str) -> None:
-        """Have it show this key from its next scrape on."""
+        """Have it show this key: some versions from the next scrape on, others after a restart."""
         (self._directory / CREDENTIALS).write_text(key)
 
     def get(self, path: str, **parameters: str) -> Any:
