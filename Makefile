@@ -22,10 +22,10 @@ run: $(RUNS) .tools ## Make a hub under ./var if there is none, and serve on 127
 
 install: $(RUNS) ## Make .venv with what the service needs to run, and nothing more
 
-test: $(STAMP) .test-requirements ## Run all tests, with coverage, in some 5 minutes; as root on Debian or Ubuntu it installs what they need
+test: $(STAMP) .test-requirements ## Run all tests, with coverage, in some 7 minutes; as root on Debian or Ubuntu it installs what they need
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=97
 
-unit: $(STAMP) ## Run the tests outside of tests/integration and tests/reliability, under a minute, root or not
+unit: $(STAMP) ## Run the tests outside of tests/integration and tests/reliability, in about a minute, root or not
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore=tests/integration --ignore=tests/reliability
 
 torture: $(STAMP) .test-requirements ## Repeat, as root, what fails only now and then, and wait in real time (MINUTES=10)
