@@ -254,7 +254,6 @@ def _automatic_backups(
     directory = BackupDirectory(settings.backup_directory, settings.state_directory)
     return AutomaticBackups(
         BackupMaker(directory, database, settings.wireguard_config_path, settings.interface),
-        settings.wireguard_config_path,
         lambda: config.parsed.hub_public_key,
         lambda: writer.generation,
         Retention(keep, settings.wireguard_backup_keep_days),

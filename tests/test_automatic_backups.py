@@ -43,12 +43,10 @@ class Hub:
         maker = BackupMaker(self.backups, self.database, self.config, "wg0", lambda: self.wall)
         return AutomaticBackups(
             maker,
-            self.config,
             self.key.public_key,
             lambda: self.generation,
             Retention(3, 2),
             lambda: self.seconds,
-            lambda: self.wall,
         )
 
     def change(self) -> None:

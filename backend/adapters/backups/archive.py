@@ -98,18 +98,18 @@ def unpack(source: IO[bytes], directory: Path) -> Manifest:
 
 
 @contextmanager
-def _readable(source: IO[bytes]) -> Iterator[IO[bytes]]:
+def _readable(source: IO[bytes]) -> Iterator[gzip.GzipFile]:
     """Yield what is in the gzip; turn what a damaged one raises into BackupError."""
     try:
         with gzip.GzipFile(fileobj=source, mode="rb") as archive:
-            yield archive  # type: ignore[misc]  # GzipFile is an IO[bytes] in all but name
+            yield archive
     except EOFError:
         raise BackupError("the backup is torn: its end is missing") from None
     except (gzip.BadGzipFile, zlib.error) as exc:
         raise BackupError(f"this is no backup, or a damaged one ({exc})") from None
 
 
-def _manifest(archive: IO[bytes]) -> Manifest:
+def _manifest(archive: gzip.GzipFile) -> Manifest:
     header = _header_of(archive, MANIFEST)
     if header.size > _MOST_MANIFEST_BYTES:
         raise BackupError("this is no backup: its manifest is too large")
@@ -131,7 +131,7 @@ def _manifest(archive: IO[bytes]) -> Manifest:
         raise BackupError(f"this is no backup: its manifest can't be read{place}") from None
 
 
-def _header_of(archive: IO[bytes], name: str) -> tarfile.TarInfo:
+def _header_of(archive: gzip.GzipFile, name: str) -> tarfile.TarInfo:
     """Read the next header, which has to be that of a plain file of this name."""
     block = archive.read(tarfile.BLOCKSIZE)
     try:
@@ -169,7 +169,7 @@ def copy_with_room(source: IO[bytes], target: IO[bytes], directory: Path) -> Non
         target.write(chunk)
 
 
-def _unpack_member(archive: IO[bytes], path: Path, member: Member) -> None:
+def _unpack_member(archive: gzip.GzipFile, path: Path, member: Member) -> None:
     digest, left = hashlib.sha256(), member.bytes
     with make_file(path) as file:
         while left:
@@ -182,14 +182,14 @@ def _unpack_member(archive: IO[bytes], path: Path, member: Member) -> None:
         raise BackupError(f"the backup is damaged: {path.name} isn't what the manifest says")
 
 
-def _exactly(archive: IO[bytes], size: int) -> bytes:
+def _exactly(archive: gzip.GzipFile, size: int) -> bytes:
     found = archive.read(size)
     if len(found) != size:
         raise BackupError("the backup is torn: its end is missing")
     return found
 
 
-def _require_end(archive: IO[bytes]) -> None:
+def _require_end(archive: gzip.GzipFile) -> None:
     """Require the end of the tar, and read to the gzip's, where its own check of everything is."""
     # Two empty blocks, and what fills the record that they are in.
     rest = archive.read(2 * tarfile.RECORDSIZE)

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Final
@@ -13,7 +12,7 @@ from typing import Final
 from backend.adapters.backups.maker import BackupMaker, explained
 from backend.models.backups import Manifest, Origin
 from backend.services.hub.backups import HubVersion, Retention, expired, is_due
-from backend.services.hub.config_reader import ConfigReader, FileIdentity
+from backend.services.hub.config_reader import FileIdentity
 
 log = logging.getLogger(__name__)
 
@@ -21,23 +20,20 @@ log = logging.getLogger(__name__)
 class AutomaticBackups:
     """Makes a backup when one is due. A loop calls `run` in a thread of its own; no request waits for it."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the parts that it brings together, and two clocks
+    def __init__(
         self,
         maker: BackupMaker,
-        config_path: Path,
         hub_public_key: Callable[[], str],
         generation: Callable[[], int],
         retention: Retention,
         clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._maker = maker
-        self._reader = ConfigReader(config_path)
+        self._reader = maker.reader
         self._hub_public_key = hub_public_key
         self._generation = generation
         self._retention: Final = retention
         self._clock = clock
-        self._now = now
         # The generation and the config file at the last run, and since when they have been the same.
         self._seen: tuple[int, FileIdentity | None] | None = None
         self._seen_since = clock()
@@ -63,7 +59,9 @@ class AutomaticBackups:
             self._look()
         newest = None if self._newest is None else self._newest[1]
         quiet_seconds = self._clock() - self._seen_since
-        if not is_due(newest, lambda: HubVersion(seen[0], self._hash(seen[1])), quiet_seconds, self._now()):
+        if not is_due(
+            newest, lambda: HubVersion(seen[0], self._hash(seen[1])), quiet_seconds, self._maker.now()
+        ):
             return
         made = self._maker.make(Origin.AUTOMATIC)
         if made.manifest is not None:
@@ -75,7 +73,7 @@ class AutomaticBackups:
     def _look(self) -> None:
         """Find the newest backup of this hub, which a command may have made; raise OSError."""
         directory = self._maker.directory
-        for name in directory.names(until=self._now()):
+        for name in directory.names(until=self._maker.now()):
             if self._newest is not None and name == self._newest[0]:
                 return
             backup = directory.read(name)
@@ -98,7 +96,7 @@ class AutomaticBackups:
 
     def _prune(self, made: Path) -> None:
         backups = self._maker.directory.backups()
-        for backup in expired(backups, self._hub_public_key(), self._retention, self._now()):
+        for backup in expired(backups, self._hub_public_key(), self._retention, self._maker.now()):
             if backup.path != made:
                 backup.path.unlink(missing_ok=True)
                 log.info("backup_deleted", extra={"path": backup.path})

@@ -89,9 +89,9 @@ class BackupMaker:
     ) -> None:
         self.directory: Final = directory
         self._database = database
-        self._reader = ConfigReader(config_path)
+        self.reader: Final = ConfigReader(config_path)
         self._interface = interface
-        self._now = now
+        self.now: Final = now
 
     def make(self, origin: Origin) -> Backup:
         """Make a backup in the directory; raise BackupError or ProvisioningError."""
@@ -129,7 +129,7 @@ class BackupMaker:
         """Write the archive's members into `scratch`, and return the manifest."""
         # Before anything is written: the service's records may be on the same disk, and need room to grow.
         require_room(scratch, copies.size_of(self._database) * _COPIES)
-        made_at = self._now()
+        made_at = self.now()
         # The config before the records, so that the records are never the older of the two: a start adds the
         # peers that the file lacks, but an operator has to decide about peers that the records lack.
         config = self._read_config(needed=config_needed)
@@ -146,7 +146,7 @@ class BackupMaker:
             origin=origin,
             service_version=__version__,
             interface=self._interface,
-            hub_public_key=None if config is None else key_of(config, str(self._reader.path)),
+            hub_public_key=None if config is None else key_of(config, str(self.reader.path)),
             generation=copied.state.generation,
             observed_generation=copied.state.observed_generation,
             database=kind,
@@ -157,8 +157,8 @@ class BackupMaker:
 
     def _read_config(self, *, needed: bool) -> bytes | None:
         try:
-            config, *_ = self._reader.read()
-            key_of(config, str(self._reader.path))
+            config, *_ = self.reader.read()
+            key_of(config, str(self.reader.path))
         except (ConfigFileError, BackupError):
             if needed:
                 raise
