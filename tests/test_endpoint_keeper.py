@@ -30,6 +30,16 @@ def talk(world: World, hub: FakeHub, key: str, endpoint: str, keepalive: int = 0
     world.observer.look()
 
 
+def lose_endpoint(world: World, hub: FakeHub) -> str:
+    """Have a peer make a handshake, and the interface made anew; return the peer's key."""
+    key = new_key()
+    world.provision("node-1", key)
+    talk(world, hub, key, HOME)
+    hub.vanish()
+    hub.come_back()
+    return key
+
+
 @pytest.fixture
 def quiet(make_world: Worlds) -> World:
     """Start a service that looks where a test says so."""
@@ -53,11 +63,7 @@ def test_a_new_interface_gets_the_endpoints_back_and_nudges_each_peer_once(
 
 
 def test_an_endpoint_that_is_newer_than_ours_stays(quiet: World, fake_hub: FakeHub) -> None:
-    key = new_key()
-    quiet.provision("node-1", key)
-    talk(quiet, fake_hub, key, HOME)
-    fake_hub.vanish()
-    fake_hub.come_back()
+    key = lose_endpoint(quiet, fake_hub)
     fake_hub.seen[key] = InterfacePeer((), endpoint=AWAY)
     quiet.look()
     assert fake_hub.restored == []
@@ -109,11 +115,7 @@ def test_at_most_so_many_endpoints_are_given_back_at_once(
 def test_a_restoration_that_fails_is_tried_again(
     quiet: World, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = new_key()
-    quiet.provision("node-1", key)
-    talk(quiet, fake_hub, key, HOME)
-    fake_hub.vanish()
-    fake_hub.come_back()
+    key = lose_endpoint(quiet, fake_hub)
 
     def refuse(_peers: object) -> None:
         raise HubUpdateError("`wg` gave up")
@@ -130,11 +132,7 @@ def test_a_restoration_that_fails_is_tried_again(
 def test_a_nudge_that_fails_is_not_taken_for_drift(
     quiet: World, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = new_key()
-    quiet.provision("node-1", key)
-    talk(quiet, fake_hub, key, HOME)
-    fake_hub.vanish()
-    fake_hub.come_back()
+    key = lose_endpoint(quiet, fake_hub)
 
     def fail_halfway(_peers: object) -> None:
         fake_hub.seen[key] = InterfacePeer((), persistent_keepalive=1)

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from backend.adapters.metrics.prometheus import PrometheusMetrics
-from backend.adapters.metrics.state import AGES, Health, State
+from backend.adapters.metrics.state import AGES
 from backend.errors import HubUpdateError
 from backend.loops import Loop
 from backend.models.access.audit import AuditAction, AuditOutcome
@@ -23,7 +23,7 @@ from tests.harness.core import NEVER, World
 from tests.harness.fakes import FakeHub
 from tests.harness.peers import NOON
 from tests.harness.requests import new_key
-from tests.harness.scrapes import FakeHealth, Scrape, promtool
+from tests.harness.scrapes import FakeHealth, Scrape, promtool, watch
 
 FIRST = IPv4Address("10.0.0.2")
 
@@ -52,20 +52,6 @@ def world(tmp_path: Path, metrics: PrometheusMetrics) -> Iterator[World]:
     yield world
     world.stop()
     world.records.database.close()
-
-
-def watched(metrics: PrometheusMetrics, world: World, health: Health, *loops: Loop) -> None:
-    metrics.watch(
-        State(
-            pool=world.pool,
-            writer=world.writer,
-            reconciler=world.reconciler,
-            cache=world.access.cache,
-            uses=world.access.uses,
-            loops=loops,
-            health=health,
-        )
-    )
 
 
 def test_two_services_in_one_process_count_apart_and_leave_the_global_registry_alone() -> None:
@@ -134,7 +120,7 @@ def test_no_series_is_about_when_a_counter_was_made(metrics: PrometheusMetrics) 
 
 
 def test_pool_queue_and_hub_are_read_when_prometheus_asks(metrics: PrometheusMetrics, world: World) -> None:
-    watched(metrics, world, FakeHealth())
+    watch(metrics, world, FakeHealth())
     before = Scrape.of(metrics)
     assert (before.value("hub_reconciled"), before.value("hub_paused")) == (0, 0)
     assert before.value("pool_capacity") == 254
@@ -191,7 +177,7 @@ def test_blocks_of_ours_that_were_edited_count_as_drift_of_the_file(
 def test_loops_show_a_success_only_after_the_first(metrics: PrometheusMetrics, world: World) -> None:
     done, new = Loop("done", 1.0, lambda: None), Loop("new", 60.0, lambda: None)
     done._call()
-    watched(metrics, world, FakeHealth(), done, new)
+    watch(metrics, world, FakeHealth(), [done, new])
     found = Scrape.of(metrics)
     assert found.by("loop_interval_seconds", "loop") == {"done": 1.0, "new": 60.0}
     assert found.by("loop_last_success_timestamp_seconds", "loop") == {"done": done.succeeded_at}
@@ -212,7 +198,7 @@ def test_credentials_are_counted_by_kind_and_state(metrics: PrometheusMetrics, w
     world.access.cache.refresh()
     # Granted since the row was loaded.
     world.access.uses.count(token.id)
-    watched(metrics, world, FakeHealth())
+    watch(metrics, world, FakeHealth())
     found = Scrape.of(metrics)
     states = {
         kind: {
@@ -232,7 +218,7 @@ def test_peers_are_counted_by_state_and_their_ages_without_the_never_seen(
 ) -> None:
     ages = [29.0, 30.0, 31.0, 179.0, 200_000.0]
     seen = [peer(number, age=age) for number, age in enumerate(ages)]
-    watched(metrics, world, FakeHealth([*seen, peer(9, HealthState.NEVER)]))
+    watch(metrics, world, FakeHealth([*seen, peer(9, HealthState.NEVER)]))
     found = Scrape.of(metrics)
     assert found.by("peers", "state") == {"never": 1, "online": 5, "suspect": 0, "offline": 0}
     assert found.value("peers_endpoint_flapping") == 0
@@ -247,7 +233,7 @@ def test_series_of_a_peer_have_two_labels_and_are_absent_while_it_was_never_seen
     metrics: PrometheusMetrics, world: World
 ) -> None:
     states = (HealthState.ONLINE, HealthState.SUSPECT, HealthState.OFFLINE, HealthState.NEVER)
-    watched(metrics, world, FakeHealth([peer(number, state) for number, state in enumerate(states)]))
+    watch(metrics, world, FakeHealth([peer(number, state) for number, state in enumerate(states)]))
     found = Scrape.of(metrics)
     assert found.by("peer_receive_bytes_total", "node_id") == {"node-0": 1000, "node-1": 1001, "node-2": 1002}
     assert found.by("peer_transmit_bytes_total", "node_id") == {
@@ -266,7 +252,7 @@ def test_series_of_a_peer_have_two_labels_and_are_absent_while_it_was_never_seen
 
 def test_series_of_peers_are_there_on_request_alone(world: World) -> None:
     metrics = PrometheusMetrics(hub="wg0")
-    watched(metrics, world, FakeHealth([peer(1)]))
+    watch(metrics, world, FakeHealth([peer(1)]))
     assert "node-1" not in Scrape.of(metrics).text
 
 
@@ -282,7 +268,7 @@ def test_no_piece_has_more_than_500_peers(metrics: PrometheusMetrics, world: Wor
                 read += 1
                 yield one
 
-    watched(metrics, world, Counting(health.seen))
+    watch(metrics, world, Counting(health.seen))
     most, last = 0, 0
     for piece in metrics.render():
         most, last = max(most, read - last), read
@@ -291,20 +277,9 @@ def test_no_piece_has_more_than_500_peers(metrics: PrometheusMetrics, world: Wor
 
 
 def test_backup_has_a_time_once_there_is_one(metrics: PrometheusMetrics, world: World) -> None:
-    watched(metrics, world, FakeHealth())
+    watch(metrics, world, FakeHealth())
     assert Scrape.of(metrics).value("backup_last_success_timestamp_seconds") is None
-    metrics.watch(
-        State(
-            pool=world.pool,
-            writer=world.writer,
-            reconciler=world.reconciler,
-            cache=world.access.cache,
-            uses=world.access.uses,
-            loops=(),
-            health=FakeHealth(),
-            last_backup_at=lambda: 1234.5,
-        )
-    )
+    watch(metrics, world, FakeHealth(), last_backup_at=lambda: 1234.5)
     assert Scrape.of(metrics).value("backup_last_success_timestamp_seconds") == 1234.5
 
 
@@ -325,7 +300,7 @@ def test_promtool_has_nothing_to_say_about_every_metric_at_once(
 ) -> None:
     loop = Loop("hub", 1.0, lambda: None)
     loop._call()
-    watched(metrics, world, FakeHealth([peer(number) for number in range(3)]), loop)
+    watch(metrics, world, FakeHealth([peer(number) for number in range(3)]), [loop])
     metrics.request_answered("GET", "/x/{node_id}", 200, 0.1)
     metrics.authentication_failed("unknown")
     assert promtool(Scrape.of(metrics).text) == ("", 0)
@@ -342,7 +317,7 @@ def test_look_that_fails_is_counted(metrics: PrometheusMetrics, world: World) ->
 
 
 def test_health_of_the_service_is_what_the_metrics_need(metrics: PrometheusMetrics, world: World) -> None:
-    watched(metrics, world, world.health)
+    watch(metrics, world, world.health)
     world.start()
     world.provision("node-1")
     world.observer.look()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 from backend.adapters.metrics.prometheus import PrometheusMetrics
-from backend.adapters.metrics.state import State
 from backend.models.wireguard.interface import InterfaceState
 from backend.models.wireguard.keys import WireGuardKey
 from backend.models.wireguard.peer import Peer
@@ -19,6 +18,7 @@ from tests.benchmarks.against import Ratio, Side, cpu_ms, in_turns
 from tests.benchmarks.parts import Bench
 from tests.harness.core import NEVER, World
 from tests.harness.peers import NOON
+from tests.harness.scrapes import watch
 
 # The settings of a service without metrics and health.
 _OFF: Final = {"WIREGUARD_METRICS": "false", "WIREGUARD_HEALTH_INTERVAL": "0"}
@@ -94,17 +94,7 @@ def _watched(world: World, health: HealthMonitor, *, per_peer: bool) -> Promethe
     metrics = PrometheusMetrics(hub="wg0", per_peer=per_peer)
     for number in range(_ROUTES):
         metrics.request_answered("GET", f"/api/v1/wireguard/route-{number}", 200, 0.01)
-    metrics.watch(
-        State(
-            pool=world.pool,
-            writer=world.writer,
-            reconciler=world.reconciler,
-            cache=world.access.cache,
-            uses=world.access.uses,
-            loops=(),
-            health=health,
-        )
-    )
+    watch(metrics, world, health)
     return metrics
 
 

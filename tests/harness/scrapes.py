@@ -1,13 +1,17 @@
 """What Prometheus would read."""
 
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from backend.adapters.metrics.prometheus import PrometheusMetrics
+from backend.adapters.metrics.state import Health, State
+from backend.loops import Loop
 from backend.models.wireguard.health import HealthState, PeerHealth
 from backend.services.ports import Metrics
+from tests.harness.core import World
 from tests.harness.requirements import find_tool, require
 
 Series = tuple[str, frozenset[tuple[str, str]]]
@@ -65,6 +69,28 @@ class FakeHealth:
 
     def peers(self) -> Iterator[PeerHealth]:
         return iter(self.seen)
+
+
+def watch(
+    metrics: PrometheusMetrics,
+    world: World,
+    health: Health,
+    loops: Sequence[Loop] = (),
+    last_backup_at: Callable[[], float | None] = lambda: None,
+) -> None:
+    """Have the metrics read the state of this world at each scrape."""
+    metrics.watch(
+        State(
+            pool=world.pool,
+            writer=world.writer,
+            reconciler=world.reconciler,
+            cache=world.access.cache,
+            uses=world.access.uses,
+            loops=loops,
+            health=health,
+            last_backup_at=last_backup_at,
+        )
+    )
 
 
 def promtool(text: str) -> tuple[str, int]:
