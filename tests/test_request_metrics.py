@@ -1,6 +1,7 @@
 """Each request that the app sees is counted once, by its route's template."""
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from backend.errors import (
     PeerLimitError,
     PeerNotFoundError,
     RateLimitedError,
+    UnauthenticatedError,
 )
 from backend.main import create_app
 from backend.models.access.credentials import KeyRequest, Role, Secret, TokenRequest
@@ -237,3 +239,21 @@ def test_openapi_says_that_the_metrics_are_text(app: FastAPI) -> None:
     assert list(described["responses"]["200"]["content"]) == ["text/plain; version=0.0.4; charset=utf-8"]
     assert described["security"] == [{"Bearer": []}]
     assert set(described["responses"]) == {"200", "401", "403", "429"}
+
+
+def test_a_refused_request_leaves_no_garbage(app: FastAPI) -> None:
+    """An error in a reference cycle keeps its request in memory until the garbage collector comes."""
+
+    def errors() -> int:
+        return sum(isinstance(found, UnauthenticatedError) for found in gc.get_objects())
+
+    ask(app, ("GET", PEERS))
+    gc.collect()
+    before = errors()
+    gc.disable()
+    try:
+        answers = ask(app, *[("GET", PEERS)] * 3)
+        left = errors() - before
+    finally:
+        gc.enable()
+    assert ([answer.status_code for answer in answers], left) == ([401] * 3, 0)

@@ -46,11 +46,16 @@ OUTCOMES: Final[dict[type[BaseException], Outcome]] = {
 
 
 def count_request(
-    request: Request, status: int, began: float, route: APIRoute | None = None, error: Exception | None = None
+    request: Request,
+    status: int,
+    began: float,
+    route: APIRoute | None = None,
+    failure: type[Exception] | None = None,
 ) -> None:
     """Count an answered request, in a few microseconds.
 
-    `began` is by time.perf_counter(); `route` is None for a path or a method without a route.
+    `began` is by time.perf_counter(); `route` is None for a path or a method without one. `failure` is the
+    class of the error that was answered.
     """
     metrics = metrics_of(request)
     method = request.method if request.method in METHODS else _OTHER_METHOD
@@ -58,13 +63,13 @@ def count_request(
     metrics.request_answered(method, template, status, time.perf_counter() - began)
     action = getattr(getattr(route, "endpoint", None), "audit_action", None)
     if action is AuditAction.PROVISION:
-        metrics.provision_ended("provisioned" if error is None else _outcome(error))
+        metrics.provision_ended("provisioned" if failure is None else _outcome(failure))
     elif action is AuditAction.DEPROVISION:
-        metrics.deprovision_ended("deprovisioned" if error is None else _outcome(error))
+        metrics.deprovision_ended("deprovisioned" if failure is None else _outcome(failure))
 
 
-def _outcome(error: Exception) -> Outcome:
-    return next(OUTCOMES[kind] for kind in type(error).__mro__ if kind in OUTCOMES)
+def _outcome(failure: type[Exception]) -> Outcome:
+    return next(OUTCOMES[kind] for kind in failure.__mro__ if kind in OUTCOMES)
 
 
 def _template(route: APIRoute, scope: Mapping[str, Any]) -> str:

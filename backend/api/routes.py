@@ -54,29 +54,37 @@ class DomainErrorRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            began, failure = time.perf_counter(), None
+            began = time.perf_counter()
+            # The class alone: an error that a local variable holds would, by its traceback, hold this frame,
+            # and both would wait for the garbage collector.
+            failure: type[Exception] | None = None
             request_id = _identify(request.scope)
             try:
                 bounded = StrictRequest(request.scope, _bounded(request))
                 await self.authenticate(bounded)
                 response = await handle(bounded)
             except (ProvisioningError, RequestValidationError) as error:
-                failure = await self.refuse(request, error)
-                response = answer(failure)
+                response, failure = await self._answer_refusal(request, error)
             except HTTPException as error:
-                failure = error
+                failure = type(error)
                 await self.refuse(request, error)
                 # The same as the app's own handler would answer, but with the headers below.
                 response = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
             except Exception as error:
                 # The app answers it.
-                count_request(request, HTTPStatus.INTERNAL_SERVER_ERROR, began, self, error)
+                count_request(request, HTTPStatus.INTERNAL_SERVER_ERROR, began, self, type(error))
                 raise
             count_request(request, response.status_code, began, self, failure)
             _mark(response.raw_headers, request_id)
             return response
 
         return guarded
+
+    async def _answer_refusal(
+        self, request: Request, error: ProvisioningError | RequestValidationError
+    ) -> tuple[Response, type[Exception]]:
+        refused = await self.refuse(request, error)
+        return answer(refused), type(refused)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; also one with a method that this route doesn't have, in any app."""
