@@ -151,6 +151,14 @@ def test_counters_of_a_new_interface_change_no_state(online: Watched) -> None:
     assert online.look(received_bytes=148, latest_handshake=online.handshake()) is HealthState.ONLINE
 
 
+def test_data_on_a_new_interface_is_a_sign_of_life_though_the_counter_is_lower(online: Watched) -> None:
+    online.look(100, received_bytes=10_000)
+    online.look(100)
+    online.ifindex += 1
+    assert online.look(received_bytes=148, latest_handshake=0) is HealthState.ONLINE
+    assert online.monitor.peer(NODE).silent_seconds == 0
+
+
 def test_an_interface_that_was_away_for_hours_makes_no_peer_offline(online: Watched) -> None:
     for _ in range(100):
         online.clock.monotonic_now += 60
@@ -357,6 +365,14 @@ def test_a_node_that_moves_on_is_not_flagged(clock: Clock) -> None:
         hub.look(latest_handshake=1 + number, endpoint=f"198.51.100.{number}:7")
     # And back home once, as each evening.
     hub.look(endpoint="198.51.100.0:7")
+    assert flagged == []
+
+
+def test_a_node_that_seldom_changes_between_two_places_is_not_flagged(clock: Clock) -> None:
+    flagged: list[str] = []
+    hub = Watched(clock, on_flapping=flagged.append)
+    for number in range(12):
+        hub.look(301, latest_handshake=1 + number, endpoint=(HOME, AWAY)[number % 2])
     assert flagged == []
 
 

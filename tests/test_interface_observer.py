@@ -1,6 +1,7 @@
 """Looks at the interface: one at a time, at most one a second, each for everything that needs one."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -25,6 +26,7 @@ class CountingHub(FakeHub):
         self.most_at_once = 0
         self._at_once = 0
         self.may_end = Event()
+        self.during_a_look: Callable[[], object] = lambda: None
         self.may_end.set()
 
     def state(self) -> InterfaceState:
@@ -33,6 +35,7 @@ class CountingHub(FakeHub):
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
             self.may_end.wait(WAIT)
+            self.during_a_look()
             return super().state()
         finally:
             self._at_once -= 1
@@ -161,3 +164,15 @@ def test_a_look_from_before_a_change_finds_no_drift(make_world: Worlds, hub: Cou
     world.provision("node-1")
     world.look()
     assert hub.syncs == syncs
+
+
+def test_at_most_one_look_is_held_in_memory(make_world: Worlds, hub: CountingHub) -> None:
+    """One of 10,000 peers takes megabytes."""
+    world = make_world(hub=hub, look_every=NEVER)
+    # Those of the start, which were compared at once.
+    assert world.observer.take(since=0) is None
+    world.observer.look()
+    held: list[object] = []
+    hub.during_a_look = lambda: held.append(world.observer.take(since=0))
+    world.observer.look()
+    assert held == [None]

@@ -113,7 +113,11 @@ def test_tables_that_are_not_ours_are_left_out(database: Database, make: Make, t
     assert b"of-another-program" not in (tmp_path / RECORDS).read_bytes()
 
 
-def test_writer_goes_on_beside_a_backup_which_is_of_one_moment(database: Database, make: Make) -> None:
+def test_writer_goes_on_beside_a_backup_which_is_of_one_moment(
+    database: Database, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A write between two steps has the copy of a SQLite database begin anew, unless a transaction spans them.
+    monkeypatch.setattr(copies, "_PAGES", 1)
     records, stop, written = SqlRecords(database), threading.Event(), [0]
 
     def write() -> None:

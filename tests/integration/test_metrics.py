@@ -1,6 +1,7 @@
 """The metrics of a service that runs, as Prometheus reads them."""
 
 import re
+import time
 from pathlib import Path
 
 import httpx
@@ -52,6 +53,16 @@ def test_a_provision_shows_in_the_metrics(service: ServiceProcess) -> None:
         return {"hub", "credentials", "audit"} <= loops.keys()
 
     eventually(every_second_loop_has_succeeded)
+
+
+def test_a_backup_of_before_the_start_shows_in_the_metrics(service: ServiceProcess) -> None:
+    assert scraped(service).value("backup_last_success_timestamp_seconds") is None
+    before = time.time()
+    assert service.command("backup", "create").returncode == 0
+    service.restart()
+    made_at = scraped(service).value("backup_last_success_timestamp_seconds")
+    assert made_at is not None
+    assert before - 1 <= made_at <= time.time()
 
 
 def test_manual_lists_every_metric(service: ServiceProcess) -> None:

@@ -12,6 +12,7 @@ from tests.harness.nodes import Node, NodeHost, hub_health, shown
 from tests.harness.patience import eventually
 from tests.harness.requests import API, AUDIT, PEERS, PROVISION, bearer, new_key, provision_body
 from tests.harness.requirements import require
+from tests.harness.scrapes import Scrape
 from tests.harness.service import ServiceProcess, StartService
 from tests.harness.three_places import settings_for
 from tests.harness.torture import TORTURE
@@ -92,6 +93,7 @@ def test_a_peer_that_talks_stays_online_and_a_killed_one_is_suspect_and_then_off
 ) -> None:
     _, victim = new_host("nodes").join(service, hub_interface, "talker", "victim", keepalive=1)
     wait_for_states(service, talker="online", victim="online")
+    assert Scrape(service.client.get("/metrics").text).value("first_handshake_seconds_count") == 2
     # For longer than it takes a silent peer to be suspect.
     before = list(itertools.islice(looks(service), 5))
     victim.tunnel.kill()

@@ -81,7 +81,7 @@ def expired(
         is_newest_of_day = day not in days
         days.add(day)
         is_young = now - made_at < timedelta(days=retention.days)
-        if number >= max(1, retention.count) and not (is_newest_of_day and is_young):
+        if number >= retention.count and not (is_newest_of_day and is_young):
             found.append(backup)
     return found
 

@@ -155,9 +155,7 @@ class InterfaceSync:
         state = self.inspect()
         if state is None:
             return 0
-        ours = {block.public_key for block in self._config.parsed.blocks}
-        known = self._observer.lost_endpoints(state)
-        lost = {key: endpoint for key, endpoint in known.items() if key in ours}
+        lost = self._observer.lost_endpoints(state)
         part = [
             LostEndpoint(key, lost[key], state.peers[key].persistent_keepalive)
             for key in islice(lost, _MAX_ENDPOINTS)
