@@ -118,6 +118,10 @@ def test_writer_goes_on_beside_a_backup_which_is_of_one_moment(
 ) -> None:
     # A write between two steps has the copy of a SQLite database begin anew, unless a transaction spans them.
     monkeypatch.setattr(copies, "_PAGES", 1)
+    with database.engine.begin() as connection:
+        # So many steps that some of them have a write between them.
+        connection.execute(sa.text("CREATE TABLE filler (content TEXT)"))
+        connection.execute(sa.text("INSERT INTO filler VALUES (:content)"), [{"content": "x" * 4000}] * 2000)
     records, stop, written = SqlRecords(database), threading.Event(), [0]
 
     def write() -> None:
